@@ -1,0 +1,86 @@
+"""Configuration of one engine process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from segue.config import require, require_positive
+from segue.cpu_lora.config import CpuLoraConfig
+
+
+class HandoffMode(Enum):
+    """How a layer's source is chosen while its adapter is loading.
+
+    ``AUTO`` takes the device where the layer has landed, else the CPU. ``FIXED`` runs exactly ``cpu_layers`` layers on
+    the CPU. ``STREAM`` waits for each layer, ``LOAD_FIRST`` for the whole adapter. All but AUTO are for tests and
+    benchmarks.
+    """
+
+    AUTO = "auto"
+    FIXED = "fixed"
+    STREAM = "stream"
+    LOAD_FIRST = "load_first"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HandoffConfig:
+    """Where a cold prefill's LoRA deltas are computed."""
+
+    mode: str = HandoffMode.AUTO.value
+    cpu_layers: int = 0
+
+    def __post_init__(self) -> None:
+        known = [mode.value for mode in HandoffMode]
+        require(self.mode in known, "handoff.mode", f"must be one of {', '.join(known)}, is {self.mode!r}")
+        require(self.cpu_layers >= 0, "handoff.cpu_layers", f"must not be negative, is {self.cpu_layers}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """One engine: a base model on a device, its page pool, its adapter store and its CPU LoRA workers.
+
+    ``pages`` counts the pages of the unified pool and ``page_tokens`` the tokens of a page's KV. ``host_store_bytes``
+    bounds the adapter weights kept in host memory. ``copy_bytes_per_second`` throttles copies to the device (None: as
+    fast as it goes); the rows that CPU workers exchange are charged to the same budget. ``budget_tokens`` bounds the
+    rows of one prefill pass. ``poison_freed_pages`` fills freed pages with NaN and ``check_invariants`` verifies every
+    manager after every step; both are for tests.
+    """
+
+    model_dir: str
+    device: str = "cpu"
+    dtype: str = "float32"
+    page_tokens: int = 16
+    pages: int = 1024
+    max_context_tokens: int | None = None
+    budget_tokens: int = 512
+    max_running: int = 64
+    max_waiting: int = 1024
+    max_lora_rank: int = 256
+    host_store_bytes: int = 256 << 20
+    copy_bytes_per_second: float | None = None
+    torch_threads: int = 1
+    poison_freed_pages: bool = False
+    check_invariants: bool = False
+    handoff: HandoffConfig = field(default_factory=HandoffConfig)
+    cpu_lora: CpuLoraConfig = field(default_factory=CpuLoraConfig)
+
+    def __post_init__(self) -> None:
+        require(self.device == "cpu", "device", f"must be 'cpu', is {self.device!r}")
+        known = ("float32", "bfloat16", "float16")
+        require(self.dtype in known, "dtype", f"must be one of {', '.join(known)}, is {self.dtype!r}")
+        require_positive(
+            self,
+            "page_tokens",
+            "pages",
+            "budget_tokens",
+            "max_running",
+            "max_waiting",
+            "max_lora_rank",
+            "host_store_bytes",
+            "torch_threads",
+        )
+        if self.max_context_tokens is not None:
+            require_positive(self, "max_context_tokens")
+        if self.copy_bytes_per_second is not None:
+            require_positive(self, "copy_bytes_per_second")

@@ -1,0 +1,63 @@
+"""What every configuration shares: checks that name the field, and reading a TOML table into a dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+_Config = TypeVar("_Config")
+
+
+class ConfigError(ValueError):
+    """A configuration value is unknown, missing or out of range. The message names the field."""
+
+
+def require(condition: bool, field: str, problem: str) -> None:
+    """Raise ConfigError ``"<field>: <problem>"`` unless ``condition`` holds."""
+    if not condition:
+        raise ConfigError(f"{field}: {problem}")
+
+
+def require_positive(owner: object, *fields: str) -> None:
+    """Each named field of ``owner`` must be greater than zero. Raises ConfigError."""
+    for field in fields:
+        value = getattr(owner, field)
+        require(value > 0, field, f"must be greater than 0, is {value}")
+
+
+def read_toml(path: Path) -> Mapping[str, Any]:
+    """The tables of a TOML file. Raises ConfigError naming the file when it cannot be read or parsed."""
+    try:
+        with path.open("rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def from_table(cls: type[_Config], table: Mapping[str, Any], *, where: str) -> _Config:
+    """Build the dataclass ``cls`` from a TOML table; nested dataclasses are nested tables.
+
+    Raises ConfigError for a key that ``cls`` does not have, or a value of another type; ``where`` prefixes the field.
+    """
+    hints = get_type_hints(cls)
+    fields = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        require(key in fields, f"{where}.{key}", f"unknown; known are {', '.join(sorted(fields))}")
+        hint = hints[key]
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+            require(isinstance(value, Mapping), f"{where}.{key}", "must be a table")
+            values[key] = from_table(hint, value, where=f"{where}.{key}")
+        elif isinstance(value, list):
+            values[key] = tuple(value)
+        else:
+            values[key] = value
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise ConfigError(f"{where}: {error}") from error
