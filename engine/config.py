@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from segue.config import require, require_positive
-from segue.cpu_lora.config import CpuLoraConfig
 
 
 class HandoffMode(Enum):
@@ -43,7 +42,10 @@ class EngineConfig:
     ``pages`` counts the pages of the unified pool and ``page_tokens`` the tokens of a page's KV. ``host_store_bytes``
     bounds the adapter weights kept in host memory. ``copy_bytes_per_second`` throttles copies to the device (None: as
     fast as it goes); the rows that CPU workers exchange are charged to the same budget. ``budget_tokens`` bounds the
-    rows of one prefill pass. ``poison_freed_pages`` fills freed pages with NaN and ``check_invariants`` verifies every
+    rows of one prefill pass, ``max_passes`` the passes under way, and ``layers_per_step`` how many layers each of them
+    advances between two decode steps. ``cpu_workers`` may be 0: then every adapter is served by streaming; worker i is
+    pinned to ``cpu_cores[i]`` where given, and is replaced after ``cpu_stall_seconds`` without progress on a job.
+    ``torch_threads`` is for the CPU device's own matrix products. ``poison_freed_pages`` fills freed pages with NaN and ``check_invariants`` verifies every
     manager after every step; both are for tests.
     """
 
@@ -60,10 +62,15 @@ class EngineConfig:
     host_store_bytes: int = 256 << 20
     copy_bytes_per_second: float | None = None
     torch_threads: int = 1
+    cpu_workers: int = 2
+    cpu_cores: tuple[int, ...] = ()
+    cpu_slots: int = 16
+    cpu_stall_seconds: float = 1.0
+    max_passes: int = 16
+    layers_per_step: int = 2
     poison_freed_pages: bool = False
     check_invariants: bool = False
     handoff: HandoffConfig = field(default_factory=HandoffConfig)
-    cpu_lora: CpuLoraConfig = field(default_factory=CpuLoraConfig)
 
     def __post_init__(self) -> None:
         require(self.device == "cpu", "device", f"must be 'cpu', is {self.device!r}")
@@ -79,7 +86,12 @@ class EngineConfig:
             "max_lora_rank",
             "host_store_bytes",
             "torch_threads",
+            "cpu_slots",
+            "cpu_stall_seconds",
+            "max_passes",
+            "layers_per_step",
         )
+        require(self.cpu_workers >= 0, "cpu_workers", f"must not be negative, is {self.cpu_workers}")
         if self.max_context_tokens is not None:
             require_positive(self, "max_context_tokens")
         if self.copy_bytes_per_second is not None:
