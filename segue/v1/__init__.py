@@ -1,0 +1,1 @@
+"""The protobuf messages and gRPC services of Segue, generated from proto/ by scripts/proto."""
