@@ -1,0 +1,90 @@
+"""Where a layer's LoRA deltas are computed while its adapter is still loading.
+
+A cold prefill reaches its layers one after another while their weights stream in. When it reaches a layer, a policy
+sees what has arrived and says: the device, the CPU workers, or wait. The device is always right once the layer has
+landed; the CPU is possible once the layer's bytes are in host memory and checked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+
+class LayerSource(Enum):
+    """The decision for one layer of one adapter."""
+
+    DEVICE = "device"
+    CPU = "cpu"
+    WAIT = "wait"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerView:
+    """What is known of a layer when a prefill reaches it.
+
+    ``landed``: its weights are on the device. ``adapter_landed``: those of all layers are. ``in_host``: its bytes can
+    be read by CPU workers. ``cpu_allowed`` is False after CPU workers failed this prefill too often.
+    """
+
+    layer: int
+    landed: bool
+    adapter_landed: bool
+    in_host: bool
+    ready_workers: int
+    cpu_allowed: bool = True
+
+    @property
+    def cpu_possible(self) -> bool:
+        return self.in_host and self.ready_workers > 0 and self.cpu_allowed
+
+
+class HandoffPolicy(Protocol):
+    """Decides a layer's source. Pure: the same view gives the same answer."""
+
+    def choose(self, view: LayerView) -> LayerSource: ...
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceWhenLanded:
+    """The device where the layer has landed, else the CPU where it can, else wait."""
+
+    def choose(self, view: LayerView) -> LayerSource:
+        if view.landed:
+            return LayerSource.DEVICE
+        return LayerSource.CPU if view.cpu_possible else LayerSource.WAIT
+
+
+@dataclass(frozen=True, slots=True)
+class FixedHandover:
+    """The first ``cpu_layers`` layers on the CPU and the others on the device, whatever has landed.
+
+    Where CPU workers cannot serve, the layer waits for its weights like any other.
+    """
+
+    cpu_layers: int
+
+    def choose(self, view: LayerView) -> LayerSource:
+        wants_cpu = view.layer < self.cpu_layers and view.cpu_allowed
+        if wants_cpu and view.cpu_possible:
+            return LayerSource.CPU
+        if wants_cpu and not view.in_host:
+            return LayerSource.WAIT
+        return LayerSource.DEVICE if view.landed else LayerSource.WAIT
+
+
+@dataclass(frozen=True, slots=True)
+class StreamLayers:
+    """Never the CPU: each layer waits for its own weights."""
+
+    def choose(self, view: LayerView) -> LayerSource:
+        return LayerSource.DEVICE if view.landed else LayerSource.WAIT
+
+
+@dataclass(frozen=True, slots=True)
+class LoadFirst:
+    """Never the CPU: the first layer waits for the whole adapter."""
+
+    def choose(self, view: LayerView) -> LayerSource:
+        return LayerSource.DEVICE if view.adapter_landed else LayerSource.WAIT

@@ -1,0 +1,67 @@
+"""Hand-off policies over everything they can see."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from segue.scheduler.handoff import (
+    DeviceWhenLanded,
+    FixedHandover,
+    HandoffPolicy,
+    LayerSource,
+    LayerView,
+    LoadFirst,
+    StreamLayers,
+)
+
+POLICIES: tuple[HandoffPolicy, ...] = (DeviceWhenLanded(), FixedHandover(0), FixedHandover(3), StreamLayers(), LoadFirst())
+
+
+def views() -> list[LayerView]:
+    flags = itertools.product(range(6), (False, True), (False, True), (False, True), (0, 2), (False, True))
+    return [
+        LayerView(
+            layer=layer,
+            landed=landed or adapter_landed,
+            adapter_landed=adapter_landed,
+            in_host=in_host,
+            ready_workers=workers,
+            cpu_allowed=allowed,
+        )
+        for layer, landed, adapter_landed, in_host, workers, allowed in flags
+    ]
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=repr)
+def test_a_source_is_chosen_only_where_it_can_serve(policy: HandoffPolicy) -> None:
+    for view in views():
+        source = policy.choose(view)
+        assert source is not LayerSource.DEVICE or view.landed
+        assert source is not LayerSource.CPU or (view.in_host and view.ready_workers and view.cpu_allowed)
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=repr)
+def test_nothing_waits_for_ever(policy: HandoffPolicy) -> None:
+    for view in views():
+        if view.adapter_landed and (view.ready_workers == 0 or view.in_host or not view.cpu_allowed):
+            assert policy.choose(view) is not LayerSource.WAIT, view
+
+
+def test_device_when_landed_never_waits_where_something_can_serve() -> None:
+    for view in views():
+        waits = DeviceWhenLanded().choose(view) is LayerSource.WAIT
+        assert waits == (not view.landed and not view.cpu_possible)
+
+
+def test_fixed_handover_keeps_the_cpu_although_the_layer_has_landed() -> None:
+    view = LayerView(layer=2, landed=True, adapter_landed=True, in_host=True, ready_workers=1)
+    assert FixedHandover(3).choose(view) is LayerSource.CPU
+    assert FixedHandover(2).choose(view) is LayerSource.DEVICE
+
+
+def test_load_first_waits_for_the_last_layer() -> None:
+    view = LayerView(layer=0, landed=True, adapter_landed=False, in_host=True, ready_workers=1)
+    assert LoadFirst().choose(view) is LayerSource.WAIT
+    assert StreamLayers().choose(view) is LayerSource.DEVICE
