@@ -20,13 +20,14 @@ from segue.engine.batch import RowBatch, SequenceRows
 class DecodeGroup:
     """Sequences with one row each and a like number of pages, padded to the longest.
 
-    ``rows`` is [S], ``page_tables`` [S, pages] (padded with a page of the sequence itself) and ``valid``
-    [S, pages * page_tokens] says which slots hold a token.
+    ``rows`` is [S]. ``page_tables`` is [S, pages], padded with a page of the sequence itself. ``unwritten``
+    [S, pages * page_tokens] says which of its slots hold no token, ``unwritten_slots`` [n] counts them through.
     """
 
     rows: Tensor
     page_tables: Tensor
-    valid: Tensor
+    unwritten: Tensor
+    unwritten_slots: Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,31 +80,43 @@ def _decode_group(members: Sequence[SequenceRows], page_tokens: int) -> DecodeGr
         functional.pad(sequence.page_table[:count], (0, max(pages) - count), value=int(sequence.page_table[0]))
         for sequence, count in zip(members, pages, strict=True)
     ]
+    unwritten = torch.arange(max(pages) * page_tokens) >= lengths[:, None]
     return DecodeGroup(
         rows=torch.tensor([sequence.row_start for sequence in members]),
         page_tables=torch.stack(tables),
-        valid=torch.arange(max(pages) * page_tokens) < lengths[:, None],
+        unwritten=unwritten,
+        unwritten_slots=unwritten.view(-1).nonzero().view(-1),
     )
+
+
+def _read(kv: Tensor, pages: Tensor, half: int) -> Tensor:
+    """A copy of the keys (half 0) or values (1) of ``pages`` [n]: [n * page_tokens, kv_heads, head_dim]."""
+    _, _, page_tokens, kv_heads, head_dim = kv.shape
+    halves = kv.view(-1, page_tokens * kv_heads * head_dim)
+    return halves.index_select(0, 2 * pages + half).view(-1, kv_heads, head_dim)
 
 
 def _decode(q: Tensor, kv: Tensor, group: DecodeGroup) -> Tensor:
     """One row for each sequence: q [S, heads, head_dim] to [S, heads, head_dim], computed in float32."""
     sequences, heads, head_dim = q.shape
-    kv_heads = kv.shape[3]
-    gathered = kv[group.page_tables]  # a copy: what is masked below is not the pool
-    k = gathered[:, :, 0].flatten(1, 2).float()
-    v = gathered[:, :, 1].flatten(1, 2).float().masked_fill_(~group.valid[:, :, None, None], 0.0)
-    grouped = q.float().view(sequences, kv_heads, heads // kv_heads, head_dim)
-    scores = torch.matmul(grouped, k.permute(0, 2, 3, 1)) * head_dim**-0.5
-    probabilities = scores.masked_fill_(~group.valid[:, None, None, :], -torch.inf).softmax(dim=-1)
-    return torch.matmul(probabilities, v.transpose(1, 2)).view(sequences, heads, head_dim).to(q.dtype)
+    kv_heads, pages = kv.shape[3], group.page_tables.view(-1)
+    k = _read(kv, pages, 0).view(sequences, -1, kv_heads, head_dim).float()
+    v = _read(kv, pages, 1).index_fill_(0, group.unwritten_slots, 0.0).view(k.shape).float()
+    grouped = q.float().view(sequences, kv_heads, heads // kv_heads, head_dim) * head_dim**-0.5
+    out = torch.empty_like(grouped)
+    # One product for each key head reads K and V as they lie; one for all of them would copy both.
+    for head in range(kv_heads):
+        scores = torch.bmm(grouped[:, head], k[:, :, head].transpose(1, 2))
+        probabilities = scores.masked_fill_(group.unwritten[:, None], -torch.inf).softmax(dim=-1)
+        out[:, head] = torch.bmm(probabilities, v[:, :, head])
+    return out.view(sequences, heads, head_dim).to(q.dtype)
 
 
 def _prefill(q: Tensor, kv: Tensor, sequence: SequenceRows) -> Tensor:
     """The rows of one sequence: q [rows, heads, head_dim] to [rows, heads, head_dim]."""
     total, page_tokens = sequence.total_tokens, kv.shape[2]
-    gathered = kv[sequence.page_table[: -(-total // page_tokens)]]
-    k, v = (gathered[:, half].flatten(0, 1)[:total].transpose(0, 1)[None] for half in (0, 1))
+    pages = sequence.page_table[: -(-total // page_tokens)]
+    k, v = (_read(kv, pages, half)[:total].transpose(0, 1)[None] for half in (0, 1))
     mask = None
     if sequence.context_tokens:
         ones = torch.ones(sequence.rows, total, dtype=torch.bool, device=q.device)

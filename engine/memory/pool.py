@@ -87,7 +87,7 @@ class PagePool:
         for page in returned:
             del self._owners[page]
         if self.poison_freed and returned:
-            self.data[:, list(returned)] = torch.nan
+            self.data.index_fill_(1, torch.tensor(returned, device=self.data.device), torch.nan)
 
     def owned(self) -> dict[int, str]:
         """The owner of every page that is taken."""

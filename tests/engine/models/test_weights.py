@@ -1,0 +1,156 @@
+"""Reading checkpoints: sharded, tied, of another dtype, and what is wrong with broken ones."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from segue.engine.models.config import ModelConfig, ModelError
+from segue.engine.models.weights import LlamaWeights, load_weights
+from tests.checkpoints import TinyLlama, write_random_model
+
+
+def load(model_dir: Path, dtype: torch.dtype = torch.float32) -> LlamaWeights:
+    return load_weights(model_dir, ModelConfig.load(model_dir), dtype)
+
+
+def rewrite(model_dir: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+    path = model_dir / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def test_merged_matrices_hold_their_parts_in_order(tmp_path: Path) -> None:
+    weights = load(write_random_model(tmp_path))
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(weights.embedding, tensors["model.embed_tokens.weight"])
+    assert torch.equal(weights.head, tensors["lm_head.weight"])
+    assert torch.equal(weights.norm, tensors["model.norm.weight"])
+    for index, layer in enumerate(weights.layers):
+        prefix = f"model.layers.{index}"
+        attention = [tensors[f"{prefix}.self_attn.{name}_proj.weight"] for name in ("q", "k", "v")]
+        assert torch.equal(layer.qkv, torch.cat(attention))
+        assert torch.equal(layer.o, tensors[f"{prefix}.self_attn.o_proj.weight"])
+        mlp = [tensors[f"{prefix}.mlp.{name}_proj.weight"] for name in ("gate", "up")]
+        assert torch.equal(layer.gate_up, torch.cat(mlp))
+        assert torch.equal(layer.down, tensors[f"{prefix}.mlp.down_proj.weight"])
+        assert torch.equal(layer.input_norm, tensors[f"{prefix}.input_layernorm.weight"])
+        assert torch.equal(layer.post_attention_norm, tensors[f"{prefix}.post_attention_layernorm.weight"])
+
+
+def test_sharded_checkpoint_reads_like_a_single_file(tmp_path: Path) -> None:
+    single = load(write_random_model(tmp_path / "single"))
+    sharded_dir = write_random_model(tmp_path / "sharded", max_shard_bytes=60_000)
+    assert len(list(sharded_dir.glob("model-*.safetensors"))) > 3
+    sharded = load(sharded_dir)
+    assert torch.equal(single.embedding, sharded.embedding)
+    for one, other in zip(single.layers, sharded.layers, strict=True):
+        assert torch.equal(one.qkv, other.qkv)
+        assert torch.equal(one.gate_up, other.gate_up)
+
+
+def test_weights_are_converted(tmp_path: Path) -> None:
+    weights = load(write_random_model(tmp_path, dtype=torch.float16), torch.bfloat16)
+    stored = load_file(tmp_path / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
+    assert stored.dtype == torch.float16
+    assert torch.equal(weights.layers[1].down, stored.to(torch.bfloat16))
+
+
+def test_tied_head_is_the_embedding(tmp_path: Path) -> None:
+    weights = load(write_random_model(tmp_path, TinyLlama(tied=True)))
+    assert weights.head is weights.embedding
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+
+
+def test_what_old_checkpoints_store_besides_is_skipped(tmp_path: Path) -> None:
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+    rewrite(write_random_model(tmp_path, TinyLlama(tied=True)), change)
+    assert load(tmp_path).layers[0].qkv.isfinite().all()
+
+
+def test_missing_tensor_is_named(tmp_path: Path) -> None:
+    name = "model.layers.2.mlp.up_proj.weight"
+    rewrite(write_random_model(tmp_path), lambda tensors: tensors.__delitem__(name))
+    with pytest.raises(ModelError, match=f"{name} is missing"):
+        load(tmp_path)
+
+
+def test_head_of_an_untied_model_must_be_there(tmp_path: Path) -> None:
+    rewrite(write_random_model(tmp_path), lambda tensors: tensors.__delitem__("lm_head.weight"))
+    with pytest.raises(ModelError, match=r"lm_head\.weight is missing"):
+        load(tmp_path)
+
+
+def test_unexpected_tensor_is_named(tmp_path: Path) -> None:
+    name = "model.layers.0.self_attn.q_proj.bias"
+    rewrite(write_random_model(tmp_path), lambda tensors: tensors.__setitem__(name, torch.ones(64)))
+    with pytest.raises(ModelError, match=f"{name} is not expected"):
+        load(tmp_path)
+
+
+def test_wrong_shape_is_named(tmp_path: Path) -> None:
+    name = "model.layers.1.self_attn.k_proj.weight"
+    rewrite(write_random_model(tmp_path), lambda tensors: tensors.__setitem__(name, torch.ones(64, 64)))
+    with pytest.raises(ModelError, match=rf"{name} has shape \[64, 64\], expected \[32, 64\]"):
+        load(tmp_path)
+
+
+def test_integer_weights_are_refused(tmp_path: Path) -> None:
+    name = "model.layers.1.self_attn.k_proj.weight"
+    ones = torch.ones(32, 64, dtype=torch.int8)
+    rewrite(write_random_model(tmp_path), lambda tensors: tensors.__setitem__(name, ones))
+    with pytest.raises(ModelError, match=f"{name} has dtype I8"):
+        load(tmp_path)
+
+
+def test_truncated_file_is_named(tmp_path: Path) -> None:
+    path = write_random_model(tmp_path) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ModelError, match=r"model\.safetensors: is not a readable safetensors file"):
+        load(tmp_path)
+
+
+def test_folder_without_safetensors_is_refused(tmp_path: Path) -> None:
+    (write_random_model(tmp_path) / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"neither model\.safetensors nor"):
+        load(tmp_path)
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    return write_random_model(tmp_path, max_shard_bytes=60_000)
+
+
+def test_missing_shard_is_named(sharded: Path) -> None:
+    next(sharded.glob("model-00002-*.safetensors")).unlink()
+    with pytest.raises(ModelError, match=r"model-00002-of-\d+\.safetensors"):
+        load(sharded)
+
+
+def test_index_that_names_an_absent_tensor_is_refused(sharded: Path) -> None:
+    index = sharded / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    files = sorted(set(content["weight_map"].values()))
+    name = "model.norm.weight"
+    other = next(file for file in files if file != content["weight_map"][name])
+    content["weight_map"][name] = other
+    index.write_text(json.dumps(content))
+    with pytest.raises(ModelError, match=rf"{other}: tensor {name} is missing"):
+        load(sharded)
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '{"weight_map": 3}', '{"weight_map": {"a": "../b.safetensors"}}'])
+def test_broken_index_is_named(sharded: Path, content: str) -> None:
+    (sharded / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ModelError, match=r"index\.json"):
+        load(sharded)
