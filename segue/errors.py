@@ -83,6 +83,13 @@ class AdapterNotFoundError(SegueError):
     reason = "ADAPTER_NOT_FOUND"
 
 
+class RequestNotFoundError(SegueError):
+    """The caller has no live request with this request_id."""
+
+    code = StatusCode.NOT_FOUND
+    reason = "REQUEST_NOT_FOUND"
+
+
 class AdapterRejectedError(SegueError):
     """The adapter's folder exists but cannot be served: corrupt, of another base model, too large, unsupported."""
 
@@ -150,6 +157,7 @@ _ERRORS: tuple[type[SegueError], ...] = (
     InvalidRequestError,
     UnsafePathError,
     AdapterNotFoundError,
+    RequestNotFoundError,
     AdapterRejectedError,
     SloInfeasibleError,
     OverloadedError,

@@ -139,7 +139,7 @@ class Reply:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterInfo:
-    """An adapter that the server knows."""
+    """An adapter that the server knows. ``problem`` says why it cannot be served; empty if it can."""
 
     name: str
     version: str
@@ -148,6 +148,7 @@ class AdapterInfo:
     target_modules: tuple[str, ...]
     weight_bytes: int
     users: int
+    problem: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,4 +165,5 @@ class ServerInfo:
     page_tokens: int
     pages: int
     cpu_workers: int
+    max_lora_rank: int
     copy_bytes_per_second: float | None = None
