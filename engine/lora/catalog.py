@@ -77,6 +77,11 @@ class OpenedVersion:
         return self._version.manifest
 
     @property
+    def folder(self) -> tuple[str, ...]:
+        """The names of the adapter's folder, below the adapters folder."""
+        return self._version.parts
+
+    @property
     def fileno(self) -> int | None:
         """Raises EngineUnavailableError when the engine that had the descriptor is gone; look the version up again."""
         if self._version.handed_over:
