@@ -89,8 +89,9 @@ class Watchdog:
         ready = self._poll(self._config.stall_seconds / _TURNS_PER_STALL)
         if self._zygote is not None and self._zygote.fileno() in ready:
             self._receive()
-        self._bury({life.index for life in self.lives if life.pidfd in ready})
+        # First, so that a worker that served and died in between is seen to have served.
         self._announce()
+        self._bury({life.index for life in self.lives if life.pidfd in ready})
         self._kill_stalled()
         self._table.reclaim()
 

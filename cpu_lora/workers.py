@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from dataclasses import dataclass
 from enum import Enum
 
@@ -13,6 +14,8 @@ from segue.cpu_lora.memory import SharedMemory
 
 _FIRST_RETRY_SECONDS = 0.02
 _LONGEST_RETRY_SECONDS = 5.0
+# From fork to ready takes milliseconds; a worker that needs this long is stuck.
+_START_SECONDS = 5.0
 
 
 class WorkerEventKind(Enum):
@@ -66,6 +69,7 @@ class WorkerLife:
         self.announced = False
         self.retry_at_seconds = 0.0
         self._failures = 0
+        self._live_since_seconds = 0.0
         self._progress = 0
         self._waiting_since_seconds: float | None = None
 
@@ -88,6 +92,7 @@ class WorkerLife:
         """The fork is done."""
         self._move(WorkerPhase.LIVE)
         self.pid, self.pidfd = pid, pidfd
+        self._live_since_seconds = time.monotonic()
         self._waiting_since_seconds = None
 
     def kill(self) -> None:
@@ -108,7 +113,12 @@ class WorkerLife:
         self.announced = False
 
     def has_stalled(self, is_waited_for: bool, now_seconds: float, stall_seconds: float) -> bool:
-        """Whether it has been waited for ``stall_seconds`` without a change of its progress counter."""
+        """Whether it has been waited for ``stall_seconds`` without a change of its progress counter.
+
+        One that is not ready five seconds after its fork has stalled too.
+        """
+        if not self.is_ready:
+            return now_seconds - self._live_since_seconds >= _START_SECONDS
         progress = observe(self._words, self._own_word + WORKER_PROGRESS)
         if not is_waited_for:
             self._waiting_since_seconds = None
