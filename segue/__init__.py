@@ -1,1 +1,88 @@
 """Segue serves one base model and thousands of LoRA adapters from one GPU, without cold starts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from segue.errors import (
+    AdapterNotFoundError,
+    AdapterRejectedError,
+    DeadlineExceededError,
+    DuplicateRequestError,
+    EngineUnavailableError,
+    FieldViolation,
+    InternalError,
+    InvalidRequestError,
+    OverloadedError,
+    RequestCancelledError,
+    RequestNotFoundError,
+    SegueError,
+    SloInfeasibleError,
+    UnsafePathError,
+    UnsupportedError,
+)
+from segue.types import (
+    SLO,
+    AdapterInfo,
+    Chunk,
+    FinishReason,
+    LayerTiming,
+    LoraSource,
+    Message,
+    Reply,
+    ServerInfo,
+    Tier,
+    Timing,
+    TokenLogprob,
+    Usage,
+)
+
+if TYPE_CHECKING:
+    from segue.client.client import Client
+    from segue.client.stream import GenerateStream
+
+__all__ = [
+    "SLO",
+    "AdapterInfo",
+    "AdapterNotFoundError",
+    "AdapterRejectedError",
+    "Chunk",
+    "Client",
+    "DeadlineExceededError",
+    "DuplicateRequestError",
+    "EngineUnavailableError",
+    "FieldViolation",
+    "FinishReason",
+    "GenerateStream",
+    "InternalError",
+    "InvalidRequestError",
+    "LayerTiming",
+    "LoraSource",
+    "Message",
+    "OverloadedError",
+    "Reply",
+    "RequestCancelledError",
+    "RequestNotFoundError",
+    "SegueError",
+    "ServerInfo",
+    "SloInfeasibleError",
+    "Tier",
+    "Timing",
+    "TokenLogprob",
+    "UnsafePathError",
+    "UnsupportedError",
+    "Usage",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Load the client, and with it gRPC, at its first use: every process of Segue imports this package."""
+    if name == "Client":
+        from segue.client.client import Client
+
+        return Client
+    if name == "GenerateStream":
+        from segue.client.stream import GenerateStream
+
+        return GenerateStream
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

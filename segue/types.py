@@ -125,7 +125,7 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """A whole answer."""
+    """A whole answer. ``alternatives`` are the other answers of a request that asked for more than one."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -135,6 +135,7 @@ class Reply:
     request_id: str
     adapter_version: str
     logprobs: tuple[TokenLogprob, ...] = ()
+    alternatives: tuple[Reply, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,1 @@
+"""The Python SDK: needs only grpcio and protobuf."""

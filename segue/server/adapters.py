@@ -1,0 +1,151 @@
+"""Adapters as the front end handles them: look-ups off the event loop, and what the engine has been told of them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+
+from segue.engine.lora.catalog import AdapterCatalog, CatalogEntry, OpenedVersion
+from segue.engine.lora.manifest import AdapterManifest
+from segue.engine.messages import State
+from segue.errors import EngineUnavailableError
+from segue.server.engine_client import EngineClient
+from segue.server.engine_life import EngineLife
+from segue.types import AdapterInfo, Tier
+
+
+async def run_holding(executor: Executor, open_version: Callable[[], OpenedVersion]) -> OpenedVersion:
+    """Run ``open_version`` on a thread; if this is cancelled meanwhile, the hold that it brings is closed."""
+    future = executor.submit(open_version)
+    try:
+        return await asyncio.wrap_future(future)
+    except asyncio.CancelledError:
+        future.add_done_callback(_close_result)
+        raise
+
+
+def _close_result(future: Future[OpenedVersion]) -> None:
+    if not future.cancelled() and future.exception() is None:
+        future.result().close()
+
+
+class AdapterDirectory:
+    """The catalog, and the versions of it that the engine knows. Used on one event loop only."""
+
+    def __init__(self, catalog: AdapterCatalog, engine: EngineClient, executor: Executor) -> None:
+        self._catalog = catalog
+        self._engine = engine
+        self._executor = executor
+        self._in_engine: dict[int, AdapterManifest] = {}
+
+    async def lookup(self, name: str, version: str | None = None) -> OpenedVersion:
+        """Hold a version, off the event loop; raises as AdapterCatalog.lookup. Give it back with ``release``."""
+        return await run_holding(self._executor, lambda: self._catalog.lookup(name, version))
+
+    def hand_over(self, opened: OpenedVersion, life: EngineLife) -> int:
+        """Make sure that the engine knows a version; its id. Raises EngineUnavailableError."""
+        manifest = opened.manifest
+        descriptor = opened.fileno
+        if descriptor is not None:
+            life.open_version(manifest, descriptor)
+            opened.handed_over()
+            self._in_engine[manifest.version_id] = manifest
+        return manifest.version_id
+
+    def release(self, opened: OpenedVersion) -> None:
+        """End a hold, and tell the engine of the versions that no request will name again."""
+        opened.close()
+        self._close_retired()
+
+    async def load(self, name: str, path: str, *, preload: bool) -> AdapterInfo:
+        """Make ``name`` known, and with ``preload`` bring its weights to the device; raises as AdapterCatalog.load."""
+        opened = await run_holding(self._executor, lambda: self._catalog.load(name, path))
+        try:
+            if preload:
+                life = self._engine.life
+                life.preload(self.hand_over(opened, life))
+            manifest = opened.manifest
+            return _info(CatalogEntry(name=name, manifest=manifest, problem=None, users=0), await self._tiers())
+        finally:
+            self.release(opened)
+
+    async def unload(self, name: str) -> None:
+        """Forget ``name``; raises as AdapterCatalog.unload."""
+        await asyncio.get_running_loop().run_in_executor(self._executor, self._catalog.unload, name)
+        self._close_retired()
+
+    async def evict(self, name: str) -> None:
+        """Drop the weights of the version that ``name`` stands for; raises as AdapterCatalog.lookup."""
+        opened = await self.lookup(name)
+        try:
+            version_id = opened.manifest.version_id
+            if version_id in self._in_engine:
+                self._engine.life.evict(version_id)
+        finally:
+            self.release(opened)
+
+    async def list_adapters(self) -> list[AdapterInfo]:
+        """Every adapter, by name."""
+        loop = asyncio.get_running_loop()
+        entries = await loop.run_in_executor(self._executor, self._catalog.list)
+        self._close_retired()
+        tiers = await self._tiers()
+        return [_info(entry, tiers) for entry in entries]
+
+    def resident(self, state: State) -> list[tuple[AdapterManifest, Tier, int]]:
+        """The versions of a snapshot that requests may name, each with its tier and its users."""
+        return [
+            (self._in_engine[version.version_id], version.tier, version.users)
+            for version in state.versions
+            if version.version_id in self._in_engine
+        ]
+
+    def version_failed(self, version_id: int, problem: str) -> None:
+        """The engine found that a version cannot be served."""
+        self._catalog.reject(version_id, problem)
+
+    def engine_lost(self) -> None:
+        """The engine is gone, and with it all that it knew."""
+        self._in_engine.clear()
+        self._catalog.engine_restarted()
+
+    async def _tiers(self) -> dict[int, Tier]:
+        """Tiers by version id; without a living engine every adapter is on disk."""
+        with contextlib.suppress(EngineUnavailableError):
+            state = await self._engine.life.state()
+            return {version.version_id: version.tier for version in state.versions}
+        return {}
+
+    def _close_retired(self) -> None:
+        for version_id in self._catalog.take_retired():
+            if self._in_engine.pop(version_id, None) is not None:
+                with contextlib.suppress(EngineUnavailableError):
+                    self._engine.life.close_version(version_id)
+
+
+def _info(entry: CatalogEntry, tiers: dict[int, Tier]) -> AdapterInfo:
+    manifest = entry.manifest
+    if manifest is None:
+        problem = "" if entry.problem is None else entry.problem.message
+        return AdapterInfo(
+            name=entry.name,
+            version="",
+            tier=Tier.DISK,
+            rank=0,
+            target_modules=(),
+            weight_bytes=0,
+            users=0,
+            problem=problem,
+        )
+    modules = {module.projection.value: None for layer in manifest.layers for module in layer}
+    return AdapterInfo(
+        name=entry.name,
+        version=manifest.version,
+        tier=tiers.get(manifest.version_id, Tier.DISK),
+        rank=manifest.max_rank,
+        target_modules=tuple(modules),
+        weight_bytes=manifest.weight_bytes,
+        users=entry.users,
+    )

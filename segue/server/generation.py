@@ -1,0 +1,150 @@
+"""GenerationService: from a request to the engine, and from the engine's tokens to a stream of text."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from concurrent.futures import Executor
+from typing import Any, TypeVar
+
+import grpc.aio
+
+from segue.engine.lora.catalog import OpenedVersion
+from segue.engine.messages import Submit
+from segue.server.adapter_tokenizer import AdapterTokenizers
+from segue.server.adapters import AdapterDirectory
+from segue.server.convert import chunk_to_proto, finished_to_proto
+from segue.server.engine_client import EngineClient
+from segue.server.engine_life import EngineRequest
+from segue.server.limits import ModelLimits
+from segue.server.registry import RequestRegistry
+from segue.server.tokenizer import ModelTokenizer
+from segue.server.validation import ChatPrompt, GenerationRequest, fit_max_tokens, validate
+from segue.v1 import generation_pb2 as pb
+from segue.v1 import generation_pb2_grpc
+
+_Context = grpc.aio.ServicerContext[Any, Any]
+_Result = TypeVar("_Result")
+
+
+class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
+    """Serves one base model. Used on one event loop; tokenisation and look-ups run on ``executor``."""
+
+    def __init__(
+        self,
+        *,
+        limits: ModelLimits,
+        engine: EngineClient,
+        directory: AdapterDirectory,
+        tokenizer: ModelTokenizer,
+        adapter_tokenizers: AdapterTokenizers,
+        executor: Executor,
+    ) -> None:
+        self._limits = limits
+        self._engine = engine
+        self._directory = directory
+        self._tokenizer = tokenizer
+        self._adapter_tokenizers = adapter_tokenizers
+        self._executor = executor
+        self._registry = RequestRegistry()
+
+    async def Generate(  # noqa: N802
+        self, request: pb.GenerateRequest, context: _Context
+    ) -> AsyncGenerator[pb.GenerateResponse, None]:
+        arrival_seconds = time.monotonic()
+        # An error reports the request's id too, also when it was made here.
+        request.request_id = request.request_id or uuid.uuid4().hex
+        checked = validate(request, self._limits)
+        with self._registry.enter(_caller(context), checked.request_id) as live:
+            async with self._version(checked) as opened:
+                prompt = await self._tokens(checked, opened)
+                engine_request = self._submit(checked, opened, prompt, arrival_seconds)
+                try:
+                    live.attach(engine_request)
+                    if opened is not None:
+                        # The engine is loading the adapter meanwhile.
+                        await self._run(self._adapter_tokenizers.check_vocabulary, opened)
+                    version = "" if opened is None else opened.manifest.version
+                    yield pb.GenerateResponse(
+                        started=pb.Started(request_id=checked.request_id, adapter_version=version)
+                    )
+                    async for response in self._answer(engine_request, checked):
+                        yield response
+                finally:
+                    engine_request.cancel()
+
+    async def Abort(self, request: pb.AbortRequest, context: _Context) -> pb.AbortResponse:  # noqa: N802
+        self._registry.abort(_caller(context), request.request_id)
+        return pb.AbortResponse()
+
+    @contextlib.asynccontextmanager
+    async def _version(self, checked: GenerationRequest) -> AsyncIterator[OpenedVersion | None]:
+        """Hold the adapter's version while the request runs."""
+        if checked.adapter_name is None:
+            yield None
+            return
+        opened = await self._directory.lookup(checked.adapter_name, checked.adapter_version)
+        try:
+            yield opened
+        finally:
+            self._directory.release(opened)
+
+    async def _tokens(self, checked: GenerationRequest, opened: OpenedVersion | None) -> Sequence[int]:
+        prompt = checked.prompt
+        if isinstance(prompt, str):
+            return await self._run(self._tokenizer.encode, prompt)
+        if isinstance(prompt, ChatPrompt):
+            return await self._run(self._encode_chat, prompt, opened)
+        return prompt
+
+    def _encode_chat(self, prompt: ChatPrompt, opened: OpenedVersion | None) -> list[int]:
+        template = None if opened is None else self._adapter_tokenizers.chat_template(opened)
+        return self._tokenizer.encode_chat(prompt.messages, template)
+
+    def _submit(
+        self, checked: GenerationRequest, opened: OpenedVersion | None, prompt: Sequence[int], arrival_seconds: float
+    ) -> EngineRequest:
+        max_tokens = fit_max_tokens(checked, len(prompt), self._limits)
+        life = self._engine.life
+        version_id = None if opened is None else self._directory.hand_over(opened, life)
+        return life.submit(
+            Submit(
+                number=life.next_number(),
+                prompt_token_ids=list(prompt),
+                max_tokens=max_tokens,
+                arrival_seconds=arrival_seconds,
+                adapter_version_id=version_id,
+                min_tokens=checked.min_tokens,
+                stop_token_ids=checked.stop_token_ids,
+                logprobs=checked.logprobs,
+            )
+        )
+
+    async def _answer(
+        self, engine_request: EngineRequest, checked: GenerationRequest
+    ) -> AsyncIterator[pb.GenerateResponse]:
+        stop_token_ids = frozenset(checked.stop_token_ids)
+        detokenizer = self._tokenizer.detokenizer()
+        while True:
+            progress = await engine_request.read()
+            # A stop token ends the answer and is no part of its text.
+            text = detokenizer.push([token for token in progress.token_ids if token not in stop_token_ids])
+            if progress.finished is not None:
+                text += detokenizer.flush()
+            if progress.token_ids or text:
+                yield chunk_to_proto(text, progress.token_ids, progress.logprobs)
+            if progress.finished is not None:
+                yield finished_to_proto(progress.finished)
+                return
+
+    async def _run(self, function: Callable[..., _Result], *arguments: Any) -> _Result:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, function, *arguments)
+
+
+def _caller(context: _Context) -> str:
+    """Who calls: the authenticated identity, or without any the connection."""
+    identities = context.peer_identities()
+    return repr(sorted(identities)) if identities else str(context.peer())
