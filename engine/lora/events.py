@@ -1,0 +1,43 @@
+"""What the adapter store reports: steps of loading, with the moment of each by the monotonic clock."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class LayerHost:
+    """A layer's weights are in host memory and finite."""
+
+    version_id: int
+    layer: int
+    monotonic_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class LayerLanded:
+    """A layer's weights are on the device."""
+
+    version_id: int
+    layer: int
+    monotonic_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """All weights were read, and the file was the same before and after."""
+
+    version_id: int
+    monotonic_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class LoadFailed:
+    """The version cannot be served, now or later. What its users hold of it stays until they release it."""
+
+    version_id: int
+    message: str
+    monotonic_seconds: float
+
+
+StoreEvent = LayerHost | LayerLanded | Verified | LoadFailed

@@ -1,0 +1,62 @@
+"""The link to the device as a budget of bytes: copies of weights and the rows of CPU workers share it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+_SMOOTHING = 0.3
+
+
+class LinkThrottle:
+    """A link of ``bytes_per_second`` that carries one transfer after the other, or one without bound (None).
+
+    A token bucket that holds no burst: a transfer ends when those booked before it have ended and its own bytes have
+    gone through. Safe for use by several threads.
+    """
+
+    def __init__(self, bytes_per_second: float | None, clock: Callable[[], float] = time.monotonic) -> None:
+        if bytes_per_second is not None and bytes_per_second <= 0:
+            raise ValueError(f"bytes_per_second: must be greater than 0, is {bytes_per_second}")
+        self.bytes_per_second = bytes_per_second
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._free_seconds = clock()
+
+    def charge(self, copy_bytes: int) -> None:
+        """Book a transfer that somebody else carries out."""
+        self.book(copy_bytes)
+
+    def book(self, copy_bytes: int) -> float:
+        """Book a transfer behind those booked before; when it ends, in seconds of the clock. Does not wait."""
+        now = self._clock()
+        if self.bytes_per_second is None:
+            return now
+        with self._lock:
+            self._free_seconds = max(now, self._free_seconds) + copy_bytes / self.bytes_per_second
+            return self._free_seconds
+
+    def wait_until(self, end_seconds: float, stopped: threading.Event) -> None:
+        """Sleep until the clock shows ``end_seconds`` or ``stopped`` is set."""
+        while not stopped.is_set():
+            left_seconds = end_seconds - self._clock()
+            if left_seconds <= 0:
+                return
+            stopped.wait(left_seconds)
+
+
+class RateMeter:
+    """A measured rate in bytes per second, smoothed exponentially over what is observed."""
+
+    def __init__(self, assumed_bytes_per_second: float) -> None:
+        self._bytes_per_second = assumed_bytes_per_second
+
+    def observe(self, size_bytes: int, seconds: float) -> None:
+        """Take one transfer into account; one that took no measurable time says nothing."""
+        if size_bytes > 0 and seconds > 0:
+            self._bytes_per_second += _SMOOTHING * (size_bytes / seconds - self._bytes_per_second)
+
+    def seconds_for(self, size_bytes: int) -> float:
+        """How long ``size_bytes`` bytes will take."""
+        return size_bytes / self._bytes_per_second

@@ -1,0 +1,306 @@
+"""What moves an adapter's weights between disk, host memory and device, and owns the memory that they take.
+
+All state changes on the thread that calls the methods. A reader thread and a copy thread carry out jobs and report
+completions, which ``apply`` turns into changes of state. Pages and host bytes are given back only when no job refers to
+them: a copy that is dropped while one does is kept aside, off its adapter, until the last of them has ended.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from queue import Empty, SimpleQueue
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from segue.engine.lora.events import LayerHost, LayerLanded, LoadFailed, StoreEvent, Verified
+from segue.engine.lora.host_memory import HostExtents
+from segue.engine.lora.link import LinkThrottle, RateMeter
+from segue.engine.lora.states import Adapter, DeviceCopy, HostCopy, LayerState, ReadPhase
+from segue.engine.lora.transfer import (
+    Completion,
+    CopierThread,
+    CopyEnded,
+    CopyJob,
+    LayerRead,
+    ReadEnded,
+    ReaderThread,
+    ReadJob,
+    TransferOps,
+)
+from segue.engine.memory.pool import PagePool
+
+# Until the first transfers have been measured.
+_ASSUMED_READ_BYTES_PER_SECOND = 1e9
+_ASSUMED_COPY_BYTES_PER_SECOND = 10e9
+
+
+class HostStore(Protocol):
+    """The shared memory that holds the host copies: ``store`` is uint8 [bytes]."""
+
+    @property
+    def store(self) -> npt.NDArray[np.uint8]: ...
+
+    def allocate_store(self, stop_bytes: int) -> None:
+        """Make the bytes below ``stop_bytes`` touchable. Raises MemoryError."""
+
+
+class WeightMover:
+    """The host copies and device copies of all adapters, and the threads that fill them."""
+
+    def __init__(
+        self,
+        *,
+        memory: HostStore,
+        pool: PagePool,
+        chunk_elems: int,
+        link: LinkThrottle,
+        wake: Callable[[], None],
+        ops: TransferOps,
+    ) -> None:
+        self.extents = HostExtents(len(memory.store))
+        self._pool = pool
+        self._wake = wake
+        self._leaving_hosts: list[HostCopy] = []
+        self._leaving_devices: list[DeviceCopy] = []
+        self._reads: dict[ReadJob, tuple[Adapter, HostCopy]] = {}
+        self._copies: dict[CopyJob, tuple[Adapter, HostCopy, DeviceCopy]] = {}
+        self._events: list[StoreEvent] = []
+        self._read_rate = RateMeter(_ASSUMED_READ_BYTES_PER_SECOND)
+        self._copy_rate = RateMeter(link.bytes_per_second or _ASSUMED_COPY_BYTES_PER_SECOND)
+        self._completions: SimpleQueue[Completion] = SimpleQueue()
+        host = torch.from_numpy(memory.store)
+        self._reader = ReaderThread(
+            host=host,
+            make_touchable=memory.allocate_store,
+            dtype=pool.dtype,
+            read_into=ops.read_into,
+            report=self._report,
+        )
+        self._copier = CopierThread(
+            host=host, pool_layer=pool.layer, chunk_elems=chunk_elems, link=link, land=ops.land, report=self._report
+        )
+
+    @property
+    def leaving_pages(self) -> int:
+        """Pages of dropped device copies that a copy under way still refers to."""
+        return sum(len(device.pages) for device in self._leaving_devices)
+
+    @property
+    def leaving_offsets(self) -> list[int]:
+        """Extents of dropped host copies that a job under way still refers to."""
+        return [host.offset for host in self._leaving_hosts]
+
+    def apply_completed(self, touched: Callable[[Adapter], None]) -> tuple[StoreEvent, ...]:
+        """Apply what the threads have completed and return the events; ``touched`` is called whenever a job ended."""
+        while True:
+            try:
+                completion = self._completions.get_nowait()
+            except Empty:
+                break
+            match completion:
+                case LayerRead():
+                    self._on_layer_read(completion)
+                case ReadEnded():
+                    touched(self._on_read_ended(completion))
+                case CopyEnded():
+                    touched(self._on_copy_ended(completion))
+        events, self._events = tuple(self._events), []
+        return events
+
+    def start_read(self, adapter: Adapter, offset: int) -> None:
+        """Fill the extent at ``offset``, which the adapter's host copy owns from now on."""
+        job = ReadJob(
+            version_id=adapter.version_id,
+            descriptor=adapter.descriptor,
+            identity=adapter.manifest.identity,
+            plan=adapter.plan,
+            copy_offset=offset,
+        )
+        adapter.move_phase(ReadPhase.READING)
+        for layer in range(len(adapter.layers)):
+            adapter.move_layer(layer, LayerState.READING)
+        adapter.host = HostCopy(offset=offset, reader=job)
+        adapter.readers += 1
+        self._reads[job] = (adapter, adapter.host)
+        self._reader.put(job)
+
+    def enqueue_ready(self, adapter: Adapter) -> None:
+        """Start the copies of the layers that are in host memory, in order."""
+        host, device = adapter.host, adapter.device
+        if host is None or device is None or adapter.phase is ReadPhase.FAILED:
+            return
+        while device.enqueued < host.ready_layers:
+            layer = device.enqueued
+            job = CopyJob(
+                version_id=adapter.version_id,
+                layer=layer,
+                planned=adapter.plan.layers[layer],
+                layouts=adapter.layout.layers[layer],
+                copy_offset=host.offset,
+                page_table=device.page_table,
+                cancelled=device.cancelled,
+            )
+            adapter.move_layer(layer, LayerState.LANDING)
+            device.enqueued += 1
+            device.copies += 1
+            host.copies += 1
+            self._copies[job] = (adapter, host, device)
+            self._copier.put(job)
+
+    def drop_device(self, adapter: Adapter) -> None:
+        """Take the pages from the adapter; they are free when no copy under way refers to them."""
+        device = adapter.device
+        assert device is not None
+        adapter.device = None
+        device.cancelled.set()
+        for layer, state in enumerate(adapter.layers):
+            if state in (LayerState.LANDING, LayerState.LANDED):
+                adapter.move_layer(layer, LayerState.ABSENT if adapter.host is None else LayerState.HOST)
+        if device.copies:
+            self._leaving_devices.append(device)
+        else:
+            self._pool.free(device.pages)
+        if adapter.host is None and adapter.phase is ReadPhase.VERIFIED:
+            adapter.move_phase(ReadPhase.UNREAD)
+
+    def drop_host(self, adapter: Adapter) -> None:
+        """Take the host copy from the adapter, and with it a device copy that could not be completed without."""
+        host = adapter.host
+        assert host is not None
+        if adapter.device is not None and not adapter.is_device_complete:
+            self.drop_device(adapter)
+        adapter.host = None
+        adapter.evict_host_when_dropped = False
+        for layer, state in enumerate(adapter.layers):
+            if state in (LayerState.READING, LayerState.HOST):
+                adapter.move_layer(layer, LayerState.ABSENT)
+        if adapter.phase is ReadPhase.READING or (adapter.phase is ReadPhase.VERIFIED and adapter.device is None):
+            adapter.move_phase(ReadPhase.UNREAD)
+        if host.reader is not None:
+            host.reader.cancelled.set()
+        self._leaving_hosts.append(host)
+        self._free_if_left(host)
+
+    def bring_back_seconds(self, adapter: Adapter) -> float:
+        """How long the adapter would take to be on the device again, at the rates measured so far."""
+        copy_seconds = self._copy_rate.seconds_for(adapter.plan.host_bytes)
+        if adapter.host is not None:
+            return copy_seconds
+        return copy_seconds + self._read_rate.seconds_for(adapter.manifest.weight_bytes)
+
+    def close(self, adapters: Sequence[Adapter]) -> None:
+        """Stop both threads and give back every page and descriptor of ``adapters``, which are all there are."""
+        self._reader.close()
+        self._copier.close()
+        for adapter in adapters:
+            os.close(adapter.descriptor)
+            if adapter.device is not None:
+                self._pool.free(adapter.device.pages)
+        for device in self._leaving_devices:
+            self._pool.free(device.pages)
+        # The threads hold views of the shared memory, whose owner wants to unmap it.
+        del self._reader, self._copier
+
+    def check(self, adapters: Sequence[Adapter]) -> None:
+        """Raise AssertionError unless jobs, host bytes, pages and the copies of ``adapters``, all there are, agree."""
+        self.extents.check()
+        hosts = [adapter.host for adapter in adapters if adapter.host is not None]
+        for host in self._leaving_hosts:
+            assert host not in hosts, f"the host copy at {host.offset} is both used and dropped"
+            assert host.is_referenced, f"the host copy at {host.offset} should be gone"
+        hosts += self._leaving_hosts
+        assert sorted(host.offset for host in hosts) == sorted(self.extents.taken), "host copies and extents differ"
+        for adapter in adapters:
+            reads = sum(user is adapter for user, _ in self._reads.values())
+            assert reads == adapter.readers, f"version {adapter.version_id}: {reads} reads"
+            if adapter.host is not None:
+                assert self.extents.taken[adapter.host.offset] >= adapter.plan.host_bytes, "an extent is too small"
+        for host in hosts:
+            jobs = [job for job, (_, target) in self._reads.items() if target is host]
+            assert jobs == ([] if host.reader is None else [host.reader]), "read jobs and host copies differ"
+            copies = sum(source is host for _, source, _ in self._copies.values())
+            assert copies == host.copies, f"the host copy at {host.offset} has {copies} copy jobs"
+        self._check_pages([adapter.device for adapter in adapters if adapter.device is not None])
+
+    def _check_pages(self, devices: list[DeviceCopy]) -> None:
+        for device in self._leaving_devices:
+            assert device not in devices, f"the pages {device.pages} are both used and dropped"
+            assert device.copies > 0, f"the pages {device.pages} should be free"
+        devices += self._leaving_devices
+        pages = [page for device in devices for page in device.pages]
+        assert len(set(pages)) == len(pages), "a page is in two device copies"
+        owned = self._pool.owned()
+        for page in pages:
+            assert page in owned, f"page {page} is free and holds adapter weights"
+        for device in devices:
+            copies = sum(target is device for _, _, target in self._copies.values())
+            assert copies == device.copies, f"the pages {device.pages} have {copies} copy jobs"
+
+    def _report(self, completion: Completion) -> None:
+        self._completions.put(completion)
+        self._wake()
+
+    def _on_layer_read(self, done: LayerRead) -> None:
+        adapter, host = self._reads[done.job]
+        if adapter.host is host and adapter.phase is ReadPhase.READING:
+            adapter.move_layer(done.layer, LayerState.HOST)
+            host.ready_layers = done.layer + 1
+            self._events.append(LayerHost(adapter.version_id, done.layer, done.monotonic_seconds))
+            self.enqueue_ready(adapter)
+
+    def _on_read_ended(self, done: ReadEnded) -> Adapter:
+        adapter, host = self._reads.pop(done.job)
+        adapter.readers -= 1
+        host.reader = None
+        self._free_if_left(host)
+        if adapter.host is host and adapter.phase is ReadPhase.READING:
+            if done.failure is not None:
+                self._fail(adapter, done.failure, done.monotonic_seconds)
+            elif done.verified:
+                adapter.move_phase(ReadPhase.VERIFIED)
+                self._read_rate.observe(adapter.manifest.weight_bytes, done.seconds)
+                self._events.append(Verified(adapter.version_id, done.monotonic_seconds))
+        return adapter
+
+    def _on_copy_ended(self, done: CopyEnded) -> Adapter:
+        adapter, host, device = self._copies.pop(done.job)
+        layer = done.job.layer
+        host.copies -= 1
+        device.copies -= 1
+        self._free_if_left(host)
+        if adapter.device is not device:
+            if device.copies == 0:
+                self._leaving_devices.remove(device)
+                self._pool.free(device.pages)
+        elif done.landed:
+            adapter.move_layer(layer, LayerState.LANDED)
+            device.landed_seconds[layer] = done.monotonic_seconds
+            self._copy_rate.observe(done.job.planned.host_bytes, done.seconds)
+            self._events.append(LayerLanded(adapter.version_id, layer, done.monotonic_seconds))
+        else:
+            adapter.move_layer(layer, LayerState.HOST)
+            if done.failure is not None and adapter.phase is not ReadPhase.FAILED:
+                self._fail(adapter, done.failure, done.monotonic_seconds)
+        return adapter
+
+    def _fail(self, adapter: Adapter, message: str, seconds: float) -> None:
+        """Users keep what they hold until they release it; what is still under way is cancelled."""
+        adapter.move_phase(ReadPhase.FAILED)
+        adapter.failure = message
+        if adapter.host is not None and adapter.host.reader is not None:
+            adapter.host.reader.cancelled.set()
+        if adapter.device is not None:
+            adapter.device.cancelled.set()
+        for layer, state in enumerate(adapter.layers):
+            if state is LayerState.READING:
+                adapter.move_layer(layer, LayerState.ABSENT)
+        self._events.append(LoadFailed(adapter.version_id, message, seconds))
+
+    def _free_if_left(self, host: HostCopy) -> None:
+        if host in self._leaving_hosts and not host.is_referenced:
+            self._leaving_hosts.remove(host)
+            self.extents.free(host.offset)

@@ -1,0 +1,382 @@
+"""The adapter store: which adapter versions are known and where each of their layers is: disk, host memory, device.
+
+All state changes on the thread that calls the store's methods. A reader thread and a copy thread carry out jobs and
+report completions, which ``drain`` applies. Pages and host bytes are given back only when no job refers to them.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from bisect import bisect_left
+from collections.abc import Callable
+
+import torch
+
+from segue.engine.lora.events import LayerHost, LayerLanded, LoadFailed, StoreEvent, Verified
+from segue.engine.lora.host_plan import HostModule, HostPlan, host_modules
+from segue.engine.lora.link import LinkThrottle
+from segue.engine.lora.manifest import AdapterManifest
+from segue.engine.lora.mover import HostStore, WeightMover
+from segue.engine.lora.states import Adapter, DeviceCopy, DeviceLayer, HostLayer, LayerState, ReadPhase
+from segue.engine.lora.transfer import TransferOps
+from segue.engine.memory.adapter_layout import AdapterLayout
+from segue.engine.memory.pool import PagePool
+from segue.errors import AdapterRejectedError
+from segue.scheduler.eviction import EvictionCandidate, decayed
+from segue.types import Tier
+
+__all__ = [
+    "AdapterStore",
+    "DeviceLayer",
+    "HostLayer",
+    "HostModule",
+    "HostStore",
+    "LayerHost",
+    "LayerLanded",
+    "LayerState",
+    "LoadFailed",
+    "StoreEvent",
+    "TransferOps",
+    "Verified",
+]
+
+
+class AdapterStore:
+    """The adapter versions of one engine.
+
+    ``wake`` is called on one of the store's threads whenever ``drain`` has something to apply. ``link`` is throttled to
+    ``copy_bytes_per_second``; others may charge it too. An unknown version raises KeyError where nothing else is said.
+    """
+
+    def __init__(
+        self,
+        *,
+        memory: HostStore,
+        pool: PagePool,
+        chunk_elems: int,
+        wake: Callable[[], None],
+        copy_bytes_per_second: float | None = None,
+        ops: TransferOps | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.link = LinkThrottle(copy_bytes_per_second)
+        self._pool = pool
+        self._chunk_elems = chunk_elems
+        self._clock = clock
+        self._adapters: dict[int, Adapter] = {}
+        self._waiting: dict[int, Adapter] = {}
+        self._mover = WeightMover(
+            memory=memory, pool=pool, chunk_elems=chunk_elems, link=self.link, wake=wake, ops=ops or TransferOps()
+        )
+
+    # -- versions and their users ------------------------------------------------------------------------------------
+
+    def register(self, manifest: AdapterManifest, descriptor: int) -> None:
+        """Know a version by its open weights file, which the store owns from now on, whatever happens.
+
+        Raises AdapterRejectedError when it is larger than the whole host store, ValueError when it is known already or
+        of another number of layers than the pool.
+        """
+        try:
+            if manifest.version_id in self._adapters:
+                raise ValueError(f"adapter version {manifest.version_id} is known already")
+            if len(manifest.layers) != self._pool.layers:
+                raise ValueError(f"the adapter has {len(manifest.layers)} layers, the pool has {self._pool.layers}")
+            plan = HostPlan.of(manifest, self._pool.dtype.itemsize)
+            if plan.host_bytes > self._mover.extents.capacity_bytes:
+                raise AdapterRejectedError(
+                    f"the adapter's weights take {plan.host_bytes} bytes, "
+                    f"the host store has {self._mover.extents.capacity_bytes} in all"
+                )
+        except BaseException:
+            os.close(descriptor)
+            raise
+        self._adapters[manifest.version_id] = Adapter(
+            manifest=manifest,
+            descriptor=descriptor,
+            plan=plan,
+            layout=AdapterLayout.plan(manifest, page_elems=self._pool.page_elems, chunk_elems=self._chunk_elems),
+            layers=[LayerState.ABSENT] * len(manifest.layers),
+            last_used_seconds=self._clock(),
+        )
+
+    def close_version(self, version_id: int) -> None:
+        """Forget a version as soon as it has no users.
+
+        An unknown version is no error: one that failed is forgotten by itself when it has no users.
+        """
+        adapter = self._adapters.get(version_id)
+        if adapter is not None:
+            adapter.closed = True
+            self._settle(adapter)
+
+    def acquire(self, version_id: int) -> None:
+        """Count a user. Raises AdapterRejectedError when the version has failed."""
+        adapter = self._adapters[version_id]
+        self._refuse_failed(adapter)
+        now = self._clock()
+        adapter.recent_uses = decayed(adapter.recent_uses, now - adapter.last_used_seconds) + 1.0
+        adapter.last_used_seconds = now
+        adapter.users += 1
+
+    def release(self, version_id: int) -> None:
+        """A user has ended. Raises ValueError when there is none."""
+        adapter = self._adapters[version_id]
+        if adapter.users == 0:
+            raise ValueError(f"adapter version {version_id} has no users")
+        adapter.users -= 1
+        now = self._clock()
+        adapter.recent_uses = decayed(adapter.recent_uses, now - adapter.last_used_seconds)
+        adapter.last_used_seconds = now
+        if adapter.users == 0 and adapter.phase is ReadPhase.WAITING and adapter.device is None:
+            self._stop_waiting(adapter)
+        self._settle(adapter)
+
+    def users(self, version_id: int) -> int:
+        """How many users hold the version; 0 for an unknown one."""
+        adapter = self._adapters.get(version_id)
+        return 0 if adapter is None else adapter.users
+
+    # -- loading -----------------------------------------------------------------------------------------------------
+
+    def start_load(self, version_id: int) -> None:
+        """Bring the version to host memory, layer by layer in order. Does nothing when it is there or on the device.
+
+        Waits for room if need be. Raises AdapterRejectedError when the version has failed.
+        """
+        adapter = self._adapters[version_id]
+        self._refuse_failed(adapter)
+        if adapter.phase is ReadPhase.UNREAD:
+            adapter.move_phase(ReadPhase.WAITING)
+            adapter.evict_host_when_dropped = False
+            self._waiting[version_id] = adapter
+            self._start_waiting()
+
+    def start_copy(self, version_id: int, pages: tuple[int, ...]) -> None:
+        """Copy each layer to ``pages`` once it is in host memory, in order; loads it if need be.
+
+        The store owns the pages from now on. Raises AdapterRejectedError when the version has failed and ValueError
+        for a wrong number of pages or a version that has its pages; the pages are the caller's then.
+        """
+        adapter = self._adapters[version_id]
+        self._refuse_failed(adapter)
+        if adapter.device is not None:
+            raise ValueError(f"adapter version {version_id} has its pages")
+        if len(pages) != adapter.layout.pages:
+            raise ValueError(f"adapter version {version_id} needs {adapter.layout.pages} pages, not {len(pages)}")
+        adapter.device = DeviceCopy(
+            pages=pages,
+            page_table=torch.tensor(pages, dtype=torch.int64, device=self._pool.data.device),
+            landed_seconds=[None] * len(adapter.layers),
+        )
+        adapter.evict_host_when_dropped = False
+        self.start_load(version_id)
+        self._mover.enqueue_ready(adapter)
+        self._start_waiting()
+
+    def drain(self) -> tuple[StoreEvent, ...]:
+        """Apply what the threads have completed; the events since the last call, in order."""
+        events = self._mover.apply_completed(self._settle)
+        self._start_waiting()
+        return events
+
+    # -- what is where -----------------------------------------------------------------------------------------------
+
+    @property
+    def host_free_bytes(self) -> int:
+        """Bytes of the host store in no host copy."""
+        return self._mover.extents.free_bytes
+
+    @property
+    def device_pages_held(self) -> int:
+        """Pages of the pool that the store owns, those of evicted adapters with a copy under way among them."""
+        copies = [adapter.device for adapter in self._adapters.values() if adapter.device is not None]
+        return sum(len(device.pages) for device in copies) + self._mover.leaving_pages
+
+    def device_pages(self, version_id: int) -> int:
+        """How many pages the version takes on the device."""
+        return self._adapters[version_id].layout.pages
+
+    def has_pages(self, version_id: int) -> bool:
+        """Whether the version has been given its pages."""
+        return self._adapters[version_id].device is not None
+
+    def layer_state(self, version_id: int, layer: int) -> LayerState:
+        """Where a layer is."""
+        return self._adapters[version_id].layers[layer]
+
+    def is_in_host(self, version_id: int, layer: int) -> bool:
+        """Whether a layer is in host memory; it may be on the device as well."""
+        host = self._adapters[version_id].host
+        return host is not None and layer < host.ready_layers
+
+    def is_landed(self, version_id: int) -> bool:
+        """Whether all layers are on the device."""
+        device = self._adapters[version_id].device
+        return device is not None and device.is_complete
+
+    def is_verified(self, version_id: int) -> bool:
+        """Whether what is in host memory or on the device is known to be the whole, unchanged version."""
+        return self._adapters[version_id].phase is ReadPhase.VERIFIED
+
+    def landed_seconds(self, version_id: int) -> tuple[float | None, ...]:
+        """When each layer landed, by the monotonic clock; None where it has not."""
+        adapter = self._adapters[version_id]
+        return (None,) * len(adapter.layers) if adapter.device is None else tuple(adapter.device.landed_seconds)
+
+    def tier(self, version_id: int) -> Tier:
+        """The nearest place that has all layers."""
+        adapter = self._adapters[version_id]
+        if self.is_landed(version_id):
+            return Tier.DEVICE
+        complete = adapter.host is not None and adapter.host.ready_layers == len(adapter.layers)
+        return Tier.HOST if complete else Tier.DISK
+
+    def device_view(self, version_id: int, layer: int) -> DeviceLayer:
+        """A layer's pages and matrices on the device. Raises ValueError unless it has landed."""
+        adapter = self._adapters[version_id]
+        if adapter.device is None or adapter.layers[layer] is not LayerState.LANDED:
+            raise ValueError(f"layer {layer} of adapter version {version_id} is not on the device")
+        return DeviceLayer(adapter.device.page_table, adapter.layout.layers[layer])
+
+    def host_view(self, version_id: int, layer: int) -> HostLayer:
+        """A layer's matrices in the host store. Raises ValueError unless it is there."""
+        adapter = self._adapters[version_id]
+        if adapter.host is None or not self.is_in_host(version_id, layer):
+            raise ValueError(f"layer {layer} of adapter version {version_id} is not in host memory")
+        return HostLayer(tuple(host_modules(adapter.plan.layers[layer], adapter.host.offset)))
+
+    def hold_host(self, version_id: int) -> None:
+        """Count a reader of the host copy, which then stays until ``drop_host``. Raises ValueError if there is none."""
+        host = self._adapters[version_id].host
+        if host is None:
+            raise ValueError(f"adapter version {version_id} is not in host memory")
+        host.holds += 1
+
+    def drop_host(self, version_id: int) -> None:
+        """A reader of the host copy has ended. Raises ValueError when there is none."""
+        adapter = self._adapters[version_id]
+        if adapter.host is None or adapter.host.holds == 0:
+            raise ValueError(f"the host copy of adapter version {version_id} is not held")
+        adapter.host.holds -= 1
+        self._settle(adapter)
+
+    # -- evicting ----------------------------------------------------------------------------------------------------
+
+    def evictable(self) -> tuple[EvictionCandidate, ...]:
+        """The versions whose pages are free as soon as they are evicted: no copy refers to them.
+
+        Their ``users`` count those that only wait, too; the caller knows which of them have been admitted.
+        """
+        now = self._clock()
+        return tuple(
+            EvictionCandidate(
+                version_id=adapter.version_id,
+                pages=len(adapter.device.pages),
+                bring_back_seconds=self._mover.bring_back_seconds(adapter),
+                recent_uses=adapter.recent_uses,
+                idle_seconds=now - adapter.last_used_seconds,
+                users=adapter.users,
+            )
+            for adapter in self._adapters.values()
+            if adapter.device is not None and adapter.device.copies == 0
+        )
+
+    def evict_device(self, version_id: int) -> None:
+        """Give the version's pages back, each as soon as no copy refers to it; no pass may refer to them any more."""
+        adapter = self._adapters.get(version_id)
+        if adapter is not None and adapter.device is not None:
+            self._mover.drop_device(adapter)
+            self._settle(adapter)
+
+    def evict_host(self, version_id: int) -> None:
+        """Give the version's host bytes back as soon as nothing reads them, and an incomplete device copy with them."""
+        adapter = self._adapters.get(version_id)
+        if adapter is None:
+            return
+        if adapter.phase is ReadPhase.WAITING:
+            if adapter.device is not None:
+                self._mover.drop_device(adapter)
+            self._stop_waiting(adapter)
+        adapter.evict_host_when_dropped = adapter.host is not None
+        self._settle(adapter)
+
+    def close(self) -> None:
+        """Stop both threads and give back every page, byte and descriptor."""
+        self._mover.close(tuple(self._adapters.values()))
+        self._adapters.clear()
+        self._waiting.clear()
+
+    def check(self) -> None:
+        """Raise AssertionError unless states, counts, host bytes and pages all agree."""
+        for adapter in self._adapters.values():
+            adapter.check()
+            waits = adapter.version_id in self._waiting
+            assert waits == (adapter.phase is ReadPhase.WAITING), f"version {adapter.version_id}: {adapter.phase}"
+        self._mover.check(tuple(self._adapters.values()))
+
+    def _settle(self, adapter: Adapter) -> None:
+        """Carry out what had to wait until a user, a hold or a job ended."""
+        is_held = adapter.host is not None and adapter.host.holds > 0
+        leaves = adapter.users == 0 and (adapter.closed or adapter.phase is ReadPhase.FAILED)
+        if leaves and adapter.phase is ReadPhase.WAITING:
+            self._stop_waiting(adapter)
+        if leaves and adapter.device is not None:
+            self._mover.drop_device(adapter)
+        if adapter.host is not None and not is_held and (leaves or adapter.evict_host_when_dropped):
+            self._mover.drop_host(adapter)
+        if leaves and adapter.host is None and adapter.readers == 0 and adapter.version_id in self._adapters:
+            os.close(adapter.descriptor)
+            del self._adapters[adapter.version_id]
+
+    # -- room in the host store --------------------------------------------------------------------------------------
+
+    def _stop_waiting(self, adapter: Adapter) -> None:
+        del self._waiting[adapter.version_id]
+        adapter.move_phase(ReadPhase.UNREAD)
+
+    def _start_waiting(self) -> None:
+        """Start the reads for which there is room: those that passes depend on first, then in order of arrival."""
+        for adapter in sorted(self._waiting.values(), key=lambda each: each.device is None):
+            offset = self._make_room(adapter)
+            if offset is None:
+                return
+            del self._waiting[adapter.version_id]
+            self._mover.start_read(adapter, offset)
+
+    def _make_room(self, adapter: Adapter) -> int | None:
+        """The offset of an extent for the adapter; evicts as many unused host copies as that takes, oldest first."""
+        size = adapter.plan.host_bytes
+        offset = self._mover.extents.allocate(size)
+        if offset is not None:
+            return offset
+        leaving = self._mover.leaving_offsets
+        victims = self._host_victims(adapter)
+        offsets = [victim.host.offset for victim in victims if victim.host is not None]
+        count = bisect_left(
+            range(len(victims) + 1),
+            True,
+            key=lambda taken: self._mover.extents.fits_without(size, [*leaving, *offsets[:taken]]),
+        )
+        if count > len(victims):
+            return None
+        for victim in victims[:count]:
+            self._mover.drop_host(victim)
+        return self._mover.extents.allocate(size)
+
+    def _host_victims(self, adapter: Adapter) -> list[Adapter]:
+        """Versions whose host copy may go for this one. What a queued request will need goes last, and only for one
+        that a pass depends on: else two that wait could take each other's bytes for ever."""
+        victims = [
+            other
+            for other in self._adapters.values()
+            if other.host is not None
+            and not other.needs_host
+            and (adapter.device is not None or other.users == 0 or other.device is not None)
+        ]
+        return sorted(victims, key=lambda other: (other.users > 0 and other.device is None, other.last_used_seconds))
+
+    def _refuse_failed(self, adapter: Adapter) -> None:
+        if adapter.phase is ReadPhase.FAILED:
+            raise AdapterRejectedError(adapter.failure)
