@@ -18,7 +18,7 @@ class EvictionCandidate:
     """An adapter version that holds pages.
 
     ``recent_uses`` counts its uses with exponential decay, as of its last use, which was ``idle_seconds`` ago.
-    ``in_use``: a request that has been admitted, or a step in flight, refers to its pages.
+    ``users`` requests refer to its pages now.
     """
 
     version_id: int
@@ -26,7 +26,7 @@ class EvictionCandidate:
     bring_back_seconds: float
     recent_uses: float
     idle_seconds: float
-    in_use: bool = False
+    users: int = 0
 
 
 def decayed(amount: float, seconds: float, half_life_seconds: float = DEFAULT_HALF_LIFE_SECONDS) -> float:
@@ -56,7 +56,7 @@ def choose_victims(
     costs = {
         candidate: eviction_cost(candidate, half_life_seconds)
         for candidate in candidates
-        if not candidate.in_use and candidate.pages > 0
+        if candidate.users == 0 and candidate.pages > 0
     }
     if sum(candidate.pages for candidate in costs) < needed:
         return ()

@@ -39,7 +39,7 @@ def test_a_large_adapter_goes_before_a_small_one_of_the_same_cost() -> None:
 
 
 def test_what_is_in_use_is_never_chosen() -> None:
-    used = replace(PLAIN, version_id=2, in_use=True, recent_uses=0.0)
+    used = replace(PLAIN, version_id=2, users=1, recent_uses=0.0)
     assert choose_victims([used, PLAIN], 4) == (1,)
     assert choose_victims([used, PLAIN], 5) == ()
 
