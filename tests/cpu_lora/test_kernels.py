@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from segue.cpu_lora.kernels import MAX_RANK, ROW_TILE, Scratch, delta_of, lora_delta, reference_delta
+from segue.cpu_lora.kernels import ROW_TILE, Scratch, delta_of, lora_delta, reference_delta
+from segue.cpu_lora.layout import MAX_RANK
 
 RANKS = (1, 2, 3, 7, 8, 16, 24, 31, 64, 128, 256)
 TOKENS = (1, 2, 3, 5, 63, 129)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 import threading
@@ -76,10 +77,10 @@ def test_16_bit_rows_and_weights(start_rig: StartRig, dtype: str) -> None:
     x, a, b = (rng.integers(-2, 3, shape).astype(np.float32) for shape in ((21, 64), (8, 64), (48, 8)))
     exact = (x @ a.T) @ b.T  # integers up to 2,048, which both formats round
 
-    def narrow(values: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
+    def narrow(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
         if dtype == "float16":
             return values.astype(np.float16)
-        bits = values.view(np.uint32).astype(np.uint64)
+        bits = values.astype(np.float32).view(np.uint32).astype(np.uint64)
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
     adapter = Adapter(a=narrow(a), b=narrow(b), a_offset_bytes=rig.put(narrow(a)), b_offset_bytes=rig.put(narrow(b)),
@@ -252,13 +253,7 @@ def test_without_workers_nothing_is_accepted(start_rig: StartRig) -> None:
 def test_pool_refuses_memory_of_another_shape(start_rig: StartRig) -> None:
     rig = start_rig(workers=0)
     with pytest.raises(ValueError, match="laid out for 0 workers and 16 slots"):
-        WorkerPool(_with_workers(rig), rig.memory)
-
-
-def _with_workers(rig: Rig) -> Any:
-    import dataclasses
-
-    return dataclasses.replace(rig.pool.config, workers=3)
+        WorkerPool(dataclasses.replace(rig.pool.config, workers=3), rig.memory)
 
 
 def test_close_answers_what_is_unfinished(start_rig: StartRig) -> None:
