@@ -47,7 +47,7 @@ class ByteLevelDetokenizer:
 
 
 class WindowDetokenizer:
-    """For all other tokenizers. ``is_text`` says that a token is not special, ``is_byte`` that it stands for a byte."""
+    """For all other tokenizers. ``is_text`` says that a token has text, ``is_byte`` that it stands for a byte."""
 
     def __init__(
         self, decode: Callable[[list[int]], str], is_text: Callable[[int], bool], is_byte: Callable[[int], bool]
@@ -60,7 +60,7 @@ class WindowDetokenizer:
         self._pending: list[int] = []
 
     def push(self, token_ids: Sequence[int]) -> str:
-        # Special tokens are left out before decoding, as the tokenizer does, so that they separate nothing.
+        # Tokens without text are left out before decoding, as the tokenizer does, so that they separate nothing.
         self._pending += [token_id for token_id in token_ids if self._is_text(token_id)]
         if not self._pending or self._is_byte(self._pending[-1]):
             return ""
@@ -96,7 +96,8 @@ class DetokenizerFactory:
         return self._tokenizer.decode(token_ids, skip_special_tokens=True)
 
     def _is_text(self, token_id: int) -> bool:
-        return token_id not in self._special_ids
+        # A model's vocabulary may be larger than its tokenizer's.
+        return token_id not in self._special_ids and self._tokenizer.id_to_token(token_id) is not None
 
     def _is_byte(self, token_id: int) -> bool:
         token = self._tokenizer.id_to_token(token_id)
