@@ -101,7 +101,9 @@ def build_generate_request(prompt: Prompt, options: GenerateOptions) -> generati
         _assign(request, "priority", priority, "priority")
     if (slo := options.get("slo")) is not None:
         _set_slo(request.slo, slo)
-    _set_sampling(request.sampling, options)
+    sampling = _sampling(options)
+    if sampling.ListFields():
+        request.sampling.CopyFrom(sampling)
     return request
 
 
@@ -132,7 +134,8 @@ def _set_slo(message: generation_pb2.Slo, slo: SLO) -> None:
         message.on_miss = generation_pb2.ON_MISS_REJECT
 
 
-def _set_sampling(message: generation_pb2.SamplingParams, options: GenerateOptions) -> None:
+def _sampling(options: GenerateOptions) -> generation_pb2.SamplingParams:
+    message = generation_pb2.SamplingParams()
     values: Mapping[str, Any] = options
     for field in _SAMPLING_SCALARS:
         if (value := values.get(field)) is not None:
@@ -144,6 +147,7 @@ def _set_sampling(message: generation_pb2.SamplingParams, options: GenerateOptio
             message.logit_bias[token_id] = bias
         except (TypeError, ValueError) as error:
             raise InvalidRequestError.of("sampling.logit_bias", f"cannot hold {token_id!r}: {bias!r}") from error
+    return message
 
 
 class _Extendable(Protocol):

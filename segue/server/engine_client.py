@@ -113,5 +113,4 @@ class EngineClient:
     def _set_status(self, status: EngineStatus) -> None:
         if status is not self._status:
             self._status = status
-            _LOG.info("engine %s", status.value)
             self._on_status(status)

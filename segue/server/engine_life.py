@@ -143,6 +143,7 @@ class EngineLife:
             process.channel.send(Start(config))
             answer = await asyncio.wait_for(_first_message(process), start_seconds)
             if isinstance(answer, Ready):
+                _LOG.info("engine process %d serves", process.pid)
                 return cls(process, answer, on_version_failed)
             problem = answer.message if isinstance(answer, StartFailed) else "it does not speak this protocol"
         except TimeoutError:

@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from segue.cli.main import main
+from segue.cli.serve import server_table
+from segue.config import from_table
+from segue.server.config import ServerConfig
+from tests.server.rig import fake_engine_command
+
+CONFIG = """
+adapters_dir = "adapters"
+listen = "127.0.0.1:7000"
+drain_seconds = 5.0
+[engine]
+model_dir = "model"
+pages = 99
+cpu_workers = 3
+[engine.handoff]
+mode = "stream"
+[supervision]
+stop_seconds = 1.0
+"""
+
+SERVE_WITH_A_FAKE_ENGINE = """
+import sys
+from segue.cli.main import build_app
+from segue.server import app
+command = tuple(sys.argv[1].split())
+real = app.Server
+app.Server = lambda config: real(config, engine_command=command)
+build_app()(sys.argv[2:])
+"""
+
+
+def serve(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "segue", "serve", *arguments]
+    return subprocess.run(command, check=False, capture_output=True, text=True)
+
+
+def test_options_override_the_file(tmp_path: Path) -> None:
+    (tmp_path / "segue.toml").write_text(CONFIG)
+    import tomllib
+
+    table = tomllib.loads(CONFIG)
+    flags = {"adapters_dir": None, "listen": "0.0.0.0:1"}
+    merged = server_table(table, flags, {"model_dir": "other", "cpu_workers": 0, "device": None, "dtype": "bfloat16"})
+    config = from_table(ServerConfig, merged, where="x")
+    assert (config.adapters_dir, config.listen, config.drain_seconds) == ("adapters", "0.0.0.0:1", 5.0)
+    assert (config.engine.model_dir, config.engine.pages, config.engine.cpu_workers) == ("other", 99, 0)
+    assert (config.engine.dtype, config.engine.handoff.mode) == ("bfloat16", "stream")
+    assert config.supervision.stop_seconds == 1.0
+
+
+@pytest.mark.parametrize(
+    ("toml", "line"),
+    [
+        ("[engine]\nmodel_dir = 'x'\npages = 0\n", "segue: pages: must be greater than 0, is 0\n"),
+        ("[engine]\nmodel_dir = 'x'\npage = 1\n", "segue: {file}.engine.page: unknown; known are "),
+        ("[engine\n", "segue: {file}: "),
+        ("listen = 'x'\n[engine]\nmodel_dir = 'x'\n", "segue: listen: must be HOST:PORT, is 'x'\n"),
+        ("engine = 5\n", "segue: engine: must be a table\n"),
+        ("", "segue: which model? "),
+    ],
+)
+def test_a_wrong_configuration_is_one_line(tmp_path: Path, toml: str, line: str) -> None:
+    file = tmp_path / "segue.toml"
+    file.write_text(toml)
+    result = serve("--config", str(file), "--adapters", str(tmp_path))
+    assert result.returncode == 1
+    assert result.stderr.startswith(line.replace("{file}", str(file)))
+    assert result.stderr.count("\n") == 1
+
+
+def test_folders_that_are_not_there_are_one_line(model_dir: Path, tmp_path: Path) -> None:
+    no_model = serve("--model", str(tmp_path / "none"), "--adapters", str(tmp_path))
+    assert (no_model.returncode, no_model.stderr.count("\n")) == (1, 1)
+    assert str(tmp_path / "none") in no_model.stderr
+    no_adapters = serve("--model", str(model_dir), "--adapters", str(tmp_path / "none"))
+    assert no_adapters.stderr == f"segue: adapters: {tmp_path / 'none'} is not a folder\n"
+    assert no_adapters.returncode == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_serve_until_a_signal(model_dir: Path, tmp_path: Path, number: signal.Signals) -> None:
+    log = tmp_path / "engine.log"
+    arguments = ["serve", "--model", str(model_dir), "--adapters", str(tmp_path), "--listen", "127.0.0.1:0"]
+    fake_engine = " ".join(fake_engine_command(log))
+    process = subprocess.Popen(
+        [sys.executable, "-c", SERVE_WITH_A_FAKE_ENGINE, fake_engine, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        line = process.stdout.readline()
+        assert line.startswith("serving on 127.0.0.1:"), process.stderr.read()
+        port = line.rpartition(":")[2].strip()
+        told = subprocess.run(
+            [sys.executable, "-m", "segue", "info", "--server", f"127.0.0.1:{port}"],
+            check=True,
+            capture_output=True,
+            text=True,
+        )
+        assert "model" in told.stdout
+        process.send_signal(number)
+        assert process.wait(20) == 0
+        assert "Traceback" not in process.stderr.read()
+    assert '"message": "Shutdown"' in log.read_text()
+
+
+def test_without_typer_the_command_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "typer", None)
+    for name in [name for name in sys.modules if name.startswith("segue.cli.") and name != "segue.cli.main"]:
+        monkeypatch.delitem(sys.modules, name)
+    assert main() == 1
+    assert capsys.readouterr().err == "segue: the command line needs more packages: pip install 'segue[server]'\n"
