@@ -38,8 +38,7 @@ from segue.types import (
 )
 
 if TYPE_CHECKING:
-    from segue.client.client import Client
-    from segue.client.stream import GenerateStream
+    from segue.client import Client, GenerateStream
 
 __all__ = [
     "SLO",
@@ -77,12 +76,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Load the client, and with it gRPC, at its first use: every process of Segue imports this package."""
-    if name == "Client":
-        from segue.client.client import Client
+    if name in ("Client", "GenerateStream"):
+        from segue import client
 
-        return Client
-    if name == "GenerateStream":
-        from segue.client.stream import GenerateStream
-
-        return GenerateStream
+        return getattr(client, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

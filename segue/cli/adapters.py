@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from segue.cli.common import DEFAULT_SERVER, ServerOption, one_line_errors
-from segue.client.client import Client
+from segue.client import Client
 from segue.types import AdapterInfo
 
 _NameArgument = Annotated[str, typer.Argument(help="The adapter's name.")]

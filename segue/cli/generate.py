@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from segue.cli.common import DEFAULT_SERVER, ServerOption, one_line_errors
-from segue.client.client import Client
+from segue.client import Client
 from segue.types import Message, Reply, Tier
 
 

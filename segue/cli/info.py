@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from segue.cli.common import DEFAULT_SERVER, ServerOption, one_line_errors
-from segue.client.client import Client
+from segue.client import Client
 
 
 def register(app: typer.Typer) -> None:

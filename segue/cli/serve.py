@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
@@ -50,6 +51,9 @@ def serve(
     config: Annotated[
         Path | None, typer.Option(metavar="FILE.toml", help="The server's configuration; options override it.")
     ] = None,
+    address_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write HOST:PORT here once the server serves.")
+    ] = None,
 ) -> None:
     """Serve a base model and its adapters over gRPC until SIGTERM or Ctrl-C."""
     with one_line_errors():
@@ -62,7 +66,7 @@ def serve(
             "cpu_workers": cpu_workers,
         }
         merged = server_table(table, flags, engine_flags)
-        run_server(merged, where="serve" if config is None else str(config))
+        run_server(merged, where="serve" if config is None else str(config), address_file=address_file)
 
 
 def server_table(table: Mapping[str, Any], flags: Mapping[str, Any], engine_flags: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,7 +86,7 @@ def server_table(table: Mapping[str, Any], flags: Mapping[str, Any], engine_flag
     return merged
 
 
-def run_server(table: Mapping[str, Any], *, where: str) -> None:
+def run_server(table: Mapping[str, Any], *, where: str, address_file: Path | None) -> None:
     """Serve as ``table`` says until SIGTERM or SIGINT. Raises ConfigError or UserError."""
     from segue.server.app import ServerStartError
     from segue.server.app import serve as serve_until_told
@@ -90,8 +94,21 @@ def run_server(table: Mapping[str, Any], *, where: str) -> None:
 
     config = from_table(ServerConfig, table, where=where)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    host = config.listen.rpartition(":")[0]
+
+    def announce(port: int) -> None:
+        address = f"{config.listen.rpartition(':')[0]}:{port}"
+        if address_file is not None:
+            _write_whole(address_file, f"{address}\n")
+        typer.echo(f"serving on {address}")
+
     try:
-        asyncio.run(serve_until_told(config, on_serving=lambda port: typer.echo(f"serving on {host}:{port}")))
+        asyncio.run(serve_until_told(config, on_serving=announce))
     except ServerStartError as error:
         raise UserError(str(error)) from error
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file that its readers see whole or not at all."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(text)
+    draft.replace(path)

@@ -1,17 +1,22 @@
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from segue.cli.main import main
 from segue.cli.serve import server_table
 from segue.config import from_table
 from segue.server.config import ServerConfig
-from tests.server.rig import fake_engine_command
+from tests.server.rig import fake_engine_command, wait_until
 
 CONFIG = """
 adapters_dir = "adapters"
@@ -43,10 +48,7 @@ def serve(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, check=False, capture_output=True, text=True)
 
 
-def test_options_override_the_file(tmp_path: Path) -> None:
-    (tmp_path / "segue.toml").write_text(CONFIG)
-    import tomllib
-
+def test_options_override_the_file() -> None:
     table = tomllib.loads(CONFIG)
     flags = {"adapters_dir": None, "listen": "0.0.0.0:1"}
     merged = server_table(table, flags, {"model_dir": "other", "cpu_workers": 0, "device": None, "dtype": "bfloat16"})
@@ -86,32 +88,35 @@ def test_folders_that_are_not_there_are_one_line(model_dir: Path, tmp_path: Path
     assert no_adapters.returncode == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_serve_until_a_signal(model_dir: Path, tmp_path: Path, number: signal.Signals) -> None:
-    log = tmp_path / "engine.log"
-    arguments = ["serve", "--model", str(model_dir), "--adapters", str(tmp_path), "--listen", "127.0.0.1:0"]
-    fake_engine = " ".join(fake_engine_command(log))
-    process = subprocess.Popen(
-        [sys.executable, "-c", SERVE_WITH_A_FAKE_ENGINE, fake_engine, *arguments],
+@contextmanager
+def serving(model_dir: Path, adapters_dir: Path, log: Path, *more: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """``segue serve`` with a FakeEngine, and its port."""
+    arguments = ["serve", *more, "--model", str(model_dir), "--adapters", str(adapters_dir), "--listen", "127.0.0.1:0"]
+    with subprocess.Popen(
+        [sys.executable, "-c", SERVE_WITH_A_FAKE_ENGINE, " ".join(fake_engine_command(log)), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-    )
-    with process:
+    ) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         line = process.stdout.readline()
         assert line.startswith("serving on 127.0.0.1:"), process.stderr.read()
-        port = line.rpartition(":")[2].strip()
-        told = subprocess.run(
-            [sys.executable, "-m", "segue", "info", "--server", f"127.0.0.1:{port}"],
-            check=True,
-            capture_output=True,
-            text=True,
-        )
+        yield process, line.rpartition(":")[2].strip()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_serve_until_a_signal(model_dir: Path, tmp_path: Path, number: signal.Signals) -> None:
+    log = tmp_path / "engine.log"
+    address_file = tmp_path / "address"
+    with serving(model_dir, tmp_path, log, "--address-file", str(address_file)) as (process, port):
+        assert address_file.read_text() == f"127.0.0.1:{port}\n"
+        command = [sys.executable, "-m", "segue", "info", "--server", f"127.0.0.1:{port}"]
+        told = subprocess.run(command, check=True, capture_output=True, text=True)
         assert "model" in told.stdout
         process.send_signal(number)
         assert process.wait(20) == 0
+        assert process.stderr is not None
         assert "Traceback" not in process.stderr.read()
     assert '"message": "Shutdown"' in log.read_text()
 
@@ -124,3 +129,13 @@ def test_without_typer_the_command_says_what_to_install(
         monkeypatch.delitem(sys.modules, name)
     assert main() == 1
     assert capsys.readouterr().err == "segue: the command line needs more packages: pip install 'segue[server]'\n"
+
+
+def test_a_server_that_is_killed_takes_its_engine_along(model_dir: Path, tmp_path: Path) -> None:
+    log = tmp_path / "engine.log"
+    with serving(model_dir, tmp_path, log) as (process, _):
+        engine_pid = json.loads(log.read_text().splitlines()[0])["pid"]
+        assert psutil.pid_exists(engine_pid)
+        process.kill()
+        process.wait()
+        wait_until(lambda: not psutil.pid_exists(engine_pid), "the engine ends with its server")

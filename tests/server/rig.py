@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import sys
 import threading
@@ -189,6 +190,7 @@ def running_server(
     chat_template: str | None = CHAT_TEMPLATE,
     step_seconds: float = 0.002,
     start_seconds: float = 60.0,
+    drain_seconds: float = 0.0,
 ) -> Iterator[Rig]:
     """A server of the tiny model with the adapters "alpha" and "beta"."""
     model_dir = write_model(directory / "model", chat_template=chat_template)
@@ -198,7 +200,8 @@ def running_server(
     log = directory / "engine.log"
     log.touch()
     command = fake_engine_command(log, *engine_arguments, step_seconds=step_seconds)
-    server = loop.run(_make_server(server_config(model_dir, adapters_dir, start_seconds=start_seconds), command))
+    config = server_config(model_dir, adapters_dir, start_seconds=start_seconds)
+    server = loop.run(_make_server(dataclasses.replace(config, drain_seconds=drain_seconds), command))
     loop.run(server.start())
     rig = Rig(server, loop, adapters_dir, model_dir, log)
     try:

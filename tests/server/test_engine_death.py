@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+import threading
 from pathlib import Path
 
 import grpc
@@ -113,6 +114,20 @@ def test_stopping_the_server_leaves_no_process(loop: LoopThread, tmp_path: Path)
         assert rig.client().info().layers == 2
     assert len(rig.messages("Shutdown")) == 1
     assert not psutil.pid_exists(pid)
+
+
+def test_running_requests_end_before_the_server_stops(loop: LoopThread, tmp_path: Path) -> None:
+    with running_server(loop, tmp_path, step_seconds=0.02, drain_seconds=20.0) as rig:
+        stream = rig.client().generate([10, 20], max_tokens=40, stream=True)
+        next(stream)
+        stopping = threading.Thread(target=lambda: loop.run(rig.server.stop()))
+        stopping.start()
+        list(stream)
+        stopping.join()
+        assert stream.reply.usage.completion_tokens == 40
+        with pytest.raises(EngineUnavailableError):
+            rig.client().generate([10], timeout=5)
+    assert rig.messages("Cancel") == []
 
 
 def test_an_engine_that_does_not_stop_is_killed(loop: LoopThread, tmp_path: Path) -> None:
