@@ -154,7 +154,7 @@ class AdapterInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerInfo:
-    """What a server is and holds."""
+    """What a server is and holds. ``cpu_workers_ready`` counts the CPU LoRA workers that can take work now."""
 
     model: str
     device: str
@@ -166,5 +166,6 @@ class ServerInfo:
     page_tokens: int
     pages: int
     cpu_workers: int
+    cpu_workers_ready: int
     max_lora_rank: int
     copy_bytes_per_second: float | None = None

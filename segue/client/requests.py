@@ -286,6 +286,7 @@ def server_info(info: server_pb2.GetInfoResponse) -> ServerInfo:
         page_tokens=info.page_tokens,
         pages=info.pages,
         cpu_workers=info.cpu_workers,
+        cpu_workers_ready=info.cpu_workers_ready,
         max_lora_rank=info.max_lora_rank,
         copy_bytes_per_second=info.copy_bytes_per_second if info.HasField("copy_bytes_per_second") else None,
     )

@@ -43,7 +43,8 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
         self._stopping = stopping
 
     async def GetInfo(self, _request: pb.GetInfoRequest, _context: _Context) -> pb.GetInfoResponse:  # noqa: N802
-        ready = self._engine.life.ready
+        life = self._engine.life
+        ready, state = life.ready, await life.state()
         return pb.GetInfoResponse(
             model=self._model_name,
             device=ready.device,
@@ -57,6 +58,7 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
             cpu_workers=ready.cpu_workers,
             copy_bytes_per_second=self._config.copy_bytes_per_second,
             max_lora_rank=self._config.max_lora_rank,
+            cpu_workers_ready=state.cpu_workers_ready,
         )
 
     async def WatchState(  # noqa: N802

@@ -70,6 +70,7 @@ class GetInfoResponse(google.protobuf.message.Message):
     CPU_WORKERS_FIELD_NUMBER: builtins.int
     COPY_BYTES_PER_SECOND_FIELD_NUMBER: builtins.int
     MAX_LORA_RANK_FIELD_NUMBER: builtins.int
+    CPU_WORKERS_READY_FIELD_NUMBER: builtins.int
     model: builtins.str
     """The base model's name."""
     device: builtins.str
@@ -92,6 +93,8 @@ class GetInfoResponse(google.protobuf.message.Message):
     """The bound put on copies to the device, for tests and benchmarks. Absent: none."""
     max_lora_rank: builtins.int
     """The largest rank that an adapter may have."""
+    cpu_workers_ready: builtins.int
+    """How many of the CPU LoRA workers are ready for work now."""
     def __init__(
         self,
         *,
@@ -107,9 +110,10 @@ class GetInfoResponse(google.protobuf.message.Message):
         cpu_workers: builtins.int = ...,
         copy_bytes_per_second: builtins.float | None = ...,
         max_lora_rank: builtins.int = ...,
+        cpu_workers_ready: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_copy_bytes_per_second", b"_copy_bytes_per_second", "copy_bytes_per_second", b"copy_bytes_per_second"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_copy_bytes_per_second", b"_copy_bytes_per_second", "context_tokens", b"context_tokens", "copy_bytes_per_second", b"copy_bytes_per_second", "cpu_workers", b"cpu_workers", "device", b"device", "dtype", b"dtype", "layers", b"layers", "max_lora_rank", b"max_lora_rank", "model", b"model", "page_tokens", b"page_tokens", "pages", b"pages", "version", b"version", "vocab_size", b"vocab_size"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_copy_bytes_per_second", b"_copy_bytes_per_second", "context_tokens", b"context_tokens", "copy_bytes_per_second", b"copy_bytes_per_second", "cpu_workers", b"cpu_workers", "cpu_workers_ready", b"cpu_workers_ready", "device", b"device", "dtype", b"dtype", "layers", b"layers", "max_lora_rank", b"max_lora_rank", "model", b"model", "page_tokens", b"page_tokens", "pages", b"pages", "version", b"version", "vocab_size", b"vocab_size"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_copy_bytes_per_second", b"_copy_bytes_per_second"]) -> typing.Literal["copy_bytes_per_second"] | None: ...
 
 Global___GetInfoResponse: typing_extensions.TypeAlias = GetInfoResponse

@@ -25,6 +25,7 @@ def test_info(rig: Rig, client: Client) -> None:
         page_tokens=16,
         pages=64,
         cpu_workers=2,
+        cpu_workers_ready=2,
         max_lora_rank=64,
         copy_bytes_per_second=1e9,
     )
