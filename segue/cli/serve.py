@@ -88,11 +88,12 @@ def server_table(table: Mapping[str, Any], flags: Mapping[str, Any], engine_flag
 
 def run_server(table: Mapping[str, Any], *, where: str, address_file: Path | None) -> None:
     """Serve as ``table`` says until SIGTERM or SIGINT. Raises ConfigError or UserError."""
-    from segue.server.app import ServerStartError
-    from segue.server.app import serve as serve_until_told
     from segue.server.config import ServerConfig
 
     config = from_table(ServerConfig, table, where=where)
+    from segue.server.app import ServerStartError
+    from segue.server.app import serve as serve_until_told
+
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 
     def announce(port: int) -> None:
