@@ -202,8 +202,7 @@ class WeightMover:
                 self._pool.free(adapter.device.pages)
         for device in self._leaving_devices:
             self._pool.free(device.pages)
-        # The threads hold views of the shared memory, whose owner wants to unmap it.
-        del self._reader, self._copier
+        self._leaving_devices.clear()
 
     def check(self, adapters: Sequence[Adapter]) -> None:
         """Raise AssertionError unless jobs, host bytes, pages and the copies of ``adapters``, all there are, agree."""

@@ -303,7 +303,7 @@ class AdapterStore:
         self._settle(adapter)
 
     def close(self) -> None:
-        """Stop both threads and give back every page, byte and descriptor."""
+        """Stop both threads and give back every page, byte and descriptor. May be called twice."""
         self._mover.close(tuple(self._adapters.values()))
         self._adapters.clear()
         self._waiting.clear()

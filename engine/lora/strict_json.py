@@ -5,11 +5,18 @@ from __future__ import annotations
 import json
 from typing import Any
 
+_MAX_DIGITS = 400
+
 
 def parse_object(data: bytes) -> dict[str, Any]:
     """The JSON object that ``data`` (UTF-8) holds. Raises ValueError saying what is wrong."""
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
+        value = json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=_without_duplicates,
+            parse_constant=_refuse_constant,
+            parse_int=_bounded_int,
+        )
     except UnicodeDecodeError:
         raise ValueError("is not UTF-8") from None
     except json.JSONDecodeError as error:
@@ -35,6 +42,12 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
                 raise ValueError(f"has the key {quoted(key)} twice")
             seen.add(key)
     return result
+
+
+def _bounded_int(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError("holds a number of too many digits")
+    return int(digits)
 
 
 def _refuse_constant(name: str) -> Any:
