@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.engine.lora.store_rig import MakeRig, StoreRig
+
+
+@pytest.fixture
+def make_rig(tmp_path: Path) -> Iterator[MakeRig]:
+    """Builds rigs; at the end all that they held must have come back, descriptors and threads included."""
+    before = len(os.listdir("/proc/self/fd"))
+    rigs: list[StoreRig] = []
+
+    def make(**options: Any) -> StoreRig:
+        root = tmp_path / f"root{len(rigs)}"
+        root.mkdir()
+        rigs.append(StoreRig(root=root, **options))
+        return rigs[-1]
+
+    yield make
+    for rig in rigs:
+        rig.close()
+    assert len(os.listdir("/proc/self/fd")) == before, "a descriptor was left open"
+
+
+@pytest.fixture
+def rig(make_rig: MakeRig) -> StoreRig:
+    return make_rig()

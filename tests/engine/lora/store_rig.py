@@ -1,0 +1,236 @@
+"""An adapter store over small memories, with reads and copies that go only as far as a test lets them."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from segue.engine.lora.catalog import AdapterCatalog
+from segue.engine.lora.events import StoreEvent
+from segue.engine.lora.manifest import AdapterManifest, Projection
+from segue.engine.lora.store import AdapterStore, LayerState
+from segue.engine.lora.transfer import TransferOps, read_into
+from segue.engine.memory.adapter_layout import chunk_elems_for
+from segue.engine.memory.pool import PagePool
+from segue.gpu_kernels.landing import land_rows
+from segue.gpu_kernels.paged_lora import read_rows
+from tests.engine.lora.adapter_folders import MODEL, SmallModel, tensor_name, write_folder
+
+PATIENCE_SECONDS = 20.0
+
+
+class FakeGate:
+    """Lets operations pass one by one. Open at first; ``shut`` it, then ``allow`` some or ``open`` it again."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._allowed: int | None = None
+        self.waiting = 0
+
+    def shut(self) -> None:
+        with self._condition:
+            self._allowed = 0
+
+    def allow(self, count: int) -> None:
+        with self._condition:
+            assert self._allowed is not None
+            self._allowed += count
+            self._condition.notify_all()
+
+    def open(self) -> None:
+        with self._condition:
+            self._allowed = None
+            self._condition.notify_all()
+
+    def pass_through(self) -> None:
+        with self._condition:
+            self.waiting += 1
+            assert self._condition.wait_for(lambda: self._allowed is None or self._allowed > 0, PATIENCE_SECONDS)
+            self.waiting -= 1
+            if self._allowed is not None:
+                self._allowed -= 1
+
+
+class FakeSharedMemory:
+    """Plain memory in place of the memfd; records how far it was made touchable."""
+
+    def __init__(self, size_bytes: int) -> None:
+        self.store: npt.NDArray[np.uint8] = np.zeros(size_bytes, dtype=np.uint8)
+        self.touchable_bytes = 0
+
+    def allocate_store(self, stop_bytes: int) -> None:
+        self.touchable_bytes = max(self.touchable_bytes, stop_bytes)
+
+
+@dataclass(kw_only=True)
+class StoreRig:
+    """A store with its surroundings. ``reads`` and ``copies`` gate each tensor read and each matrix landed."""
+
+    root: Path
+    model: SmallModel = MODEL
+    host_bytes: int = 1 << 20
+    pages: int = 64
+    dtype: torch.dtype = torch.float32
+    copy_bytes_per_second: float | None = None
+    reads: FakeGate = field(default_factory=FakeGate)
+    copies: FakeGate = field(default_factory=FakeGate)
+    on_read: Callable[[], None] = lambda: None
+    on_land: Callable[[], None] = lambda: None
+    events: list[StoreEvent] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.wakes = threading.Event()
+        self.memory = FakeSharedMemory(self.host_bytes)
+        self.pool = PagePool(
+            layers=self.model.layers,
+            pages=self.pages,
+            page_tokens=4,
+            kv_heads=1,
+            head_dim=16,
+            dtype=self.dtype,
+            poison_freed=True,
+        )
+        self.chunk_elems = chunk_elems_for(self.pool.page_elems, self.model.projection_shapes())
+        self.store = AdapterStore(
+            memory=self.memory,
+            pool=self.pool,
+            chunk_elems=self.chunk_elems,
+            wake=self.wakes.set,
+            copy_bytes_per_second=self.copy_bytes_per_second,
+            ops=TransferOps(read_into=self._read, land=self._land),
+        )
+        self.capacity_bytes = self.store.host_free_bytes
+        self.catalog = AdapterCatalog(self.root, self.model, 256)
+
+    def add(self, name: str, tensors: dict[str, Tensor] | None = None, config: dict[str, object] | None = None) -> int:
+        """Write a folder unless it is there, open it, hand it to the store; its version id."""
+        if not (self.root / name).exists() or tensors is not None:
+            write_folder(self.root / name, tensors=tensors, config=config)
+        return self.hand_over(name).version_id
+
+    def hand_over(self, name: str) -> AdapterManifest:
+        with self.catalog.lookup(name) as opened:
+            assert opened.fileno is not None
+            self.store.register(opened.manifest, os.dup(opened.fileno))
+            opened.handed_over()
+            return opened.manifest
+
+    def start_copy(self, version_id: int) -> None:
+        self.store.start_copy(version_id, self.pool.allocate(self.store.device_pages(version_id), f"v{version_id}"))
+
+    def drain(self) -> tuple[StoreEvent, ...]:
+        """Drain once and check everything."""
+        events = self.store.drain()
+        self.events.extend(events)
+        self.check()
+        return events
+
+    def states(self, version_id: int) -> list[LayerState]:
+        """The state of every layer."""
+        return [self.store.layer_state(version_id, layer) for layer in range(self.model.layers)]
+
+    @property
+    def host_bytes_held(self) -> int:
+        return self.capacity_bytes - self.store.host_free_bytes
+
+    def check(self) -> None:
+        self.store.check()
+        self.pool.check()
+        assert self.pool.free_pages + self.store.device_pages_held == self.pool.pages
+
+    def drain_until(self, condition: Callable[[], bool]) -> None:
+        """Drain, checking after each time, until the condition holds."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            self.wakes.clear()
+            self.drain()
+            if condition():
+                return
+            assert time.monotonic() < deadline, "the condition never came to hold"
+            self.wakes.wait(0.5)
+
+    def wait_until_a_read_waits(self) -> None:
+        self._wait(lambda: self.reads.waiting > 0)
+
+    def wait_until_a_copy_waits(self) -> None:
+        self._wait(lambda: self.copies.waiting > 0)
+
+    def close(self) -> None:
+        """Open the gates, close, and make sure that everything came back."""
+        self.reads.open()
+        self.copies.open()
+        self.store.close()
+        self.pool.check()
+        assert self.pool.free_pages == self.pool.pages
+
+    def landed(self, version_id: int, layer: int) -> dict[tuple[Projection, str], Tensor]:
+        """A landed layer's matrices, read back from the pages as A [rank, in] and B [out, rank]."""
+        view = self.store.device_view(version_id, layer)
+        pages, matrices = self.pool.layer(layer), {}
+        for module in view.modules:
+            a = read_rows(pages, view.page_table, module.a_start, module.rank, module.in_features, self.chunk_elems)
+            b = read_rows(pages, view.page_table, module.b_start, module.rank, module.out_features, self.chunk_elems)
+            matrices[module.projection, "A"] = a
+            matrices[module.projection, "B"] = b.T
+        return matrices
+
+    def in_host(self, version_id: int, layer: int) -> dict[tuple[Projection, str], Tensor]:
+        """A layer's matrices in the host store."""
+        matrices = {}
+        store = torch.from_numpy(self.memory.store)
+        for module in self.store.host_view(version_id, layer).modules:
+            for matrix, offset, rows, columns in (
+                ("A", module.a_offset_bytes, module.rank, module.in_features),
+                ("B", module.b_offset_bytes, module.out_features, module.rank),
+            ):
+                size = rows * columns * self.dtype.itemsize
+                matrices[module.projection, matrix] = (
+                    store[offset : offset + size].view(self.dtype).view(rows, columns).clone()
+                )
+        return matrices
+
+    def _wait(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not condition():
+            assert time.monotonic() < deadline, "nothing waits at the gate"
+            time.sleep(0.001)
+
+    def _read(self, descriptor: int, buffer: memoryview, offset: int) -> int:
+        self.reads.pass_through()
+        self.on_read()
+        return read_into(descriptor, buffer, offset)
+
+    def _land(
+        self, source: Tensor, pool_layer: Tensor, page_table: Tensor, start: int, chunk_elems: int, *, transpose: bool
+    ) -> None:
+        self.copies.pass_through()
+        self.on_land()
+        land_rows(source, pool_layer, page_table, start, chunk_elems, transpose=transpose)
+
+
+def expected(tensors: dict[str, Tensor], layer: int, dtype: torch.dtype) -> dict[tuple[Projection, str], Tensor]:
+    """A layer's matrices out of a checkpoint's tensors."""
+    return {
+        (projection, matrix): tensors[name].to(dtype)
+        for projection in Projection
+        for matrix in "AB"
+        if (name := tensor_name(layer, projection, matrix)) in tensors
+    }
+
+
+def assert_same(found: dict[tuple[Projection, str], Tensor], wanted: dict[tuple[Projection, str], Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    for key, tensor in wanted.items():
+        assert torch.equal(found[key], tensor), key
+
+
+MakeRig = Callable[..., StoreRig]
