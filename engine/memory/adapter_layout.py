@@ -8,9 +8,8 @@ whole number of chunks, so that an aligned chunk never crosses a page.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import chain
 from math import gcd
 
 from segue.engine.lora.manifest import AdapterManifest, ModuleWeights, Projection
@@ -56,15 +55,14 @@ class AdapterLayout:
         )
 
 
-def chunk_elems_for(page_elems: int, projection_shapes: Mapping[Projection, tuple[int, int]]) -> int:
+def choose_chunk_elems(page_elems: int, feature_widths: Iterable[int]) -> int:
     """The chunk of a model: the largest power of two that divides the page and every feature width, 8 to 1024.
 
-    ``projection_shapes`` are (in_features, out_features). Widths with a smaller power of two have padded rows. Raises
-    ValueError when the page is not a multiple of 8.
+    Widths with a smaller power of two have padded rows. Raises ValueError when the page is not a multiple of 8.
     """
     if page_elems <= 0 or page_elems % MIN_CHUNK_ELEMS:
         raise ValueError(f"page_elems: must be a positive multiple of {MIN_CHUNK_ELEMS}, is {page_elems}")
-    common = gcd(page_elems, *chain.from_iterable(projection_shapes.values()))
+    common = gcd(page_elems, *feature_widths)
     power = common & -common
     return min(max(power, MIN_CHUNK_ELEMS), MAX_CHUNK_ELEMS)
 

@@ -19,7 +19,7 @@ from segue.engine.lora.events import StoreEvent
 from segue.engine.lora.manifest import AdapterManifest, Projection
 from segue.engine.lora.store import AdapterStore, LayerState
 from segue.engine.lora.transfer import TransferOps, read_into
-from segue.engine.memory.adapter_layout import chunk_elems_for
+from segue.engine.memory.adapter_layout import choose_chunk_elems
 from segue.engine.memory.pool import PagePool
 from segue.gpu_kernels.landing import land_rows
 from segue.gpu_kernels.paged_lora import read_rows
@@ -99,7 +99,9 @@ class StoreRig:
             dtype=self.dtype,
             poison_freed=True,
         )
-        self.chunk_elems = chunk_elems_for(self.pool.page_elems, self.model.projection_shapes())
+        self.chunk_elems = choose_chunk_elems(
+            self.pool.page_elems, {width for shape in self.model.projection_shapes().values() for width in shape}
+        )
         self.store = AdapterStore(
             memory=self.memory,
             pool=self.pool,
