@@ -163,9 +163,10 @@ def _bracket(scores: Tensor, weights: Tensor, target: Tensor, total: Tensor) -> 
         if not is_wide.any():
             break
         middle = (low + high) / 2
-        is_above = scores > middle
+        # As numbers once, since both uses would convert it; sums of ones are exact.
+        is_above = (scores > middle).to(weights.dtype)
         mass = _group_sums(weights * is_above).double().sum(-1, keepdim=True)
-        tokens = is_above.sum(-1, keepdim=True)
+        tokens = is_above.sum(-1, keepdim=True).long()
         # Where no token lies between low and middle, rounding must not make the bracket empty.
         is_reached = (mass >= target) | (tokens == above_low)
         raise_low, lower_high = is_wide & is_reached, is_wide & ~is_reached
