@@ -58,19 +58,16 @@ class DeviceWhenLanded:
 
 @dataclass(frozen=True, slots=True)
 class FixedHandover:
-    """The first ``cpu_layers`` layers on the CPU and the others on the device, whatever has landed.
+    """The first ``cpu_layers`` layers on the CPU although they may have landed, the others on the device.
 
-    Where CPU workers cannot serve, the layer waits for its weights like any other.
+    Where the CPU cannot serve, a layer waits for its weights like any other.
     """
 
     cpu_layers: int
 
     def choose(self, view: LayerView) -> LayerSource:
-        wants_cpu = view.layer < self.cpu_layers and view.cpu_allowed
-        if wants_cpu and view.cpu_possible:
+        if view.layer < self.cpu_layers and view.cpu_possible:
             return LayerSource.CPU
-        if wants_cpu and not view.in_host:
-            return LayerSource.WAIT
         return LayerSource.DEVICE if view.landed else LayerSource.WAIT
 
 

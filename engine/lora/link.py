@@ -23,10 +23,21 @@ class LinkThrottle:
         self._clock = clock
         self._lock = threading.Lock()
         self._free_seconds = clock()
+        self._rows_free_seconds = self._free_seconds
 
-    def charge(self, copy_bytes: int) -> None:
-        """Book a transfer that somebody else carries out."""
-        self.book(copy_bytes)
+    def book_rows(self, row_bytes: int) -> float:
+        """Book rows that CPU workers exchange; when they are through, in seconds of the clock. Does not wait.
+
+        They are small and go ahead of the copies, which end later by as much.
+        """
+        now = self._clock()
+        if self.bytes_per_second is None:
+            return now
+        with self._lock:
+            row_seconds = row_bytes / self.bytes_per_second
+            self._rows_free_seconds = max(now, self._rows_free_seconds) + row_seconds
+            self._free_seconds = max(now, self._free_seconds) + row_seconds
+            return self._rows_free_seconds
 
     def book(self, copy_bytes: int) -> float:
         """Book a transfer behind those booked before; when it ends, in seconds of the clock. Does not wait."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from enum import Enum
+from types import MappingProxyType
 from typing import Protocol
 
 from torch import Tensor
+
+from segue.engine.lora.manifest import Projection
 
 
 class LoraPoint(Enum):
@@ -16,6 +19,16 @@ class LoraPoint(Enum):
     O = "o"  # noqa: E741
     GATE_UP = "gate_up"  # [gate | up]
     DOWN = "down"
+
+
+POINT_PROJECTIONS: Mapping[LoraPoint, tuple[Projection, ...]] = MappingProxyType(
+    {
+        LoraPoint.QKV: (Projection.Q, Projection.K, Projection.V),
+        LoraPoint.O: (Projection.O,),
+        LoraPoint.GATE_UP: (Projection.GATE, Projection.UP),
+        LoraPoint.DOWN: (Projection.DOWN,),
+    }
+)
 
 
 class LoraHook(Protocol):

@@ -43,8 +43,8 @@ class FakeResidency:
                 version_id=version_id,
                 pages=self.needs[version_id],
                 bring_back_seconds=1.0,
+                recent_uses=1.0,
                 idle_seconds=1.0 + version_id,
-                uses=1,
             )
             for version_id in sorted(self.landed - self.in_use)
         ]

@@ -27,7 +27,7 @@ def test_transfers_go_through_one_after_the_other() -> None:
 def test_what_others_transfer_is_charged_to_the_same_link() -> None:
     clock = FakeClock()
     link = LinkThrottle(1000.0, clock)
-    link.charge(2000)
+    link.book(2000)
     assert link.book(500) == pytest.approx(102.5)
 
 
@@ -40,7 +40,7 @@ def test_an_idle_link_saves_nothing_up() -> None:
 
 def test_a_link_without_bound_never_waits() -> None:
     link = LinkThrottle(None, FakeClock())
-    link.charge(1 << 50)
+    link.book(1 << 50)
     assert link.book(1 << 50) == 100.0
 
 
@@ -66,3 +66,12 @@ def test_a_measured_rate_follows_what_is_observed() -> None:
     rate.observe(0, 1.0)
     rate.observe(10, 0.0)
     assert rate.seconds_for(4000) == pytest.approx(2.0, rel=0.01)
+
+
+def test_rows_go_ahead_of_copies_and_push_them_back() -> None:
+    clock = FakeClock()
+    link = LinkThrottle(1000.0, clock=clock)
+    assert link.book(5000) == 5.0
+    assert link.book_rows(1000) == 1.0
+    assert link.book_rows(500) == 1.5
+    assert link.book(1000) == 7.5

@@ -130,7 +130,7 @@ def test_the_throttle_spaces_the_landings_and_can_be_charged(make_rig: MakeRig) 
     rig.store.start_load(version)
     rig.drain_until(lambda: rig.store.is_verified(version))
     begin = time.monotonic()
-    rig.store.link.charge(20_000)
+    rig.store.link.book(20_000)
     rig.start_copy(version)
     rig.drain_until(lambda: rig.store.is_landed(version))
     layer_seconds = rig.host_bytes_held / MODEL.layers / 1e6

@@ -1,0 +1,96 @@
+"""A forward pass as an object that can rest: between layers, and wherever it waits for weights or deltas."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from enum import Enum
+
+from torch import Tensor
+
+from segue.cpu_lora import Job
+from segue.engine.lora.apply import Blocked, LoraApplier
+from segue.engine.lora.bridge import WorkerLostError
+from segue.engine.request import Request
+
+
+class PassState(Enum):
+    """RESTING can go on at once, BLOCKED waits for weights or deltas, DONE has logits, LOST lost a CPU worker."""
+
+    RESTING = "resting"
+    BLOCKED = "blocked"
+    DONE = "done"
+    LOST = "lost"
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRows:
+    """The rows of one request in a pass: its tokens ``start`` to ``start + count``."""
+
+    request: Request
+    start: int
+    count: int
+
+
+class ForwardPass:
+    """Rows of one or more requests on their way through the layers. Drive it inside ``torch.inference_mode()``.
+
+    ``run`` is the model's generator; it yields between layers and whenever ``applier`` is blocked, and returns logits
+    [len(rows), vocab], one row for the last token of each request's rows.
+    """
+
+    def __init__(
+        self,
+        rows: tuple[RequestRows, ...],
+        version_id: int | None,
+        applier: LoraApplier,
+        run: Generator[None, None, Tensor],
+    ) -> None:
+        """``version_id`` is the adapter that was still loading at the start, None for a warm pass."""
+        self.rows = rows
+        self.version_id = version_id
+        self.state = PassState.RESTING
+        self._applier = applier
+        self._run = run
+        self._logits: Tensor | None = None
+
+    @property
+    def logits(self) -> Tensor:
+        """float32 [len(rows), vocab] of a DONE pass."""
+        if self._logits is None:
+            raise ValueError(f"the pass is {self.state.value}: it has no logits")
+        return self._logits
+
+    @property
+    def applier(self) -> LoraApplier:
+        return self._applier
+
+    @property
+    def job(self) -> Job | None:
+        """The CPU job that a BLOCKED pass waits for, if that is what it waits for."""
+        return self._applier.job if self._applier.blocked is Blocked.DELTAS else None
+
+    def advance(self, max_layers: int | None) -> PassState:
+        """Go on for ``max_layers`` layers (None: to the end), or until something is not there yet."""
+        layers = 0
+        while self.state in (PassState.RESTING, PassState.BLOCKED):
+            try:
+                next(self._run)
+            except StopIteration as end:
+                self._logits = end.value
+                self.state = PassState.DONE
+            except WorkerLostError:
+                self._applier.close()
+                self.state = PassState.LOST
+            else:
+                blocked = self._applier.blocked is not Blocked.NOTHING
+                self.state = PassState.BLOCKED if blocked else PassState.RESTING
+                layers += 1
+                if blocked or layers == max_layers:
+                    break
+        return self.state
+
+    def close(self) -> None:
+        """Give the pass up wherever it rests."""
+        self._run.close()
+        self._applier.close()

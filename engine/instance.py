@@ -1,0 +1,193 @@
+"""Everything that one engine consists of, built from its configuration and taken down again."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from segue.cpu_lora import CpuLoraConfig, JobRing, SharedLayout, SharedMemory, WorkerEvent, WorkerEventKind, WorkerPool
+from segue.engine.config import EngineConfig, HandoffConfig, HandoffMode
+from segue.engine.core import Engine
+from segue.engine.lora.apply import LoraResources
+from segue.engine.lora.bridge import CpuBridge
+from segue.engine.lora.manifest import Projection
+from segue.engine.lora.points import POINT_PROJECTIONS
+from segue.engine.lora.store import AdapterStore
+from segue.engine.memory.adapter_layout import choose_chunk_elems
+from segue.engine.memory.pool import PagePool
+from segue.engine.messages import Ready, State
+from segue.engine.models.config import ModelConfig
+from segue.engine.models.decoder import DecoderModel
+from segue.engine.runner import PassRunner
+from segue.scheduler.batch import SchedulerLimits
+from segue.scheduler.handoff import DeviceWhenLanded, FixedHandover, HandoffPolicy, LoadFirst, StreamLayers
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class EngineInstance:
+    """An engine with its threads and processes. ``wake_fd`` becomes readable when something arrived from them."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        """Load the model and start everything. Raises ConfigError, UnsupportedModelError, OSError, ValueError."""
+        torch.set_num_threads(config.torch_threads)
+        self.config = config
+        self._model_config = ModelConfig.load(Path(config.model_dir))
+        self._context_tokens = config.max_context_tokens or self._model_config.max_position_embeddings
+        dtype = _DTYPES[config.dtype]
+        model = DecoderModel.load(Path(config.model_dir), self._model_config, dtype=dtype)
+        self.wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._worker_restarts = 0
+        cpu_config = _cpu_config(config, self._model_config, dtype.itemsize)
+        self._memory = SharedMemory.create(SharedLayout.plan(cpu_config))
+        self._memory.allocate_store(config.host_store_bytes)
+        self._pool = self._page_pool(dtype)
+        self.workers = WorkerPool(cpu_config, self._memory, on_event=self._on_worker_event)
+        self.workers.start()
+        shapes = dict(self._model_config.projection_shapes())
+        chunk_elems = choose_chunk_elems(
+            self._pool.page_elems, {width for shape in shapes.values() for width in shape}
+        )
+        self.store = AdapterStore(
+            memory=self._memory,
+            pool=self._pool,
+            chunk_elems=chunk_elems,
+            copy_bytes_per_second=config.copy_bytes_per_second,
+            wake=self._wake,
+        )
+        self.bridge = CpuBridge(self.workers, JobRing(self.workers), self.store.link)
+        resources = LoraResources(
+            store=self.store,
+            bridge=self.bridge,
+            policy=handoff_policy(config.handoff),
+            shapes=shapes,
+            chunk_elems=chunk_elems,
+            clock=time.monotonic,
+        )
+        self.engine = self._engine(model, resources)
+
+    @classmethod
+    def build(cls, config: EngineConfig) -> EngineInstance:
+        return cls(config)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop threads and processes and give all memory back."""
+        self.workers.close()
+        self.store.close()
+        self._memory.close()
+        os.close(self.wake_fd)
+
+    def ready(self) -> Ready:
+        """The message that says what this engine is."""
+        return Ready(
+            model=Path(self.config.model_dir).name,
+            device=self.config.device,
+            dtype=self.config.dtype,
+            layers=self._model_config.layers,
+            vocab_size=self._model_config.vocab_size,
+            context_tokens=self._context_tokens,
+            page_tokens=self.config.page_tokens,
+            pages=self.config.pages,
+            cpu_workers=self.config.cpu_workers,
+        )
+
+    def state(self, number: int) -> State:
+        """A snapshot, in answer to GetState ``number``."""
+        requests = self.engine.requests
+        kv_pages = sum(len(request.pages) for request in requests)
+        prefilling = sum(request.timeline.first_token_seconds is None for request in requests.admitted)
+        return State(
+            number=number,
+            waiting=len(requests.queue),
+            running=len(requests.admitted) - prefilling,
+            prefills=prefilling,
+            free_pages=self._pool.free_pages,
+            adapter_pages=self.store.device_pages_held,
+            kv_pages=kv_pages,
+            host_free_bytes=self.store.host_free_bytes,
+            cpu_workers_ready=self.workers.ready_workers,
+            worker_restarts=self._worker_restarts,
+            steps=self.engine.steps,
+            versions=self.engine.version_states(),
+        )
+
+    def _page_pool(self, dtype: torch.dtype) -> PagePool:
+        return PagePool(
+            layers=self._model_config.layers,
+            pages=self.config.pages,
+            page_tokens=self.config.page_tokens,
+            kv_heads=self._model_config.kv_heads,
+            head_dim=self._model_config.head_dim,
+            dtype=dtype,
+            poison_freed=self.config.poison_freed_pages,
+        )
+
+    def _engine(self, model: DecoderModel, resources: LoraResources) -> Engine:
+        config = self.config
+        return Engine(
+            runner=PassRunner(model, self._pool, resources),
+            pool=self._pool,
+            store=self.store,
+            bridge=self.bridge,
+            limits=SchedulerLimits(
+                page_tokens=config.page_tokens,
+                max_running=config.max_running,
+                max_passes=config.max_passes,
+                budget_tokens=config.budget_tokens,
+                layers_per_step=config.layers_per_step,
+            ),
+            max_waiting=config.max_waiting,
+            clock=time.monotonic,
+            check_invariants=config.check_invariants,
+        )
+
+    def _on_worker_event(self, event: WorkerEvent) -> None:
+        self._worker_restarts += event.kind in (WorkerEventKind.DIED, WorkerEventKind.STALLED)
+        self._wake()
+
+    def _wake(self) -> None:
+        os.eventfd_write(self.wake_fd, 1)
+
+
+def handoff_policy(config: HandoffConfig) -> HandoffPolicy:
+    """The policy that the configuration names."""
+    match HandoffMode(config.mode):
+        case HandoffMode.AUTO:
+            return DeviceWhenLanded()
+        case HandoffMode.FIXED:
+            return FixedHandover(config.cpu_layers)
+        case HandoffMode.STREAM:
+            return StreamLayers()
+        case HandoffMode.LOAD_FIRST:
+            return LoadFirst()
+
+
+def _cpu_config(config: EngineConfig, model: ModelConfig, item_bytes: int) -> CpuLoraConfig:
+    """Slots that hold the widest LoRA point of a full pass."""
+    shapes: dict[Projection, tuple[int, int]] = dict(model.projection_shapes())
+    widest_in = max(in_features for in_features, _ in shapes.values())
+    widest_out = max(
+        sum(shapes[projection][1] for projection in projections) for projections in POINT_PROJECTIONS.values()
+    )
+    return CpuLoraConfig(
+        workers=config.cpu_workers,
+        row_bytes=config.budget_tokens * widest_in * item_bytes,
+        delta_bytes=config.budget_tokens * widest_out * item_bytes,
+        store_bytes=config.host_store_bytes,
+        slots=config.cpu_slots,
+        cores=config.cpu_cores,
+        stall_seconds=config.cpu_stall_seconds,
+    )

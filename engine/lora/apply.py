@@ -1,0 +1,279 @@
+"""Adds the LoRA deltas to a forward pass: from the device's pages where a layer has landed, else from the CPU workers.
+
+One applier serves one pass. Its rows are cut into segments, one for each adapter present; at every layer the hand-off
+policy chooses each adapter's source, so a pass may begin on the CPU and go over to the device at any layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from segue.cpu_lora import DeltaTask, Job, JobState
+from segue.engine.lora.bridge import CpuBridge, PostedJob, WorkerLostError, element_type
+from segue.engine.lora.manifest import Projection
+from segue.engine.lora.points import POINT_PROJECTIONS, LoraPoint
+from segue.engine.lora.store import AdapterStore, HostModule, LayerState
+from segue.engine.timeline import LayerRecord
+from segue.gpu_kernels.paged_lora import lora_expand_add, lora_shrink
+from segue.scheduler.handoff import HandoffPolicy, LayerSource, LayerView
+from segue.types import LoraSource
+
+_REPORTED = {LayerSource.DEVICE: LoraSource.DEVICE, LayerSource.CPU: LoraSource.CPU}
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSegment:
+    """Rows ``row_start`` to ``row_stop`` of a pass belong to requests of one adapter version."""
+
+    row_start: int
+    row_stop: int
+    version_id: int
+
+
+class Blocked(Enum):
+    """What a resting pass waits for. NOTHING is a pass that rests at a layer boundary and can go on."""
+
+    NOTHING = "nothing"
+    WEIGHTS = "weights"
+    SLOT = "slot"
+    DELTAS = "deltas"
+    LINK = "link"
+
+
+@dataclass(slots=True)
+class _CpuPart:
+    """The rows of one LoRA point that go to the workers, and where their deltas belong.
+
+    ``columns`` are (offset in the reply, offset in the merged output, width) for each projection present.
+    """
+
+    segments: tuple[LoraSegment, ...]
+    tasks: tuple[DeltaTask, ...]
+    columns: tuple[tuple[int, int, int], ...]
+    delta_width: int
+    posted: PostedJob | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraResources:
+    """What appliers share: the adapters, the workers, the policy, and each projection's (in, out) features."""
+
+    store: AdapterStore
+    bridge: CpuBridge
+    policy: HandoffPolicy
+    shapes: dict[Projection, tuple[int, int]]
+    chunk_elems: int
+    clock: Callable[[], float]
+
+
+class LoraApplier:
+    """The LoraHook of one pass. ``blocked`` says what it waits for whenever its generators have yielded.
+
+    ``cpu_allowed`` is False for a pass that lost its CPU workers too often. A pass of which every adapter has landed
+    never waits. ``close`` must be called when the pass is given up before its end.
+    """
+
+    def __init__(
+        self, segments: tuple[LoraSegment, ...], pool: list[Tensor], resources: LoraResources, *, cpu_allowed: bool
+    ) -> None:
+        """``pool[i]`` is layer i's pages [pages, page_elems]."""
+        self.blocked = Blocked.NOTHING
+        self.records: dict[int, list[LayerRecord]] = {}
+        self._segments = segments
+        self._pool = pool
+        self._resources = resources
+        self._cpu_allowed = cpu_allowed
+        self._versions = tuple(dict.fromkeys(segment.version_id for segment in segments))
+        store = resources.store
+        self._landed = {version for version in self._versions if store.is_landed(version)}
+        self._sources: dict[int, LayerSource] = {}
+        self._held: list[int] = []
+        self._part: _CpuPart | None = None
+        self._start_seconds = 0.0
+
+    @property
+    def job(self) -> Job | None:
+        """The job whose deltas the pass waits for."""
+        return self._part.posted.job if self._part is not None and self._part.posted is not None else None
+
+    def enter_layer(self, layer: int) -> Iterator[None]:
+        """Choose each adapter's source; yield while one of them can be served by neither device nor CPU."""
+        for version_id in self._versions:
+            while True:
+                source = self._choose(version_id, layer)
+                if source is not LayerSource.WAIT:
+                    break
+                self.blocked = Blocked.WEIGHTS
+                yield
+            self.blocked = Blocked.NOTHING
+            self._sources[version_id] = source
+            if source is LayerSource.CPU:
+                self._resources.store.hold_host(version_id)
+                self._held.append(version_id)
+        self._start_seconds = self._resources.clock()
+
+    def begin(self, layer: int, point: LoraPoint, x: Tensor) -> None:
+        """Send the rows of CPU segments to the workers, so that they compute beside the base GEMM."""
+        self._part = self._cpu_part(layer, point)
+        if self._part is not None:
+            self._post(self._part, x)
+
+    def finish(self, layer: int, point: LoraPoint, x: Tensor, out: Tensor) -> Iterator[None]:
+        """Add all deltas into ``out`` [T, merged out features] in place; yield while a reply is pending.
+
+        Raises WorkerLostError when a worker was lost.
+        """
+        for segment in self._segments:
+            if self._sources[segment.version_id] is LayerSource.DEVICE:
+                self._add_from_device(segment, layer, point, x, out)
+        part = self._part
+        if part is None:
+            return
+        while part.posted is None:
+            if self._resources.bridge.ready_workers == 0:
+                raise WorkerLostError
+            self.blocked = Blocked.SLOT
+            yield
+            self._post(part, x)
+        posted = part.posted
+        while posted.job.poll() is JobState.PENDING:
+            self.blocked = Blocked.DELTAS
+            yield
+        while posted.link_seconds > self._resources.clock():
+            self.blocked = Blocked.LINK
+            yield
+        self.blocked = Blocked.NOTHING
+        self._add_from_cpu(part, posted.job, out)
+
+    def leave_layer(self, layer: int) -> None:
+        """Record the layer and let go of host weights."""
+        now = self._resources.clock()
+        for version_id in self._versions:
+            record = LayerRecord(_REPORTED[self._sources[version_id]], self._start_seconds, now)
+            self.records.setdefault(version_id, []).append(record)
+        self._drop_held()
+
+    def close(self) -> None:
+        """Give up the pass: a job under way becomes an orphan that holds its host weights until it is complete."""
+        part, self._part = self._part, None
+        if part is not None and part.posted is not None:
+            self._resources.bridge.orphan(part.posted.job, tuple(self._held))
+            self._held = []
+        self._drop_held()
+
+    def _choose(self, version_id: int, layer: int) -> LayerSource:
+        if version_id in self._landed:
+            return LayerSource.DEVICE
+        store = self._resources.store
+        state = store.layer_state(version_id, layer)
+        view = LayerView(
+            layer=layer,
+            landed=state is LayerState.LANDED,
+            adapter_landed=store.is_landed(version_id),
+            in_host=store.is_in_host(version_id, layer),
+            ready_workers=self._resources.bridge.ready_workers,
+            cpu_allowed=self._cpu_allowed,
+        )
+        return self._resources.policy.choose(view)
+
+    def _cpu_part(self, layer: int, point: LoraPoint) -> _CpuPart | None:
+        segments = tuple(item for item in self._segments if self._sources[item.version_id] is LayerSource.CPU)
+        modules = {
+            segment.version_id: {
+                module.projection: module
+                for module in self._resources.store.host_view(segment.version_id, layer).modules
+            }
+            for segment in segments
+        }
+        present = [
+            projection
+            for projection in POINT_PROJECTIONS[point]
+            if any(projection in targeted for targeted in modules.values())
+        ]
+        if not present:
+            return None
+        columns = self._columns(point, present)
+        tasks: list[DeltaTask] = []
+        row = 0
+        for segment in segments:
+            stop = row + segment.row_stop - segment.row_start
+            for projection, (offset, _, width) in zip(present, columns, strict=True):
+                tasks.append(self._task(modules[segment.version_id].get(projection), row, stop, offset, width))
+            row = stop
+        width = columns[-1][0] + columns[-1][2]
+        return _CpuPart(segments=segments, tasks=tuple(tasks), columns=columns, delta_width=width)
+
+    def _columns(self, point: LoraPoint, present: list[Projection]) -> tuple[tuple[int, int, int], ...]:
+        columns = []
+        in_reply = in_output = 0
+        for projection in POINT_PROJECTIONS[point]:
+            width = self._resources.shapes[projection][1]
+            if projection in present:
+                columns.append((in_reply, in_output, width))
+                in_reply += width
+            in_output += width
+        return tuple(columns)
+
+    def _task(self, module: HostModule | None, row: int, stop: int, offset: int, width: int) -> DeltaTask:
+        if module is None:
+            return DeltaTask(row_start=row, row_stop=stop, out_offset=offset, out_features=width, rank=0)
+        return DeltaTask(
+            row_start=row,
+            row_stop=stop,
+            out_offset=offset,
+            out_features=width,
+            rank=module.rank,
+            a_offset_bytes=module.a_offset_bytes,
+            b_offset_bytes=module.b_offset_bytes,
+            scale=module.scale,
+            dtype=element_type(self._pool[0].dtype),
+        )
+
+    def _post(self, part: _CpuPart, x: Tensor) -> None:
+        rows = [x[segment.row_start : segment.row_stop] for segment in part.segments]
+        part.posted = self._resources.bridge.post(
+            rows[0] if len(rows) == 1 else torch.cat(rows), part.tasks, part.delta_width
+        )
+
+    def _add_from_cpu(self, part: _CpuPart, job: Job, out: Tensor) -> None:
+        try:
+            deltas = self._resources.bridge.take(job)
+            row = 0
+            for segment in part.segments:
+                stop = row + segment.row_stop - segment.row_start
+                for in_reply, in_output, width in part.columns:
+                    target = out[segment.row_start : segment.row_stop, in_output : in_output + width]
+                    target += deltas[row:stop, in_reply : in_reply + width]
+                row = stop
+        finally:
+            self._resources.bridge.release(job)
+            self._part = None
+
+    def _add_from_device(self, segment: LoraSegment, layer: int, point: LoraPoint, x: Tensor, out: Tensor) -> None:
+        view = self._resources.store.device_view(segment.version_id, layer)
+        modules = {module.projection: module for module in view.modules}
+        chunk_elems = self._resources.chunk_elems
+        column = 0
+        for projection in POINT_PROJECTIONS[point]:
+            width = self._resources.shapes[projection][1]
+            module = modules.get(projection)
+            if module is not None:
+                rows = slice(segment.row_start, segment.row_stop)
+                shrunk = lora_shrink(
+                    x[rows], self._pool[layer], view.page_table, module.a_start, module.rank, chunk_elems
+                )
+                target = out[rows, column : column + width]
+                lora_expand_add(
+                    shrunk, self._pool[layer], view.page_table, module.b_start, target, module.scale, chunk_elems
+                )
+            column += width
+
+    def _drop_held(self) -> None:
+        for version_id in self._held:
+            self._resources.store.drop_host(version_id)
+        self._held = []

@@ -1,0 +1,44 @@
+"""The scheduler's view of the adapters, and the pages that its decisions give them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from segue.engine.lora.store import AdapterStore
+from segue.engine.memory.pool import PagePool
+from segue.engine.requests import RequestTable
+from segue.scheduler.eviction import EvictionCandidate
+from segue.types import Tier
+
+
+class Residency:
+    """Satisfies segue.scheduler.batch.AdapterResidency."""
+
+    def __init__(self, store: AdapterStore, pool: PagePool, requests: RequestTable) -> None:
+        self._store = store
+        self._pool = pool
+        self._requests = requests
+
+    def pages_to_reserve(self, version_id: int) -> int:
+        """Pages that the adapter still needs."""
+        return 0 if self._store.has_pages(version_id) else self._store.device_pages(version_id)
+
+    def is_landed(self, version_id: int) -> bool:
+        """Whether all layers are on the device."""
+        return self._store.is_landed(version_id)
+
+    def evictable(self) -> Sequence[EvictionCandidate]:
+        """Adapters whose pages can be had at once. A request that only waits does not keep its adapter's pages."""
+        in_use = self._requests.versions_in_use()
+        return [
+            replace(candidate, users=0) for candidate in self._store.evictable() if candidate.version_id not in in_use
+        ]
+
+    def tier(self, version_id: int | None) -> Tier:
+        """Where the adapter's weights are now."""
+        return Tier.NONE if version_id is None else self._store.tier(version_id)
+
+    def start_copy(self, version_id: int, pages: int) -> None:
+        """Give the adapter its pages and begin to fill them; the store owns the pages from now on."""
+        self._store.start_copy(version_id, self._pool.allocate(pages, f"adapter {version_id}"))
