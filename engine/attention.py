@@ -1,7 +1,7 @@
 """Attention over paged KV in torch: what the CPU device runs.
 
-Unwritten slots of a page may hold NaN, and 0 * NaN is NaN: a slot behind a sequence's end is either never gathered or
-replaced before it meets a sum.
+Slots without a token may hold NaN, and 0 * NaN is NaN: such a slot is either never gathered or replaced before it meets
+a sum. Pages that lie before the window of every row are not read.
 """
 
 from __future__ import annotations
@@ -18,36 +18,42 @@ from segue.engine.batch import RowBatch, SequenceRows
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeGroup:
-    """Sequences with one row each and a like number of pages, padded to the longest.
+    """Sequences with one row each that see a like number of pages, padded to the most.
 
-    ``rows`` is [S]. ``page_tables`` is [S, pages], padded with a page of the sequence itself. ``unwritten``
-    [S, pages * page_tokens] says which of its slots hold no token, ``unwritten_slots`` [n] counts them through.
+    ``rows`` is [S]. ``page_tables`` [S, pages] has the pages that hold a visible token, padded with a page of the
+    sequence itself. ``hidden`` [S, pages * page_tokens] says which of their slots the row does not see: those before
+    its window and those behind its sequence's end. ``hidden_slots`` [n] counts these through.
     """
 
     rows: Tensor
     page_tables: Tensor
-    unwritten: Tensor
-    unwritten_slots: Tensor
+    hidden: Tensor
+    hidden_slots: Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionPlan:
-    """How a batch's attention is computed; the same for every layer, so it is made once for a pass."""
+    """How a batch's attention is computed: the same for every layer of one window, so it is made once for a pass."""
 
     decodes: tuple[DecodeGroup, ...]
     prefills: tuple[SequenceRows, ...]
+    window: int | None
 
     @classmethod
-    def of(cls, batch: RowBatch, page_tokens: int) -> AttentionPlan:
-        """Rows that are alone in their sequence are decoded in groups, so that padding at most doubles the KV read."""
+    def of(cls, batch: RowBatch, page_tokens: int, window: int | None = None) -> AttentionPlan:
+        """A row at position p sees the keys p - window + 1 to p; all up to p where ``window`` is None.
+
+        Rows that are alone in their sequence are decoded in groups, so that padding at most doubles the KV read.
+        """
         groups: dict[int, list[SequenceRows]] = {}
         for sequence in batch.sequences:
             if sequence.rows == 1:
-                pages = -(-sequence.total_tokens // page_tokens)
+                pages = len(_visible_pages(sequence, page_tokens, window))
                 groups.setdefault((pages - 1).bit_length(), []).append(sequence)
         return cls(
-            decodes=tuple(_decode_group(members, page_tokens) for members in groups.values()),
+            decodes=tuple(_decode_group(members, page_tokens, window) for members in groups.values()),
             prefills=tuple(sequence for sequence in batch.sequences if sequence.rows > 1),
+            window=window,
         )
 
 
@@ -58,7 +64,7 @@ def write_kv(kv: Tensor, slot_pages: Tensor, slot_offsets: Tensor, k: Tensor, v:
 
 
 def paged_attention(q: Tensor, kv: Tensor, plan: AttentionPlan) -> Tensor:
-    """Causal attention of every row over its own sequence, itself included.
+    """Causal attention of every row over its own sequence, itself included, within the plan's window.
 
     ``q`` is [rows, heads, head_dim], ``kv`` one layer of the pool [pages, 2, page_tokens, kv_heads, head_dim] in which
     the rows' own keys and values are written already. Scores are scaled by 1 / sqrt(head_dim); query heads share key
@@ -69,23 +75,36 @@ def paged_attention(q: Tensor, kv: Tensor, plan: AttentionPlan) -> Tensor:
         out[group.rows] = _decode(q[group.rows], kv, group)
     for sequence in plan.prefills:
         rows = slice(sequence.row_start, sequence.row_stop)
-        out[rows] = _prefill(q[rows], kv, sequence)
+        out[rows] = _prefill(q[rows], kv, sequence, plan.window)
     return out
 
 
-def _decode_group(members: Sequence[SequenceRows], page_tokens: int) -> DecodeGroup:
-    lengths = torch.tensor([sequence.total_tokens for sequence in members])
-    pages = [-(-sequence.total_tokens // page_tokens) for sequence in members]
+def _visible_pages(sequence: SequenceRows, page_tokens: int, window: int | None) -> range:
+    """The places in the sequence's page table of the pages that hold a token which any of its rows sees."""
+    oldest = 0 if window is None else max(0, sequence.context_tokens + 1 - window)
+    return range(oldest // page_tokens, -(-sequence.total_tokens // page_tokens))
+
+
+def _decode_group(members: Sequence[SequenceRows], page_tokens: int, window: int | None) -> DecodeGroup:
+    visible = [_visible_pages(sequence, page_tokens, window) for sequence in members]
+    longest = max(len(places) for places in visible)
     tables = [
-        functional.pad(sequence.page_table[:count], (0, max(pages) - count), value=int(sequence.page_table[0]))
-        for sequence, count in zip(members, pages, strict=True)
+        functional.pad(table, (0, longest - len(table)), value=int(table[0]))
+        for table in (
+            sequence.page_table[places.start : places.stop] for sequence, places in zip(members, visible, strict=True)
+        )
     ]
-    unwritten = torch.arange(max(pages) * page_tokens) >= lengths[:, None]
+    starts = torch.tensor([places.start * page_tokens for places in visible])
+    positions = starts[:, None] + torch.arange(longest * page_tokens)
+    ends = torch.tensor([sequence.total_tokens for sequence in members])[:, None]
+    hidden = positions >= ends
+    if window is not None:
+        hidden |= positions < ends - window
     return DecodeGroup(
         rows=torch.tensor([sequence.row_start for sequence in members]),
         page_tables=torch.stack(tables),
-        unwritten=unwritten,
-        unwritten_slots=unwritten.view(-1).nonzero().view(-1),
+        hidden=hidden,
+        hidden_slots=hidden.view(-1).nonzero().view(-1),
     )
 
 
@@ -101,26 +120,31 @@ def _decode(q: Tensor, kv: Tensor, group: DecodeGroup) -> Tensor:
     sequences, heads, head_dim = q.shape
     kv_heads, pages = kv.shape[3], group.page_tables.view(-1)
     k = _read(kv, pages, 0).view(sequences, -1, kv_heads, head_dim).float()
-    v = _read(kv, pages, 1).index_fill_(0, group.unwritten_slots, 0.0).view(k.shape).float()
+    v = _read(kv, pages, 1).index_fill_(0, group.hidden_slots, 0.0).view(k.shape).float()
     grouped = q.float().view(sequences, kv_heads, heads // kv_heads, head_dim) * head_dim**-0.5
     out = torch.empty_like(grouped)
     # One product for each key head reads K and V as they lie; one for all of them would copy both.
     for head in range(kv_heads):
         scores = torch.bmm(grouped[:, head], k[:, :, head].transpose(1, 2))
-        probabilities = scores.masked_fill_(group.unwritten[:, None], -torch.inf).softmax(dim=-1)
+        probabilities = scores.masked_fill_(group.hidden[:, None], -torch.inf).softmax(dim=-1)
         out[:, head] = torch.bmm(probabilities, v[:, :, head])
     return out.view(sequences, heads, head_dim).to(q.dtype)
 
 
-def _prefill(q: Tensor, kv: Tensor, sequence: SequenceRows) -> Tensor:
+def _prefill(q: Tensor, kv: Tensor, sequence: SequenceRows, window: int | None) -> Tensor:
     """The rows of one sequence: q [rows, heads, head_dim] to [rows, heads, head_dim]."""
     total, page_tokens = sequence.total_tokens, kv.shape[2]
-    pages = sequence.page_table[: -(-total // page_tokens)]
-    k, v = (_read(kv, pages, half)[:total].transpose(0, 1)[None] for half in (0, 1))
+    visible = _visible_pages(sequence, page_tokens, window)
+    start = visible.start * page_tokens
+    pages = sequence.page_table[visible.start : visible.stop]
+    k, v = (_read(kv, pages, half)[: total - start].transpose(0, 1)[None] for half in (0, 1))
     mask = None
-    if sequence.context_tokens:
-        ones = torch.ones(sequence.rows, total, dtype=torch.bool, device=q.device)
-        mask = ones.tril_(sequence.context_tokens)
+    if sequence.context_tokens or (window is not None and window < total):
+        # Row i is at position context_tokens + i, column j of K at start + j.
+        own = sequence.context_tokens - start
+        mask = torch.ones(sequence.rows, total - start, dtype=torch.bool, device=q.device).tril_(own)
+        if window is not None:
+            mask.triu_(own + 1 - window)
     out = functional.scaled_dot_product_attention(
         q.transpose(0, 1)[None], k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
     )

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints on disk: Llama models as transformers saves them and LoRA adapters as PEFT saves them.
+"""Tiny random checkpoints on disk: models as transformers saves them and LoRA adapters as PEFT saves them.
 
 The weights are wide enough that logits spread over several units, so that a greedy choice is not decided by rounding,
 and adapters are strong enough that the choice of adapter changes the logits clearly.
@@ -40,9 +40,13 @@ ROPE_LLAMA3: Mapping[str, Any] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class TinyLlama:
-    """The shape of a tiny random Llama model. All widths are features, ``kv_heads`` may be any divisor of ``heads``."""
+class TinyModel:
+    """The shape of a tiny random model. All widths are features, ``kv_heads`` may be any divisor of ``heads``.
 
+    ``family`` is transformers' model_type. ``extra`` has further fields of its config.json, such as sliding_window.
+    """
+
+    family: str = "llama"
     hidden_size: int = 64
     intermediate_size: int = 96
     layers: int = 3
@@ -54,28 +58,32 @@ class TinyLlama:
     tied: bool = False
     rope: Mapping[str, Any] = field(default_factory=lambda: ROPE_DEFAULT)
     eos_token_id: int | tuple[int, ...] = 2
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+TinyLlama = TinyModel
 
 
 def write_random_model(
     directory: Path,
-    model: TinyLlama | None = None,
+    model: TinyModel | None = None,
     *,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     max_shard_bytes: int | None = None,
     transformers_4_config: bool = False,
 ) -> Path:
-    """Write a random Llama checkpoint into ``directory`` (created) and return it.
+    """Write a random checkpoint into ``directory`` (created) and return it.
 
     ``max_shard_bytes`` splits the weights over several files with an index. ``transformers_4_config`` writes the rope
     parameters of config.json as transformers 4 spelled them (``rope_theta`` and ``rope_scaling``).
     """
-    model = model or TinyLlama()
-    llama = transformers.LlamaForCausalLM(_transformers_config(model))
-    _randomise(llama, seed)
+    model = model or TinyModel()
+    causal = transformers.AutoModelForCausalLM.from_config(_transformers_config(model))  # type: ignore[no-untyped-call]
+    _randomise(causal, seed)
     shard: dict[str, Any] = {} if max_shard_bytes is None else {"max_shard_size": max_shard_bytes}
-    torch.nn.Module.to(llama, dtype)
-    llama.save_pretrained(directory, **shard)
+    torch.nn.Module.to(causal, dtype)
+    causal.save_pretrained(directory, **shard)
     if transformers_4_config:
         _spell_rope_as_transformers_4(directory / "config.json")
     return directory
@@ -103,7 +111,7 @@ def write_random_adapter(
     2 x rank when None. B is sized after rank, alpha and rslora, so that a module's delta always has about ``strength``
     times the spread of the module's own output.
     """
-    llama = transformers.LlamaForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
+    base = transformers.AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
     config = peft.LoraConfig(
         r=rank,
         lora_alpha=2 * rank if alpha is None else alpha,  # type: ignore[arg-type]
@@ -115,7 +123,7 @@ def write_random_adapter(
         task_type="CAUSAL_LM",
     )
     with _known_peft_warnings():
-        adapted = peft.get_peft_model(llama, config)
+        adapted = peft.get_peft_model(base, config)
     generator = torch.Generator().manual_seed(seed)
     for module in adapted.modules():
         if isinstance(module, peft.tuners.lora.Linear):
@@ -128,7 +136,7 @@ def load_reference(
     base_dir: Path, adapter_dir: Path | None = None, *, dtype: torch.dtype = torch.float32
 ) -> torch.nn.Module:
     """The transformers model of ``base_dir`` in ``dtype`` on the CPU, with PEFT's adapter applied if one is named."""
-    model: torch.nn.Module = transformers.LlamaForCausalLM.from_pretrained(base_dir, dtype=dtype)
+    model: torch.nn.Module = transformers.AutoModelForCausalLM.from_pretrained(base_dir, dtype=dtype)
     if adapter_dir is not None:
         with _known_peft_warnings():
             model = peft.PeftModel.from_pretrained(model, str(adapter_dir)).to(dtype)
@@ -164,9 +172,10 @@ def _known_peft_warnings() -> Iterator[None]:
         yield
 
 
-def _transformers_config(model: TinyLlama) -> transformers.LlamaConfig:
+def _transformers_config(model: TinyModel) -> transformers.PretrainedConfig:
     eos = model.eos_token_id
-    return transformers.LlamaConfig(
+    return transformers.AutoConfig.for_model(
+        model.family,
         hidden_size=model.hidden_size,
         intermediate_size=model.intermediate_size,
         num_hidden_layers=model.layers,
@@ -179,20 +188,24 @@ def _transformers_config(model: TinyLlama) -> transformers.LlamaConfig:
         rope_parameters=dict(model.rope),
         bos_token_id=1,
         eos_token_id=eos if isinstance(eos, int) else list(eos),
+        **model.extra,
     )
 
 
-def _randomise(llama: transformers.LlamaForCausalLM, seed: int) -> None:
-    """Linear weights keep the scale of their input, embeddings have unit spread, norms vary around 1."""
+def _randomise(model: torch.nn.Module, seed: int) -> None:
+    """Linear weights keep the scale of their input, embeddings have unit spread, norms are near 1, biases near 0."""
+    tied = "lm_head.weight" not in dict(model.named_parameters())
     generator = torch.Generator().manual_seed(seed)
-    for name, parameter in llama.named_parameters():
+    for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if "norm" in name:
             values = 1.0 + 0.1 * noise
+        elif name.endswith("bias"):
+            values = 0.5 * noise
         elif "lm_head" in name:
             values = 2.0 * noise / parameter.shape[1] ** 0.5
         elif "embed_tokens" in name:
-            values = noise / (parameter.shape[1] ** 0.5 / 2.0 if llama.config.tie_word_embeddings else 1.0)
+            values = noise / (parameter.shape[1] ** 0.5 / 2.0 if tied else 1.0)
         else:
             values = noise / parameter.shape[1] ** 0.5
         parameter.data.copy_(values)

@@ -62,7 +62,7 @@ class ModuleRule:
 
 
 def module_path(layer: int, projection: Projection) -> str:
-    """A projection's name within transformers' Llama: ``model.layers.0.self_attn.q_proj``."""
+    """A projection's name within transformers' decoder models: ``model.layers.0.self_attn.q_proj``."""
     block = "mlp" if projection in MLP else "self_attn"
     return f"model.layers.{layer}.{block}.{projection.value}"
 

@@ -1,4 +1,7 @@
-"""The Llama model as a forward pass that can rest between layers and wherever its LoRA hook waits."""
+"""A decoder of the Llama kind as a forward pass that can rest between layers and wherever its LoRA hook waits.
+
+Llama, Mistral, Qwen2 and Qwen3 differ in biases, norms of queries and keys, and sliding windows; the ModelConfig tells.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,13 @@ from segue.engine.lora.points import LoraHook, LoraPoint
 from segue.engine.memory.pool import PagePool
 from segue.engine.models.config import ModelConfig
 from segue.engine.models.rope import RotaryEmbedding, apply_rotary
-from segue.engine.models.weights import LlamaWeights, load_weights
+from segue.engine.models.weights import Linear, ModelWeights, load_weights
 
 
-class LlamaModel:
-    """A Llama model on one device. It holds no state of a batch: KV is in the pool, the rest in the running pass."""
+class DecoderModel:
+    """A model on one device. It holds no state of a batch: KV is in the pool, the rest in the running pass."""
 
-    def __init__(self, config: ModelConfig, weights: LlamaWeights) -> None:
+    def __init__(self, config: ModelConfig, weights: ModelWeights) -> None:
         self.config = config
         self.weights = weights
         self._rotary = RotaryEmbedding(config.rope, config.head_dim, weights.embedding.device)
@@ -29,7 +32,7 @@ class LlamaModel:
     @classmethod
     def load(
         cls, model_dir: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device | str = "cpu"
-    ) -> LlamaModel:
+    ) -> DecoderModel:
         """The model of a checkpoint folder in ``dtype``. Raises ModelError."""
         return cls(config, load_weights(model_dir, config, dtype, device))
 
@@ -45,12 +48,13 @@ class LlamaModel:
         weights = self.weights
         hidden = functional.embedding(batch.token_ids, weights.embedding)
         cos_sin = self._rotary.cos_sin(batch.positions, hidden.dtype)
-        plan = AttentionPlan.of(batch, pool.page_tokens)
-        for layer in range(self.config.layers):
+        windows = self.config.sliding_windows
+        plans = {window: AttentionPlan.of(batch, pool.page_tokens, window) for window in set(windows)}
+        for layer, window in enumerate(windows):
             if layer:
                 yield
             yield from lora.enter_layer(layer)
-            hidden = yield from self._attention(layer, hidden, cos_sin, batch, plan, pool, lora)
+            hidden = yield from self._attention(layer, hidden, cos_sin, batch, plans[window], pool, lora)
             hidden = yield from self._mlp(layer, hidden, lora)
             lora.leave_layer(layer)
         last = self._norm(hidden[batch.logit_rows], weights.norm)
@@ -70,10 +74,12 @@ class LlamaModel:
         x = self._norm(hidden, weights.input_norm)
         qkv = yield from _project(lora, layer, LoraPoint.QKV, x, weights.qkv)
         by_head = qkv.view(len(qkv), config.heads + 2 * config.kv_heads, config.head_dim)
-        rotated = apply_rotary(by_head[:, : config.heads + config.kv_heads], *cos_sin)
-        q, k = torch.split(rotated, [config.heads, config.kv_heads], dim=1)
+        q, k, v = torch.split(by_head, [config.heads, config.kv_heads, config.kv_heads], dim=1)
+        if weights.q_norm is not None and weights.k_norm is not None:
+            q, k = self._norm(q, weights.q_norm), self._norm(k, weights.k_norm)
+        q, k = apply_rotary(q, *cos_sin), apply_rotary(k, *cos_sin)
         kv = pool.kv(layer)
-        write_kv(kv, batch.slot_pages, batch.slot_offsets, k, by_head[:, config.heads + config.kv_heads :])
+        write_kv(kv, batch.slot_pages, batch.slot_offsets, k, v)
         attended = paged_attention(q, kv, plan).view(len(qkv), config.heads * config.head_dim)
         out = yield from _project(lora, layer, LoraPoint.O, attended, weights.o)
         return hidden + out
@@ -93,9 +99,9 @@ class LlamaModel:
         return weight * normed.to(x.dtype)
 
 
-def _project(lora: LoraHook, layer: int, point: LoraPoint, x: Tensor, weight: Tensor) -> Generator[None, None, Tensor]:
-    """x [rows, in] times weight [out, in], with the point's LoRA deltas: [rows, out]."""
+def _project(lora: LoraHook, layer: int, point: LoraPoint, x: Tensor, linear: Linear) -> Generator[None, None, Tensor]:
+    """``linear`` of x [rows, in], with the point's LoRA deltas: [rows, out]."""
     lora.begin(layer, point, x)
-    out = functional.linear(x, weight)
+    out = functional.linear(x, linear.weight, linear.bias)
     yield from lora.finish(layer, point, x, out)
     return out

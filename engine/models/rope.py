@@ -1,4 +1,4 @@
-"""Rotary position embeddings (Su et al., 2021, arXiv:2104.09864) in the variants that Llama checkpoints use."""
+"""Rotary position embeddings (Su et al., 2021, arXiv:2104.09864) in the variants that checkpoints use."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from segue.engine.models.config import RopeConfig, RopeType
+from segue.engine.models.rope_config import RopeConfig, RopeType
 
 
 class RotaryEmbedding:

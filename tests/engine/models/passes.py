@@ -14,7 +14,7 @@ from segue.engine.batch import SequenceInput, build_batch
 from segue.engine.lora.points import LoraHook, NullLora
 from segue.engine.memory.pool import PagePool
 from segue.engine.models.config import ModelConfig
-from segue.engine.models.llama import LlamaModel
+from segue.engine.models.decoder import DecoderModel
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Sequenced:
 class Runner:
     """A model over a pool whose pages are NaN until written; pages are dealt out in random order."""
 
-    model: LlamaModel
+    model: DecoderModel
     pool: PagePool
     deal: random.Random = field(default_factory=lambda: random.Random(0))
     yields: int = 0
@@ -100,7 +100,7 @@ def make_runner(
         dtype=dtype,
         poison_freed=True,
     )
-    return Runner(LlamaModel.load(model_dir, config, dtype), pool)
+    return Runner(DecoderModel.load(model_dir, config, dtype), pool)
 
 
 def random_tokens(count: int, seed: int, vocab_size: int = 256) -> tuple[int, ...]:

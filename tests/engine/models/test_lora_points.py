@@ -18,6 +18,7 @@ from segue.gpu_kernels.paged_lora import lora_expand_add, lora_shrink
 from tests.checkpoints import (
     ALL_TARGETS,
     ATTENTION_TARGETS,
+    TinyModel,
     load_reference,
     reference_greedy,
     reference_logits,
@@ -41,6 +42,13 @@ COLUMNS = {
     "mlp.gate_proj": slice(0, 96),
     "mlp.up_proj": slice(96, 192),
     "mlp.down_proj": slice(0, 64),
+}
+
+FAMILIES = {
+    "llama": TinyModel(),
+    "mistral": TinyModel(family="mistral", extra={"sliding_window": 21}),
+    "qwen2": TinyModel(family="qwen2"),
+    "qwen3": TinyModel(family="qwen3"),
 }
 
 
@@ -102,9 +110,9 @@ def land_adapter(runner: Runner, adapter_dir: Path, *, waits: int = 0) -> FakePa
     return FakePagedLora(layers, page_table, starts, config["lora_alpha"] / config["r"], waits)
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_random_model(tmp_path_factory.mktemp("base"))
+@pytest.fixture(scope="module", params=FAMILIES)
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_random_model(tmp_path_factory.mktemp("base"), FAMILIES[request.param])
 
 
 @pytest.mark.parametrize("targets", [ATTENTION_TARGETS, ALL_TARGETS, ("q_proj", "v_proj"), ("up_proj",)])

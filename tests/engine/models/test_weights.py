@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from segue.engine.models.config import ModelConfig, ModelError
-from segue.engine.models.weights import LlamaWeights, load_weights
-from tests.checkpoints import TinyLlama, write_random_model
+from segue.engine.models.weights import ModelWeights, load_weights
+from tests.checkpoints import TinyModel, write_random_model
 
 
-def load(model_dir: Path, dtype: torch.dtype = torch.float32) -> LlamaWeights:
+def load(model_dir: Path, dtype: torch.dtype = torch.float32) -> ModelWeights:
     return load_weights(model_dir, ModelConfig.load(model_dir), dtype)
 
 
@@ -36,11 +36,11 @@ def test_merged_matrices_hold_their_parts_in_order(tmp_path: Path) -> None:
     for index, layer in enumerate(weights.layers):
         prefix = f"model.layers.{index}"
         attention = [tensors[f"{prefix}.self_attn.{name}_proj.weight"] for name in ("q", "k", "v")]
-        assert torch.equal(layer.qkv, torch.cat(attention))
-        assert torch.equal(layer.o, tensors[f"{prefix}.self_attn.o_proj.weight"])
+        assert torch.equal(layer.qkv.weight, torch.cat(attention))
+        assert torch.equal(layer.o.weight, tensors[f"{prefix}.self_attn.o_proj.weight"])
         mlp = [tensors[f"{prefix}.mlp.{name}_proj.weight"] for name in ("gate", "up")]
-        assert torch.equal(layer.gate_up, torch.cat(mlp))
-        assert torch.equal(layer.down, tensors[f"{prefix}.mlp.down_proj.weight"])
+        assert torch.equal(layer.gate_up.weight, torch.cat(mlp))
+        assert torch.equal(layer.down.weight, tensors[f"{prefix}.mlp.down_proj.weight"])
         assert torch.equal(layer.input_norm, tensors[f"{prefix}.input_layernorm.weight"])
         assert torch.equal(layer.post_attention_norm, tensors[f"{prefix}.post_attention_layernorm.weight"])
 
@@ -52,19 +52,19 @@ def test_sharded_checkpoint_reads_like_a_single_file(tmp_path: Path) -> None:
     sharded = load(sharded_dir)
     assert torch.equal(single.embedding, sharded.embedding)
     for one, other in zip(single.layers, sharded.layers, strict=True):
-        assert torch.equal(one.qkv, other.qkv)
-        assert torch.equal(one.gate_up, other.gate_up)
+        assert torch.equal(one.qkv.weight, other.qkv.weight)
+        assert torch.equal(one.gate_up.weight, other.gate_up.weight)
 
 
 def test_weights_are_converted(tmp_path: Path) -> None:
     weights = load(write_random_model(tmp_path, dtype=torch.float16), torch.bfloat16)
     stored = load_file(tmp_path / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
     assert stored.dtype == torch.float16
-    assert torch.equal(weights.layers[1].down, stored.to(torch.bfloat16))
+    assert torch.equal(weights.layers[1].down.weight, stored.to(torch.bfloat16))
 
 
 def test_tied_head_is_the_embedding(tmp_path: Path) -> None:
-    weights = load(write_random_model(tmp_path, TinyLlama(tied=True)))
+    weights = load(write_random_model(tmp_path, TinyModel(tied=True)))
     assert weights.head is weights.embedding
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
 
@@ -74,8 +74,60 @@ def test_what_old_checkpoints_store_besides_is_skipped(tmp_path: Path) -> None:
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
 
-    rewrite(write_random_model(tmp_path, TinyLlama(tied=True)), change)
-    assert load(tmp_path).layers[0].qkv.isfinite().all()
+    rewrite(write_random_model(tmp_path, TinyModel(tied=True)), change)
+    assert load(tmp_path).layers[0].qkv.weight.isfinite().all()
+
+
+def test_second_copy_of_a_tied_head_must_agree(tmp_path: Path) -> None:
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+
+    rewrite(write_random_model(tmp_path, TinyModel(tied=True)), change)
+    with pytest.raises(ModelError, match=r"lm_head\.weight is not the embedding"):
+        load(tmp_path)
+
+
+def test_biases_and_head_norms_are_read(tmp_path: Path) -> None:
+    model = TinyModel(family="qwen3", extra={"attention_bias": True})
+    weights = load(write_random_model(tmp_path, model, max_shard_bytes=60_000))
+    tensors: dict[str, Tensor] = {}
+    for file in tmp_path.glob("model-*.safetensors"):
+        tensors |= load_file(file)
+    for index, layer in enumerate(weights.layers):
+        prefix = f"model.layers.{index}.self_attn"
+        biases = [tensors[f"{prefix}.{name}_proj.bias"] for name in ("q", "k", "v")]
+        assert layer.qkv.bias is not None
+        assert layer.o.bias is not None
+        assert layer.q_norm is not None
+        assert layer.k_norm is not None
+        assert torch.equal(layer.qkv.bias, torch.cat(biases))
+        assert torch.equal(layer.o.bias, tensors[f"{prefix}.o_proj.bias"])
+        assert torch.equal(layer.q_norm, tensors[f"{prefix}.q_norm.weight"])
+        assert torch.equal(layer.k_norm, tensors[f"{prefix}.k_norm.weight"])
+        assert layer.gate_up.bias is None
+        assert layer.down.bias is None
+
+
+def test_mlp_biases_are_read(tmp_path: Path) -> None:
+    weights = load(write_random_model(tmp_path, TinyModel(extra={"mlp_bias": True})))
+    tensors = load_file(tmp_path / "model.safetensors")
+    for index, layer in enumerate(weights.layers):
+        prefix = f"model.layers.{index}.mlp"
+        assert layer.gate_up.bias is not None
+        assert layer.down.bias is not None
+        gate_up = torch.cat([tensors[f"{prefix}.gate_proj.bias"], tensors[f"{prefix}.up_proj.bias"]])
+        assert torch.equal(layer.gate_up.bias, gate_up)
+        assert torch.equal(layer.down.bias, tensors[f"{prefix}.down_proj.bias"])
+        assert layer.qkv.bias is None
+
+
+@pytest.mark.parametrize("name", ["self_attn.k_proj.bias", "self_attn.q_norm.weight"])
+def test_missing_bias_or_head_norm_is_named(tmp_path: Path, name: str) -> None:
+    family = "qwen2" if "bias" in name else "qwen3"
+    name = f"model.layers.1.{name}"
+    rewrite(write_random_model(tmp_path, TinyModel(family=family)), lambda tensors: tensors.__delitem__(name))
+    with pytest.raises(ModelError, match=f"{name} is missing"):
+        load(tmp_path)
 
 
 def test_missing_tensor_is_named(tmp_path: Path) -> None:
