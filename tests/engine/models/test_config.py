@@ -150,7 +150,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "use_cache": True,
         "vocab_size": 32000,
     },
-    "Qwen2.5-7B-Instruct": {
+    "Qwen2-7B-Instruct": {
         "architectures": ["Qwen2ForCausalLM"],
         "attention_dropout": 0.0,
         "bos_token_id": 151643,
@@ -170,7 +170,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "sliding_window": 131072,
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
-        "transformers_version": "4.43.1",
+        "transformers_version": "4.41.2",
         "use_cache": True,
         "use_sliding_window": False,
         "vocab_size": 152064,
