@@ -51,7 +51,7 @@ def _run(channel: Channel[ToEngine]) -> int:
         raise ValueError(f"the first message must be Start, is {type(start).__name__}")
     from segue.engine.instance import EngineInstance
     from segue.engine.loop import serve
-    
+
     try:
         instance = EngineInstance.build(start.config)
     except (OSError, ValueError, MemoryError) as error:

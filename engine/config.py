@@ -45,8 +45,8 @@ class EngineConfig:
     rows of one prefill pass, ``max_passes`` the passes under way, and ``layers_per_step`` how many layers each of them
     advances between two decode steps. ``cpu_workers`` may be 0: then every adapter is served by streaming; worker i is
     pinned to ``cpu_cores[i]`` where given, and is replaced after ``cpu_stall_seconds`` without progress on a job.
-    ``torch_threads`` is for the CPU device's own matrix products. ``poison_freed_pages`` fills freed pages with NaN and ``check_invariants`` verifies every
-    manager after every step; both are for tests.
+    ``torch_threads`` is for the CPU device's own matrix products. ``poison_freed_pages`` fills freed pages with NaN and
+    ``check_invariants`` verifies every manager after every step; both are for tests.
     """
 
     model_dir: str

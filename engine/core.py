@@ -297,9 +297,7 @@ class Engine:
 
     def _commit(self, item: ForwardPass) -> None:
         """Take the KV of a pass as computed, and the next token of each request that has all of it."""
-        live = [
-            (index, rows) for index, rows in enumerate(item.rows) if rows.request.state is RequestState.ADMITTED
-        ]
+        live = [(index, rows) for index, rows in enumerate(item.rows) if rows.request.state is RequestState.ADMITTED]
         sampling = []
         for index, rows in live:
             request = rows.request
@@ -329,9 +327,7 @@ class Engine:
         landed = () if request.version_id is None else self._store.landed_seconds(request.version_id)
         timing = request.timeline.timing(landed, request.generated_tokens, self._clock())
         self._output.finished.append(
-            Finished(
-                request.number, reason, len(request.submit.prompt_token_ids), request.generated_tokens, timing
-            )
+            Finished(request.number, reason, len(request.submit.prompt_token_ids), request.generated_tokens, timing)
         )
         self._end(request)
 

@@ -50,9 +50,7 @@ class EngineInstance:
         self.workers = WorkerPool(cpu_config, self._memory, on_event=self._on_worker_event)
         self.workers.start()
         shapes = dict(self._model_config.projection_shapes())
-        chunk_elems = choose_chunk_elems(
-            self._pool.page_elems, {width for shape in shapes.values() for width in shape}
-        )
+        chunk_elems = choose_chunk_elems(self._pool.page_elems, {width for shape in shapes.values() for width in shape})
         self.store = AdapterStore(
             memory=self._memory,
             pool=self._pool,

@@ -150,7 +150,7 @@ class LoraApplier:
         self.blocked = Blocked.NOTHING
         self._add_from_cpu(part, posted.job, out)
 
-    def leave_layer(self, layer: int) -> None:
+    def leave_layer(self, _layer: int) -> None:
         """Record the layer and let go of host weights."""
         now = self._resources.clock()
         for version_id in self._versions:

@@ -26,8 +26,12 @@ from segue.errors import EngineUnavailableError, SegueError
 from segue.types import Reply, ServerInfo, Tier
 
 ASSETS = Path(__file__).parent / "assets"
+DEFAULT_PROMPT = "Tell me about the fox."
+DEFAULT_LINK_BYTES_PER_SECOND = 4e6
+DEFAULT_CPU_WORKERS = 2
 _START_SECONDS = 120.0
-_AXIS_COLUMNS = 48
+_MIN_AXIS_COLUMNS = 24
+_LABEL_COLUMNS = 56
 _PANEL_COLUMNS = 58
 
 
@@ -39,10 +43,10 @@ class DemoError(Exception):
 class DemoOptions:
     """``link_bytes_per_second`` throttles the way to the device, so that a cold start lasts long enough to be seen."""
 
-    prompt: str = "Tell me about the fox."
+    prompt: str = DEFAULT_PROMPT
     max_tokens: int = 120
-    link_bytes_per_second: float = 4e6
-    cpu_workers: int = 2
+    link_bytes_per_second: float = DEFAULT_LINK_BYTES_PER_SECOND
+    cpu_workers: int = DEFAULT_CPU_WORKERS
     hot: tuple[str, ...] = ("polite", "brief")
 
 
@@ -76,7 +80,7 @@ class Stream:
     def panel(self) -> Panel:
         """The stream so far, framed: yellow while it waits, green when it has ended."""
         state = "waiting" if self.first_seconds is None else f"first token after {self.first_seconds * 1e3:.0f} ms"
-        body = Text(f"failed: {self.error.message}", "red") if self.error else Text(self.text)
+        body = Text(f"failed: {self.error.message}", "red") if self.error else Text(self.text.strip())
         style = "red" if self.error else "green" if self.reply else "yellow"
         return Panel(body, title=self.title, subtitle=state, border_style=style, width=_PANEL_COLUMNS)
 
@@ -153,8 +157,8 @@ def _introduce(
         f"{info.cpu_workers} CPU workers, {info.pages} pages of {info.page_tokens} tokens."
     )
     console.print(
-        f"The link to the device is throttled to [bold]{options.link_bytes_per_second / 1e6:.1f} MB/s[/bold], for adapter "
-        "weights and for the rows that the CPU workers exchange alike.\n"
+        f"The link to the device is throttled to [bold]{options.link_bytes_per_second / 1e6:.1f} MB/s[/bold], for "
+        "adapter weights and for the rows that the CPU workers exchange alike.\n"
     )
     table = Table("adapter", "rank", "modules", "weights", "at this link", "what it does")
     for adapter in client.adapters.list():
@@ -205,13 +209,12 @@ def _burst(console: Console, client: Client, streams: list[Stream], options: Dem
 
 
 def _panels(streams: list[Stream]) -> RenderableType:
-    return Columns([stream.panel() for stream in streams])
+    return Columns([stream.panel() for stream in streams], padding=(0, 0))
 
 
 def _explain(console: Console, streams: list[Stream]) -> None:
     """A time line for each cold request, from the events in its reply alone."""
     cold = [(stream, stream.reply) for stream in streams if stream.reply and stream.reply.timing.tier is Tier.DISK]
-    axis_seconds = span_seconds([reply.timing for _, reply in cold])
     console.rule("[bold]Where the cold requests spent their time")
     console.print(
         Text.assemble(
@@ -220,12 +223,15 @@ def _explain(console: Console, streams: list[Stream]) -> None:
             ("D", "bold green"),
             " with the device's own   ",
             ("▼", "cyan"),
-            f" its weights landed   (0 to {axis_seconds * 1e3:.0f} ms after arrival)\n",
+            " its weights landed on the device\n",
         )
     )
     for stream, reply in cold:
         timing = reply.timing
-        lines = [layer_line(layer, axis_seconds, _AXIS_COLUMNS) for layer in timing.layers]
+        axis_seconds = span_seconds(timing)
+        columns = max(_MIN_AXIS_COLUMNS, console.width - _LABEL_COLUMNS)
+        lines = [layer_line(layer, axis_seconds, columns) for layer in timing.layers]
+        lines.append(Text(f"           0{f'{axis_seconds * 1e3:.0f} ms':>{columns - 1}}", "dim"))
         note = f", then {timing.cpu_tokens} tokens decoded with CPU help" if timing.cpu_tokens else ""
         console.print(Group(Text(f"{stream.title}: {verdict(timing)}{note}", "bold"), *lines, Text()))
 
@@ -239,7 +245,7 @@ def _again(console: Console, client: Client, streams: list[Stream], options: Dem
     for thread in threads:
         thread.join()
     table = Table(
-        "request", "tier", "first token", "layers on CPU", "loading first", "same burst, all warm", "same text"
+        "request", "tier", "first token", "layers on CPU", "last layer landed", "same burst, all warm", "same text"
     )
     same = True
     for before, after in zip(streams, warm, strict=True):
@@ -247,7 +253,7 @@ def _again(console: Console, client: Client, streams: list[Stream], options: Dem
             raise DemoError(f"{after.title}: {after.error}")
         timing = before.reply.timing
         landed = [layer.landed_seconds for layer in timing.layers if layer.landed_seconds is not None]
-        waits = f"over {max(landed) * 1e3:.0f} ms" if timing.tier is Tier.DISK and landed else "-"
+        waits = f"{max(landed) * 1e3:.0f} ms" if timing.tier is Tier.DISK and landed else "-"
         equal = before.reply.token_ids == after.reply.token_ids
         same = same and equal
         table.add_row(
@@ -262,8 +268,8 @@ def _again(console: Console, client: Client, streams: list[Stream], options: Dem
     console.rule("[bold]What a cold start cost")
     console.print(table)
     console.print(
-        '"loading first" is when the adapter\'s last layer landed: a server that loads before it runs '
-        "could not have begun the prefill earlier.",
+        '"last layer landed": a server that loads an adapter before it runs begins the prefill only then. '
+        "The rows of the CPU workers took their part of the link in this run.",
         style="dim",
     )
     if not same:

@@ -11,15 +11,10 @@ _SOURCE_MARKS = {LoraSource.CPU: "C", LoraSource.DEVICE: "D"}
 _LANDED_MARK = "▼"
 
 
-def span_seconds(timings: list[Timing]) -> float:
-    """The length of an axis from arrival that all events of these requests fit on."""
-    events = [0.001]
-    for timing in timings:
-        events.append(timing.ttft_seconds)
-        for layer in timing.layers:
-            events.append(layer.end_seconds)
-            if layer.landed_seconds is not None:
-                events.append(layer.landed_seconds)
+def span_seconds(timing: Timing) -> float:
+    """The length of an axis from a request's arrival that all events of its first prefill fit on."""
+    events = [timing.ttft_seconds, *(layer.end_seconds for layer in timing.layers)]
+    events += [layer.landed_seconds for layer in timing.layers if layer.landed_seconds is not None]
     return max(events)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from segue.engine.config import HandoffConfig
-from segue.types import LoraSource, Tier
+from segue.types import LayerTiming, LoraSource, Tier
 from tests.checkpoints import (
     ALL_TARGETS,
     ROPE_LLAMA3,
@@ -108,16 +108,21 @@ def tier_of(harness: EngineHarness, number: int) -> Tier:
     return finished.timing.tier
 
 
-def layers_of(harness: EngineHarness, number: int) -> list[object]:
+def layers_of(harness: EngineHarness, number: int) -> tuple[LayerTiming, ...]:
     finished = harness.answers[number].finished
     assert finished is not None
-    return list(finished.timing.layers)
+    return finished.timing.layers
 
 
 @pytest.mark.parametrize("adapter", ["r3", "r8", "r64"])
 @pytest.mark.parametrize("where", ["layer 0", "the middle", "the last layer", "never"])
 def test_handover_anywhere_gives_the_same_tokens(world: World, adapter: str, where: str) -> None:
-    cpu_layers = {"layer 0": 0, "the middle": world.layers // 2, "the last layer": world.layers - 1, "never": world.layers}
+    cpu_layers = {
+        "layer 0": 0,
+        "the middle": world.layers // 2,
+        "the last layer": world.layers - 1,
+        "never": world.layers,
+    }
     forced = cpu_layers[where]
     (prompt,) = prompts(1, seed=len(adapter) + forced)
     handoff = HandoffConfig(mode="fixed", cpu_layers=forced)

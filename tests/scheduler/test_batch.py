@@ -122,7 +122,13 @@ def test_a_request_in_flight_is_left_alone() -> None:
 
 def test_cold_rows_are_grouped_by_adapter_and_warm_rows_together() -> None:
     residency = FakeResidency(needs={1: 1, 2: 1, 3: 1}, resident={1}, landed={1})
-    queue = [queued(1, version_id=1), queued(2), queued(3, version_id=2), queued(4, version_id=3), queued(5, version_id=2)]
+    queue = [
+        queued(1, version_id=1),
+        queued(2),
+        queued(3, version_id=2),
+        queued(4, version_id=3),
+        queued(5, version_id=2),
+    ]
     decided = plan(queue, residency=residency)
     groups = {item.version_id: [rows.number for rows in item.rows] for item in decided.passes}
     assert groups == {None: [1, 2], 2: [3, 5], 3: [4]}
@@ -135,7 +141,9 @@ def test_a_long_prompt_is_cut_to_the_budget() -> None:
 
 def test_a_cold_request_decodes_in_a_pass_of_its_own() -> None:
     residency = FakeResidency(needs={1: 1}, resident={1})
-    decided = plan((), [decoding(1, tokens=6, pages=2, version_id=1), decoding(2, tokens=6, pages=2)], residency=residency)
+    decided = plan(
+        (), [decoding(1, tokens=6, pages=2, version_id=1), decoding(2, tokens=6, pages=2)], residency=residency
+    )
     assert decided.decode == (2,)
     assert [(item.version_id, item.rows[0].start, item.rows[0].count) for item in decided.passes] == [(1, 5, 1)]
 
@@ -228,7 +236,9 @@ class FakeWorld:
 
 @settings(max_examples=150, deadline=None)
 @given(
-    st.lists(st.tuples(st.integers(1, 40), st.integers(1, 20), st.sampled_from([None, 0, 1, 2])), min_size=1, max_size=14),
+    st.lists(
+        st.tuples(st.integers(1, 40), st.integers(1, 20), st.sampled_from([None, 0, 1, 2])), min_size=1, max_size=14
+    ),
     st.integers(0, 12),
 )
 def test_every_request_ends_in_the_smallest_pool_that_can_hold_each(

@@ -16,7 +16,13 @@ from segue.scheduler.handoff import (
     StreamLayers,
 )
 
-POLICIES: tuple[HandoffPolicy, ...] = (DeviceWhenLanded(), FixedHandover(0), FixedHandover(3), StreamLayers(), LoadFirst())
+POLICIES: tuple[HandoffPolicy, ...] = (
+    DeviceWhenLanded(),
+    FixedHandover(0),
+    FixedHandover(3),
+    StreamLayers(),
+    LoadFirst(),
+)
 
 
 def views() -> list[LayerView]:
