@@ -153,7 +153,8 @@ class EngineInstance:
         )
 
     def _on_worker_event(self, event: WorkerEvent) -> None:
-        self._worker_restarts += event.kind in (WorkerEventKind.DIED, WorkerEventKind.STALLED)
+        # One that stalled is killed, and its death is an event of its own.
+        self._worker_restarts += event.kind is WorkerEventKind.DIED
         self._wake()
 
     def _wake(self) -> None:
