@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from segue.engine.batch import SequenceInput, build_batch
 from segue.engine.forward_pass import ForwardPass, PassState, RequestRows
@@ -26,7 +25,9 @@ class PassRunner:
 
     def start(self, rows: Sequence[RequestRows], version_id: int | None, *, cpu_allowed: bool) -> ForwardPass:
         """A pass over these rows that has not run yet. ``version_id`` is the adapter still loading, if one is."""
-        ordered = tuple(sorted(rows, key=lambda item: -1 if item.request.version_id is None else item.request.version_id))
+        ordered = tuple(
+            sorted(rows, key=lambda item: -1 if item.request.version_id is None else item.request.version_id)
+        )
         batch = build_batch(
             [
                 SequenceInput(

@@ -220,6 +220,7 @@ def _check_service_level(request: pb.GenerateRequest, findings: _Findings) -> No
         if slo.HasField(field):
             sound = math.isfinite(value) and value > 0
             findings.require(sound, f"slo.{field}", f"must be a number greater than 0, is {value:g}")
+            findings.refuse(sound, f"slo.{field}")
     findings.require(slo.on_miss in pb.OnMiss.values(), "slo.on_miss", f"{slo.on_miss} is no known value")
     findings.refuse(slo.on_miss == pb.ON_MISS_REJECT, "slo.on_miss")
     findings.refuse(request.priority != 0, "priority")

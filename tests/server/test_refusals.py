@@ -41,7 +41,9 @@ UNSUPPORTED: dict[str, dict[str, Any]] = {
     "sampling.repetition_penalty": {"repetition_penalty": 1.1},
     "sampling.logit_bias": {"logit_bias": {5: 1.0}},
     "sampling.n": {"n": 2},
-    "slo.on_miss": {"slo": SLO(ttft_ms=100, reject_on_miss=True)},
+    "slo.ttft_ms": {"slo": SLO(ttft_ms=100)},
+    "slo.tpot_ms": {"slo": SLO(tpot_ms=30)},
+    "slo.on_miss": {"slo": SLO(reject_on_miss=True)},
     "priority": {"priority": 1},
 }
 
@@ -101,7 +103,6 @@ def test_values_that_change_nothing_are_served(client: Client) -> None:
         repetition_penalty=1.0,
         n=1,
         priority=0,
-        slo=SLO(ttft_ms=200, tpot_ms=30),
     )
     assert reply.token_ids == (10,)
 
