@@ -1,0 +1,174 @@
+"""The real server, driven by the real SDK: answers, refusals, cancels, replaced adapters."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from segue import Client
+from segue.errors import (
+    AdapterNotFoundError,
+    AdapterRejectedError,
+    DeadlineExceededError,
+    InvalidRequestError,
+    SegueError,
+    StatusCode,
+    UnsafePathError,
+)
+from segue.types import Reply, Tier
+from tests.e2e.live import ASSETS, LiveServer, Reference, live_server, wait_until
+
+PROMPT = "Tell me about the fox."
+NEW_TOKENS = 24
+ENDLESS_TOKENS = 1500
+ADAPTERS = ASSETS / "adapters"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    root = tmp_path_factory.mktemp("e2e")
+    shutil.copytree(ADAPTERS, root / "adapters")
+    with live_server(root / "server", root / "adapters") as running:
+        yield running
+        wait_until(running.is_idle, "every page is free or an adapter's")
+    log = running.log.read_text()
+    assert running.process.returncode == 0, log
+    assert "Traceback" not in log, log
+
+
+@pytest.fixture(scope="module")
+def reference() -> Reference:
+    return Reference()
+
+
+@pytest.fixture
+def client(server: LiveServer) -> Iterator[Client]:
+    with server.client() as client:
+        yield client
+
+
+def ask(client: Client, adapter: str | None, prompt: str = PROMPT, new_tokens: int = NEW_TOKENS) -> Reply:
+    with client.generate(
+        prompt, adapter=adapter, max_tokens=new_tokens, ignore_eos=True, temperature=0.0, timeout=60, stream=True
+    ) as stream:
+        chunks = list(stream)
+    assert "".join(chunk.text for chunk in chunks) == stream.reply.text
+    return stream.reply
+
+
+def test_a_burst_of_streams_equals_the_reference(server: LiveServer, reference: Reference) -> None:
+    names = [None, "brief", "json", "list", "pirate", "polite", "rhyme", "yoda"]
+    prompts = [f"{PROMPT} {'Once more, please. ' * index}".strip() for index in range(len(names))]
+    with server.client() as client, ThreadPoolExecutor(len(names)) as threads:
+        for info in client.adapters.list():
+            client.adapters.evict(info.name)
+        wait_until(lambda: all(info.tier is Tier.DISK for info in client.adapters.list()), "every adapter is cold")
+        replies = list(threads.map(lambda name, prompt: ask(client, name, prompt), names, prompts))
+    for name, prompt, reply in zip(names, prompts, replies, strict=True):
+        reference.compare(reply, None if name is None else ADAPTERS / name, prompt, NEW_TOKENS)
+        assert reply.timing.tier is (Tier.NONE if name is None else Tier.DISK)
+    assert any(reply.timing.cpu_layers for reply in replies), "no cold prefill had help of the CPU"
+    wait_until(server.is_idle, "every page is free or an adapter's")
+
+
+def refuse_unknown(client: Client) -> None:
+    client.generate(PROMPT, adapter="nobody")
+
+
+def refuse_name_outside(client: Client) -> None:
+    client.generate(PROMPT, adapter="../server")
+
+
+def refuse_path_outside(client: Client) -> None:
+    client.adapters.load("outside", "../../model")
+
+
+def refuse_truncated(client: Client) -> None:
+    client.generate(PROMPT, adapter="cut")
+
+
+def refuse_long_prompt(client: Client) -> None:
+    client.generate("fox " * 4000)
+
+
+@pytest.mark.parametrize(
+    ("refuse", "error", "code"),
+    [
+        (refuse_unknown, AdapterNotFoundError, StatusCode.NOT_FOUND),
+        (refuse_name_outside, UnsafePathError, StatusCode.INVALID_ARGUMENT),
+        (refuse_path_outside, UnsafePathError, StatusCode.INVALID_ARGUMENT),
+        (refuse_truncated, AdapterRejectedError, StatusCode.FAILED_PRECONDITION),
+        (refuse_long_prompt, InvalidRequestError, StatusCode.INVALID_ARGUMENT),
+    ],
+)
+def test_a_refusal_hinders_nobody(
+    server: LiveServer, client: Client, reference: Reference, refuse: object, error: type[SegueError], code: StatusCode
+) -> None:
+    cut = server.adapters_dir / "cut"
+    if not cut.exists():
+        shutil.copytree(ADAPTERS / "yoda", cut)
+        os.truncate(cut / "adapter_model.safetensors", 100_000)
+    assert callable(refuse)
+    with pytest.raises(error) as caught:
+        refuse(client)
+    assert caught.type is error
+    assert caught.value.code is code
+    reference.compare(ask(client, "yoda"), ADAPTERS / "yoda", PROMPT, NEW_TOKENS)
+
+
+def test_cancelled_streams_give_their_pages_back(server: LiveServer, client: Client, reference: Reference) -> None:
+    streams = [
+        client.generate(PROMPT, adapter=name, max_tokens=ENDLESS_TOKENS, ignore_eos=True, stream=True)
+        for name in (None, "shout", "shout", "json")
+    ]
+    for stream in streams[:-1]:
+        next(stream)
+    assert server.state().pages.kv > 0
+    for stream in streams:
+        stream.cancel()
+    wait_until(server.is_idle, "cancelled requests hold no pages")
+    reference.compare(ask(client, "shout"), ADAPTERS / "shout", PROMPT, NEW_TOKENS)
+
+
+def test_a_passed_deadline_gives_the_pages_back(server: LiveServer, client: Client, reference: Reference) -> None:
+    client.adapters.evict("rhyme")
+    for name in (None, "rhyme"):
+        with pytest.raises(DeadlineExceededError):
+            client.generate(PROMPT, adapter=name, max_tokens=ENDLESS_TOKENS, ignore_eos=True, timeout=0.25)
+    wait_until(server.is_idle, "requests past their deadline hold no pages")
+    reference.compare(ask(client, "rhyme"), ADAPTERS / "rhyme", PROMPT, NEW_TOKENS)
+
+
+def test_an_adapter_replaced_while_in_use(
+    server: LiveServer, client: Client, reference: Reference, tmp_path: Path
+) -> None:
+    voice = server.adapters_dir / "voice"
+    shutil.copytree(ADAPTERS / "pirate", voice)
+    successor = Path(shutil.copytree(ADAPTERS / "brief", server.adapters_dir.parent / "successor"))
+    new_tokens = 200
+    with client.generate(
+        PROMPT, adapter="voice", max_tokens=new_tokens, ignore_eos=True, temperature=0.0, timeout=60, stream=True
+    ) as stream:
+        next(stream)
+        voice.rename(tmp_path / "replaced")
+        successor.rename(voice)
+        reply = ask(client, "voice")
+        list(stream)
+    reference.compare(reply, ADAPTERS / "brief", PROMPT, NEW_TOKENS)
+    reference.compare(stream.reply, ADAPTERS / "pirate", PROMPT, new_tokens)
+    assert stream.reply.adapter_version != reply.adapter_version
+
+
+def test_an_unloaded_adapter_is_unknown_until_it_is_loaded(client: Client, reference: Reference) -> None:
+    reference.compare(ask(client, "list"), ADAPTERS / "list", PROMPT, NEW_TOKENS)
+    client.adapters.unload("list")
+    with pytest.raises(AdapterNotFoundError):
+        ask(client, "list")
+    assert "list" not in [info.name for info in client.adapters.list()]
+    client.adapters.load("list")
+    reference.compare(ask(client, "list"), ADAPTERS / "list", PROMPT, NEW_TOKENS)
