@@ -61,9 +61,6 @@ class TinyModel:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
-TinyLlama = TinyModel
-
-
 def write_random_model(
     directory: Path,
     model: TinyModel | None = None,

@@ -14,7 +14,7 @@ from segue.types import LayerTiming, LoraSource, Tier
 from tests.checkpoints import (
     ALL_TARGETS,
     ROPE_LLAMA3,
-    TinyLlama,
+    TinyModel,
     load_reference,
     reference_greedy,
     reference_logits,
@@ -26,9 +26,12 @@ from tests.engine.harness import Answer, EngineHarness
 NEW_TOKENS = 64
 LOGPROB_TOLERANCE = 1e-4
 SHAPES = {
-    "one kv head, tied": TinyLlama(kv_heads=1, tied=True),
-    "two kv heads, llama3 rope": TinyLlama(kv_heads=2, rope=ROPE_LLAMA3),
-    "three kv heads": TinyLlama(hidden_size=96, heads=6, kv_heads=3, layers=4),
+    "one kv head, tied": TinyModel(kv_heads=1, tied=True),
+    "two kv heads, llama3 rope": TinyModel(kv_heads=2, rope=ROPE_LLAMA3),
+    "three kv heads": TinyModel(hidden_size=96, heads=6, kv_heads=3, layers=4),
+    "mistral with a window": TinyModel(family="mistral", kv_heads=1, extra={"sliding_window": 24}),
+    "qwen2": TinyModel(family="qwen2", tied=True),
+    "qwen3": TinyModel(family="qwen3", layers=4),
 }
 ADAPTERS: dict[str, dict[str, object]] = {
     "r1": {"rank": 1, "targets": ("q_proj",)},

@@ -12,7 +12,7 @@ from segue.engine.lora.checkpoint import MAX_CONFIG_BYTES, Checkpoint, open_chec
 from segue.engine.lora.manifest import Projection
 from segue.engine.lora.safetensors_header import MAX_HEADER_BYTES
 from segue.errors import AdapterRejectedError, StatusCode, UnsafePathError
-from tests.checkpoints import TinyLlama, write_random_adapter, write_random_model
+from tests.checkpoints import TinyModel, write_random_adapter, write_random_model
 from tests.engine.lora.adapter_folders import (
     ATTENTION,
     MODEL,
@@ -63,7 +63,7 @@ def test_every_matrix_is_found_where_it_lies(tmp_path: Path, root_fd: int, dtype
 
 
 def test_an_adapter_that_peft_saved_is_served(tmp_path: Path, root_fd: int) -> None:
-    base = write_random_model(tmp_path / "base", TinyLlama(layers=2))
+    base = write_random_model(tmp_path / "base", TinyModel(layers=2))
     write_random_adapter(tmp_path / "one", base, rank=8, targets=["k_proj", "up_proj"], rank_by_module={"k_proj": 3})
     checkpoint = open_one(root_fd, SmallModel(layers=2, hidden=64, kv=32, mlp=96))
     ranks = [[(module.projection.value, module.rank) for module in layer] for layer in checkpoint.layers]
