@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from segue.cpu_lora import WorkerEventKind
 from segue.engine.config import HandoffConfig
 from segue.engine.lora.apply import Blocked
 from segue.engine.messages import Submit
@@ -186,18 +187,22 @@ def test_lost_workers_in_the_middle_of_a_prefill(world: World, how: str, victims
         if how != "frozen":
             for pid in lost:
                 os.kill(pid, signal.SIGKILL)
+        harness.run_until(lambda: bool(harness.answers[number].tokens))
+        lost_prefills = request.lost_passes
         harness.run()
         world.compare("cold", prompt, harness.answers[number])
         assert len(harness.answers[number].tokens) == NEW_TOKENS
-        assert timing_of(harness, number).prefill_attempts == 1 + request.lost_passes
+        assert timing_of(harness, number).prefill_attempts == 1 + lost_prefills
         if how != "killed":
-            assert request.lost_passes > 0
+            assert lost_prefills > 0
         for pid in lost:
             wait_until(lambda pid=pid: is_gone(pid), "the lost worker is dead")  # type: ignore[misc]
         assert harness.instance.workers.wait_ready(harness.config.cpu_workers, timeout_seconds=20)
-        now = harness.instance.workers.worker_pids
-        assert set(now) & set(before) == set(before) - set(lost)
-        assert harness.instance.state(0).worker_restarts == victims
+        assert not set(harness.instance.workers.worker_pids) & set(lost)
+        # On a busy machine a healthy worker may stand still long enough to be replaced as well.
+        died = [event.pid for event in harness.instance.workers.events if event.kind is WorkerEventKind.DIED]
+        assert set(lost) <= set(died)
+        assert harness.instance.state(0).worker_restarts == len(died)
         deltas = deltas_of(harness)
         time.sleep(0.1)
         assert deltas_of(harness) == deltas
