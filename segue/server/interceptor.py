@@ -63,11 +63,25 @@ async def _serve_stream(behaviour: _Behaviour, request: Any, context: _Context) 
         # Closed here, at once, also when it is a write to a client that has gone which is cancelled.
         async with contextlib.aclosing(generator) as messages:
             async for message in messages:
-                await context.write(message)
+                await _write(message, context)
+    except _ClientGoneError:
+        _LOG.debug("the client left during request %s", getattr(request, "request_id", ""))
     except SegueError as error:
         await _abort(error, request, context)
     except Exception:  # noqa: BLE001
         await _abort_unforeseen(request, context)
+
+
+class _ClientGoneError(Exception):
+    """The call has ended on the client's side; nobody reads an answer or a status any more."""
+
+
+async def _write(message: Any, context: _Context) -> None:
+    try:
+        await context.write(message)
+    except grpc.aio.InternalError as error:
+        # gRPC's core refuses to send on a call that has ended before the handler was cancelled for it.
+        raise _ClientGoneError from error
 
 
 async def _abort_unforeseen(request: Any, context: _Context) -> NoReturn:
