@@ -41,7 +41,7 @@ def test_a_client_that_leaves_between_two_messages_is_no_error(caplog: pytest.Lo
             closed.append(True)
 
     async def continuation(_details: Any) -> Any:
-        return grpc.unary_stream_rpc_method_handler(behaviour)  # type: ignore[arg-type]
+        return grpc.unary_stream_rpc_method_handler(behaviour)
 
     class FakeDetails:
         method = "/segue.v1.GenerationService/Generate"
