@@ -28,14 +28,16 @@ class LinkThrottle:
     def book_rows(self, row_bytes: int) -> float:
         """Book rows that CPU workers exchange; when they are through, in seconds of the clock. Does not wait.
 
-        They are small and go ahead of the copies, which end later by as much.
+        Rows share the link half and half with a copy under way: they take twice their time, and the copies booked later
+        end later by the rows' bytes. So rows that follow one another without end cannot keep the weights from landing.
         """
         now = self._clock()
         if self.bytes_per_second is None:
             return now
         with self._lock:
             row_seconds = row_bytes / self.bytes_per_second
-            self._rows_free_seconds = max(now, self._rows_free_seconds) + row_seconds
+            shares = 2 if self._free_seconds > now else 1
+            self._rows_free_seconds = max(now, self._rows_free_seconds) + shares * row_seconds
             self._free_seconds = max(now, self._free_seconds) + row_seconds
             return self._rows_free_seconds
 

@@ -8,7 +8,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +30,7 @@ DEFAULT_PROMPT = "Tell me about the fox."
 DEFAULT_LINK_BYTES_PER_SECOND = 4e6
 DEFAULT_CPU_WORKERS = 2
 _START_SECONDS = 120.0
+_LANDING_SECONDS = 60.0
 _MIN_AXIS_COLUMNS = 24
 _LABEL_COLUMNS = 56
 _PANEL_COLUMNS = 58
@@ -180,16 +181,18 @@ def _warm_up(console: Console, client: Client, options: DemoOptions) -> None:
     """One request for each hot adapter: afterwards its weights are on the device."""
     for name in options.hot:
         client.generate(options.prompt, adapter=name, max_tokens=4, timeout=60)
-    deadline = time.monotonic() + 60
+    _wait_for_landing(client, options.hot)
+    console.print(f"Hot from earlier requests: [bold]{', '.join(options.hot)}[/bold]. All others are on disk.\n")
+
+
+def _wait_for_landing(client: Client, names: Iterable[str]) -> None:
+    deadline = time.monotonic() + _LANDING_SECONDS
     while time.monotonic() < deadline:
         tiers = {adapter.name: adapter.tier for adapter in client.adapters.list()}
-        if all(tiers[name] is Tier.DEVICE for name in options.hot):
-            console.print(
-                f"Hot from earlier requests: [bold]{', '.join(options.hot)}[/bold]. All others are on disk.\n"
-            )
+        if all(tiers[name] is Tier.DEVICE for name in names):
             return
         time.sleep(0.05)
-    raise DemoError("the hot adapters did not reach the device")
+    raise DemoError(f"the adapters did not reach the device within {_LANDING_SECONDS:.0f} s")
 
 
 def _burst(console: Console, client: Client, streams: list[Stream], options: DemoOptions) -> None:
@@ -238,6 +241,7 @@ def _explain(console: Console, streams: list[Stream]) -> None:
 
 def _again(console: Console, client: Client, streams: list[Stream], options: DemoOptions) -> None:
     """The same requests once more, now that every adapter is on the device: the measure of what a cold start cost."""
+    _wait_for_landing(client, [stream.adapter for stream in streams if stream.adapter is not None])
     warm = [Stream(title=stream.title, adapter=stream.adapter) for stream in streams]
     threads = [threading.Thread(target=stream.follow, args=(client, options), daemon=True) for stream in warm]
     for thread in threads:
@@ -253,7 +257,10 @@ def _again(console: Console, client: Client, streams: list[Stream], options: Dem
             raise DemoError(f"{after.title}: {after.error}")
         timing = before.reply.timing
         landed = [layer.landed_seconds for layer in timing.layers if layer.landed_seconds is not None]
-        waits = f"{max(landed) * 1e3:.0f} ms" if timing.tier is Tier.DISK and landed else "-"
+        landing = "-"
+        if timing.tier is Tier.DISK:
+            whole = len(landed) == len(timing.layers)
+            landing = f"{max(landed) * 1e3:.0f} ms" if whole else "after the answer"
         equal = before.reply.token_ids == after.reply.token_ids
         same = same and equal
         table.add_row(
@@ -261,7 +268,7 @@ def _again(console: Console, client: Client, streams: list[Stream], options: Dem
             timing.tier.value,
             f"{timing.ttft_seconds * 1e3:.0f} ms",
             f"{timing.cpu_layers} of {len(timing.layers)}" if timing.layers else "-",
-            waits,
+            landing,
             f"{after.reply.timing.ttft_seconds * 1e3:.0f} ms",
             "yes" if equal else "NO",
         )

@@ -56,5 +56,6 @@ def verdict(timing: Timing) -> str:
     first = f"first token after {timing.ttft_seconds * 1e3:.0f} ms"
     known = [seconds for seconds in landed if seconds is not None]
     if timing.cpu_layers and len(known) == len(landed):
-        return f"{how}; {first}; the whole adapter had landed only after {max(known) * 1e3:.0f} ms"
+        only = "only " if max(known) > timing.ttft_seconds else ""
+        return f"{how}; {first}; the whole adapter had landed {only}after {max(known) * 1e3:.0f} ms"
     return f"{how}; {first}"

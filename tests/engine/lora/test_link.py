@@ -61,9 +61,17 @@ def test_a_measured_rate_follows_what_is_observed() -> None:
     assert rate.seconds_for(4000) == pytest.approx(2.0, rel=0.01)
 
 
-def test_rows_go_ahead_of_copies_and_push_them_back() -> None:
+def test_rows_go_ahead_of_a_copy_at_half_the_rate_and_push_later_copies_back() -> None:
     link = LinkThrottle(1000.0, FakeClock())
     assert link.book(5000) == pytest.approx(105.0)
-    assert link.book_rows(1000) == pytest.approx(101.0)
-    assert link.book_rows(500) == pytest.approx(101.5)
+    assert link.book_rows(1000) == pytest.approx(102.0)
+    assert link.book_rows(500) == pytest.approx(103.0)
     assert link.book(1000) == pytest.approx(107.5)
+
+
+def test_rows_on_an_idle_link_have_all_of_it() -> None:
+    clock = FakeClock()
+    link = LinkThrottle(1000.0, clock)
+    assert link.book_rows(1000) == pytest.approx(101.0)
+    clock.seconds = 103.0
+    assert link.book_rows(1000) == pytest.approx(104.0)
