@@ -19,8 +19,15 @@ from segue.engine.request import Request, RequestState
 from segue.engine.requests import RequestTable
 from segue.engine.residency import Residency
 from segue.engine.runner import PassRunner
-from segue.engine.sampling import RowSampling, SampledToken, sample_greedy
-from segue.errors import AdapterNotFoundError, AdapterRejectedError, InvalidRequestError, OverloadedError, SegueError
+from segue.engine.sampling import RowSampling, SampledToken, UnusableLogitsError, sample_greedy
+from segue.errors import (
+    AdapterNotFoundError,
+    AdapterRejectedError,
+    InternalError,
+    InvalidRequestError,
+    OverloadedError,
+    SegueError,
+)
 from segue.scheduler.batch import (
     Admission,
     AdmittedRequest,
@@ -33,6 +40,8 @@ from segue.scheduler.batch import (
 from segue.types import FinishReason
 
 _MAX_LOST_PASSES = 3
+# A prompt's page and the page that admission keeps for its first token.
+_SMALLEST_REQUEST_PAGES = 2
 
 
 class Engine:
@@ -112,8 +121,15 @@ class Engine:
             self._store.register(manifest, descriptor)
         except AdapterRejectedError as error:
             self._fail_version(manifest.version_id, error.message)
-        else:
-            self._versions.add(manifest.version_id)
+            return
+        pages = self._store.device_pages(manifest.version_id)
+        if pages + _SMALLEST_REQUEST_PAGES > self._pool.pages:
+            self._fail_version(
+                manifest.version_id, f"the adapter takes {pages} pages, the pool has {self._pool.pages} in all"
+            )
+            self._store.close_version(manifest.version_id)
+            return
+        self._versions.add(manifest.version_id)
 
     def close_version(self, version_id: int) -> None:
         """Forget a version when its last user ends."""
@@ -202,10 +218,6 @@ class Engine:
             if version_id not in self._versions:
                 return AdapterNotFoundError("this adapter version is no longer known")
             adapter_pages = self._store.device_pages(version_id)
-            if adapter_pages + 2 > self._pool.pages:
-                return AdapterRejectedError(
-                    f"the adapter takes {adapter_pages} pages, the pool has {self._pool.pages} in all"
-                )
         kv_pages = pages_for(len(submit.prompt_token_ids) + submit.max_tokens, self._limits.page_tokens)
         if adapter_pages + kv_pages + 1 > self._pool.pages:
             return InvalidRequestError(
@@ -306,11 +318,30 @@ class Engine:
             request.computed_tokens = rows.start + rows.count
             if request.computed_tokens == len(request.token_ids):
                 sampling.append((index, request))
-        if sampling:
-            logits = item.logits[[index for index, _ in sampling]]
-            tokens = sample_greedy(logits, [_row_sampling(request) for _, request in sampling])
-            for (_, request), token in zip(sampling, tokens, strict=True):
+        self._sample(item, sampling)
+
+    def _sample(self, item: ForwardPass, wanted: list[tuple[int, Request]]) -> None:
+        """Draw the next token of each request from its row of logits; one whose logits are unusable fails alone."""
+        while wanted:
+            logits = item.logits[[index for index, _ in wanted]]
+            try:
+                tokens = sample_greedy(logits, [_row_sampling(request) for _, request in wanted])
+            except UnusableLogitsError as error:
+                for position in error.problems:
+                    self._fail_computation(wanted[position][1])
+                wanted = [each for position, each in enumerate(wanted) if position not in error.problems]
+                continue
+            for (_, request), token in zip(wanted, tokens, strict=True):
                 self._append(request, token)
+            return
+
+    def _fail_computation(self, request: Request) -> None:
+        """The model gave no usable logits: with an adapter that is the adapter's doing, its weights overflow."""
+        error: SegueError = InternalError("the model's output is not finite")
+        if request.version_id is not None:
+            error = AdapterRejectedError("the model's output with this adapter is not finite")
+        self._output.failed.append(Failed(request.number, error.reason, error.message))
+        self._end(request)
 
     def _append(self, request: Request, token: SampledToken) -> None:
         if request.timeline.first_token_seconds is None:

@@ -10,6 +10,7 @@ import logging
 import os
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -118,7 +119,7 @@ Completion = LayerRead | ReadEnded | CopyEnded
 _Job = TypeVar("_Job", ReadJob, CopyJob)
 
 
-class _JobThread(Generic[_Job]):
+class _JobThread(ABC, Generic[_Job]):
     """A thread that carries out jobs in the order in which they were put."""
 
     def __init__(self, name: str, report: Callable[[Completion], None]) -> None:
@@ -145,8 +146,9 @@ class _JobThread(Generic[_Job]):
                     return
                 self._carry_out(job)
 
+    @abstractmethod
     def _carry_out(self, job: _Job) -> None:
-        raise NotImplementedError
+        """Do the job and report its end."""
 
 
 class ReaderThread(_JobThread[ReadJob]):

@@ -31,7 +31,7 @@ def root(tmp_path: Path) -> Path:
 def catalog(root: Path) -> Iterator[AdapterCatalog]:
     before = len(os.listdir("/proc/self/fd"))
     yield AdapterCatalog(root, MODEL, 64)
-    assert len(os.listdir("/proc/self/fd")) == before, "a descriptor was left open"
+    assert len(os.listdir("/proc/self/fd")) <= before, "a descriptor was left open"
 
 
 def version_of(catalog: AdapterCatalog, name: str = "one") -> str:

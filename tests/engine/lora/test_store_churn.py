@@ -208,7 +208,7 @@ def test_random_use_keeps_every_invariant_and_gives_everything_back(make_rig: Ma
     for version in churn.tensors:
         with pytest.raises(KeyError):
             rig.store.tier(version)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
     for action in ("acquire", "release", "load", "copy", "evict_device", "evict_host", "hold", "drop", "replace"):
         assert churn.done[action] > 0, action
     assert churn.done["compared on the device"] > 0

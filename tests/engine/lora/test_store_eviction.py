@@ -305,7 +305,7 @@ def test_a_closed_version_leaves_when_its_last_user_ends(rig: StoreRig) -> None:
         rig.store.tier(version)
     assert rig.host_bytes_held == 0
     assert rig.pool.free_pages == rig.pool.pages
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert len(os.listdir("/proc/self/fd")) <= descriptors
 
 
 def test_a_version_closed_while_it_is_read_and_copied_leaves_after_its_jobs(rig: StoreRig) -> None:

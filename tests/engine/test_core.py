@@ -1,0 +1,76 @@
+"""What the engine refuses, and what fails alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from segue.errors import AdapterRejectedError, InvalidRequestError, OverloadedError
+from tests.checkpoints import TinyModel, load_reference, reference_greedy, write_random_adapter, write_random_model
+from tests.engine.harness import EngineHarness
+
+PROMPT = [5, 6, 7, 8, 9]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    root = tmp_path_factory.mktemp("core")
+    model = write_random_model(root / "model", TinyModel(layers=2), seed=1)
+    for name in ("good", "overflowing"):
+        write_random_adapter(root / "adapters" / name, model, rank=8, seed=3)
+    write_random_adapter(root / "adapters" / "large", model, rank=64, seed=4)
+    weights = root / "adapters" / "overflowing" / "adapter_model.safetensors"
+    save_file({name: tensor * 1e30 for name, tensor in load_file(weights).items()}, weights)
+    return model, root / "adapters"
+
+
+def failure(harness: EngineHarness, number: int) -> tuple[str, str]:
+    failed = harness.answers[number].failed
+    assert failed is not None
+    return failed.reason, failed.message
+
+
+def test_an_adapter_whose_output_overflows_fails_alone(folders: tuple[Path, Path]) -> None:
+    model, adapters = folders
+    with EngineHarness(model, adapters) as harness:
+        asked = {name: harness.submit(PROMPT, name, max_tokens=16) for name in ("good", "overflowing")}
+        base = harness.submit(PROMPT, max_tokens=16)
+        harness.run()
+        reason, message = failure(harness, asked["overflowing"])
+        assert reason == AdapterRejectedError.reason
+        assert "not finite" in message
+        expected = reference_greedy(load_reference(model, adapters / "good"), PROMPT, 16)
+        assert tuple(harness.answers[asked["good"]].tokens) == expected
+        assert tuple(harness.answers[base].tokens) == reference_greedy(load_reference(model), PROMPT, 16)
+
+
+def test_an_adapter_that_no_pool_page_count_can_hold_is_refused_when_it_is_opened(folders: tuple[Path, Path]) -> None:
+    model, adapters = folders
+    with EngineHarness(model, adapters, pages=24, cpu_workers=0) as harness:
+        version_id = harness.open("large")
+        harness.step()
+        assert "pages" in harness.version_failures[version_id]
+        number = harness.submit(PROMPT, "large", max_tokens=4)
+        good = harness.submit(PROMPT, "good", max_tokens=4)
+        harness.run()
+        assert failure(harness, number)[0] == AdapterRejectedError.reason
+        assert len(harness.answers[good].tokens) == 4
+
+
+def test_a_request_that_an_empty_pool_could_not_hold_is_refused(folders: tuple[Path, Path]) -> None:
+    model, adapters = folders
+    with EngineHarness(model, adapters, pages=8, cpu_workers=0) as harness:
+        number = harness.submit(PROMPT, max_tokens=500)
+        harness.run()
+        assert failure(harness, number)[0] == InvalidRequestError.reason
+
+
+def test_a_full_queue_refuses(folders: tuple[Path, Path]) -> None:
+    model, adapters = folders
+    with EngineHarness(model, adapters, max_waiting=2, cpu_workers=0) as harness:
+        numbers = [harness.submit(PROMPT, max_tokens=2) for _ in range(3)]
+        harness.run()
+        assert failure(harness, numbers[2])[0] == OverloadedError.reason
+        assert all(len(harness.answers[number].tokens) == 2 for number in numbers[:2])
