@@ -75,7 +75,7 @@ def test_what_is_no_folder_is_not_found(tmp_path: Path, root_fd: int, parts: tup
     before = _open_descriptors()
     with pytest.raises(AdapterNotFoundError):
         open_folder(root_fd, parts)
-    assert _open_descriptors() == before
+    assert _open_descriptors() <= before
 
 
 @pytest.mark.parametrize("target", ["outside", "root/inside"])
@@ -89,7 +89,7 @@ def test_links_to_folders_are_unsafe_wherever_they_point(tmp_path: Path, target:
     before = _open_descriptors()
     with pytest.raises(UnsafePathError):
         open_folder(root_fd, ("link", "below") if nested else ("link",))
-    assert _open_descriptors() == before
+    assert _open_descriptors() <= before
     os.close(root_fd)
 
 
@@ -115,7 +115,7 @@ def test_only_regular_files_are_opened(tmp_path: Path, root_fd: int) -> None:
         for name in ("link", "folder", "pipe", "socket"):
             with pytest.raises(UnsafePathError):
                 open_regular(root_fd, name)
-        assert _open_descriptors() == before
+        assert _open_descriptors() <= before
 
 
 def test_a_device_is_unsafe() -> None:
