@@ -1,19 +1,19 @@
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.descriptors import open_descriptors
 from tests.engine.lora.store_rig import MakeRig, StoreRig
 
 
 @pytest.fixture
 def make_rig(tmp_path: Path) -> Iterator[MakeRig]:
     """Builds rigs; at the end all that they held must have come back, descriptors and threads included."""
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     rigs: list[StoreRig] = []
 
     def make(**options: Any) -> StoreRig:
@@ -25,7 +25,7 @@ def make_rig(tmp_path: Path) -> Iterator[MakeRig]:
     yield make
     for rig in rigs:
         rig.close()
-    assert len(os.listdir("/proc/self/fd")) <= before, "a descriptor was left open"
+    assert open_descriptors() == before, "a descriptor was left open"
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import pytest
 
 from segue.engine.lora.adapter_path import check_adapter_name, open_folder, open_regular, split_adapter_path
 from segue.errors import AdapterNotFoundError, InvalidRequestError, StatusCode, UnsafePathError
+from tests.descriptors import open_descriptors
 
 BAD_COMPONENTS = ("", ".", "..", ".hidden", "nul\0byte", "tab\there", "line\nfeed", "x" * 256, "ü" * 128, "\udcff")
 URLS = ("http://host/adapter", "https:host", "file:///etc", "s3://bucket/key", "hf:owner", "git+ssh://host/x")
@@ -72,10 +73,10 @@ def test_nested_folders_are_opened(tmp_path: Path, root_fd: int) -> None:
 def test_what_is_no_folder_is_not_found(tmp_path: Path, root_fd: int, parts: tuple[str, ...]) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "file").touch()
-    before = _open_descriptors()
+    before = open_descriptors()
     with pytest.raises(AdapterNotFoundError):
         open_folder(root_fd, parts)
-    assert _open_descriptors() <= before
+    assert open_descriptors() == before
 
 
 @pytest.mark.parametrize("target", ["outside", "root/inside"])
@@ -86,10 +87,10 @@ def test_links_to_folders_are_unsafe_wherever_they_point(tmp_path: Path, target:
     (tmp_path / "outside" / "below").mkdir(parents=True)
     (root / "link").symlink_to(tmp_path / target)
     root_fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
-    before = _open_descriptors()
+    before = open_descriptors()
     with pytest.raises(UnsafePathError):
         open_folder(root_fd, ("link", "below") if nested else ("link",))
-    assert _open_descriptors() <= before
+    assert open_descriptors() == before
     os.close(root_fd)
 
 
@@ -111,11 +112,11 @@ def test_only_regular_files_are_opened(tmp_path: Path, root_fd: int) -> None:
     os.mkfifo(tmp_path / "pipe")
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "socket"))
-        before = _open_descriptors()
+        before = open_descriptors()
         for name in ("link", "folder", "pipe", "socket"):
             with pytest.raises(UnsafePathError):
                 open_regular(root_fd, name)
-        assert _open_descriptors() <= before
+        assert open_descriptors() == before
 
 
 def test_a_device_is_unsafe() -> None:
@@ -123,7 +124,3 @@ def test_a_device_is_unsafe() -> None:
     with pytest.raises(UnsafePathError):
         open_regular(root_fd, "null")
     os.close(root_fd)
-
-
-def _open_descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))

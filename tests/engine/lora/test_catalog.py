@@ -15,6 +15,7 @@ from segue.config import ConfigError
 from segue.engine.lora.catalog import AdapterCatalog, OpenedVersion
 from segue.engine.lora.checkpoint import Checkpoint, ModelShapes, open_checkpoint
 from segue.errors import AdapterNotFoundError, AdapterRejectedError, EngineUnavailableError, UnsafePathError
+from tests.descriptors import open_descriptors
 from tests.engine.lora.adapter_folders import MODEL, peft_config, random_tensors, write_folder
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -29,9 +30,9 @@ def root(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def catalog(root: Path) -> Iterator[AdapterCatalog]:
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     yield AdapterCatalog(root, MODEL, 64)
-    assert len(os.listdir("/proc/self/fd")) <= before, "a descriptor was left open"
+    assert open_descriptors() == before, "a descriptor was left open"
 
 
 def version_of(catalog: AdapterCatalog, name: str = "one") -> str:

@@ -13,6 +13,7 @@ from segue.engine.lora.manifest import Projection
 from segue.engine.lora.safetensors_header import MAX_HEADER_BYTES
 from segue.errors import AdapterRejectedError, StatusCode, UnsafePathError
 from tests.checkpoints import TinyModel, write_random_adapter, write_random_model
+from tests.descriptors import open_descriptors
 from tests.engine.lora.adapter_folders import (
     ATTENTION,
     MODEL,
@@ -31,9 +32,9 @@ Q0_A = tensor_name(0, Projection.Q, "A")
 @pytest.fixture
 def root_fd(tmp_path: Path) -> Iterator[int]:
     descriptor = os.open(tmp_path, os.O_RDONLY | os.O_DIRECTORY)
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     yield descriptor
-    assert len(os.listdir("/proc/self/fd")) <= before, "a descriptor was left open"
+    assert open_descriptors() == before, "a descriptor was left open"
     os.close(descriptor)
 
 

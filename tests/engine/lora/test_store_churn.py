@@ -12,6 +12,7 @@ from segue.engine.lora.events import LoadFailed
 from segue.engine.lora.manifest import Projection
 from segue.engine.lora.store import LayerState
 from segue.engine.memory.pages import OutOfPagesError
+from tests.descriptors import open_descriptors
 from tests.engine.lora.adapter_folders import MODEL, peft_config, random_tensors, tensor_name
 from tests.engine.lora.store_rig import MakeRig, StoreRig, assert_same, expected
 
@@ -199,7 +200,7 @@ class Churn:
 def test_random_use_keeps_every_invariant_and_gives_everything_back(make_rig: MakeRig, seed: int) -> None:
     largest = sum(tensor.numel() for tensor in random_tensors(rank=max(RANKS)).values()) * 4
     rig = make_rig(host_bytes=2 * largest + 1000, pages=90)
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     churn = Churn(rig, seed)
     for _ in range(STEPS):
         churn.step()
@@ -208,7 +209,7 @@ def test_random_use_keeps_every_invariant_and_gives_everything_back(make_rig: Ma
     for version in churn.tensors:
         with pytest.raises(KeyError):
             rig.store.tier(version)
-    assert len(os.listdir("/proc/self/fd")) <= before
+    assert open_descriptors() == before
     for action in ("acquire", "release", "load", "copy", "evict_device", "evict_host", "hold", "drop", "replace"):
         assert churn.done[action] > 0, action
     assert churn.done["compared on the device"] > 0

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import shutil
 
 import pytest
@@ -9,6 +8,7 @@ import torch
 from segue.engine.lora.events import LoadFailed, Verified
 from segue.engine.lora.store import LayerState
 from segue.types import Tier
+from tests.descriptors import open_descriptors
 from tests.engine.lora.adapter_folders import MODEL, random_tensors
 from tests.engine.lora.store_rig import MakeRig, StoreRig, assert_same, expected
 
@@ -291,7 +291,7 @@ def test_a_release_during_the_load_lets_it_go_on(rig: StoreRig) -> None:
 
 
 def test_a_closed_version_leaves_when_its_last_user_ends(rig: StoreRig) -> None:
-    descriptors = len(os.listdir("/proc/self/fd"))
+    descriptors = open_descriptors()
     version = land(rig, "one")
     rig.store.acquire(version)
     rig.store.close_version(version)
@@ -305,7 +305,7 @@ def test_a_closed_version_leaves_when_its_last_user_ends(rig: StoreRig) -> None:
         rig.store.tier(version)
     assert rig.host_bytes_held == 0
     assert rig.pool.free_pages == rig.pool.pages
-    assert len(os.listdir("/proc/self/fd")) <= descriptors
+    assert open_descriptors() == descriptors
 
 
 def test_a_version_closed_while_it_is_read_and_copied_leaves_after_its_jobs(rig: StoreRig) -> None:
