@@ -19,7 +19,7 @@ from segue.engine.request import Request, RequestState
 from segue.engine.requests import RequestTable
 from segue.engine.residency import Residency
 from segue.engine.runner import PassRunner
-from segue.engine.sampling import RowSampling, SampledToken, UnusableLogitsError, sample_greedy
+from segue.engine.sampling import SampledToken, UnusableLogitsError, sample
 from segue.errors import (
     AdapterNotFoundError,
     AdapterRejectedError,
@@ -325,7 +325,7 @@ class Engine:
         while wanted:
             logits = item.logits[[index for index, _ in wanted]]
             try:
-                tokens = sample_greedy(logits, [_row_sampling(request) for _, request in wanted])
+                tokens = sample(logits, [request.sampling_row() for _, request in wanted])
             except UnusableLogitsError as error:
                 for position in error.problems:
                     self._fail_computation(wanted[position][1])
@@ -346,10 +346,10 @@ class Engine:
     def _append(self, request: Request, token: SampledToken) -> None:
         if request.timeline.first_token_seconds is None:
             request.timeline.first_token_seconds = self._clock()
-        request.token_ids.append(token.token_id)
+        request.append(token.token_id)
         logprobs = [] if token.logprob is None else [token.logprob]
         self._output.tokens.append(NewTokens(request.number, [token.token_id], logprobs))
-        if token.token_id in request.submit.stop_token_ids:
+        if token.token_id in request.submit.sampling.stop_token_ids:
             self._finish(request, FinishReason.STOP)
         elif request.generated_tokens >= request.submit.max_tokens:
             self._finish(request, FinishReason.LENGTH)
@@ -358,7 +358,7 @@ class Engine:
         landed = () if request.version_id is None else self._store.landed_seconds(request.version_id)
         timing = request.timeline.timing(landed, request.generated_tokens, self._clock())
         self._output.finished.append(
-            Finished(request.number, reason, len(request.submit.prompt_token_ids), request.generated_tokens, timing)
+            Finished(request.number, reason, len(request.submit.prompt_token_ids), request.generated_tokens, 0, timing)
         )
         self._end(request)
 
@@ -394,8 +394,3 @@ def _admitted(request: Request) -> AdmittedRequest:
         version_id=request.version_id,
         in_flight=request.in_flight,
     )
-
-
-def _row_sampling(request: Request) -> RowSampling:
-    banned = request.submit.stop_token_ids if request.generated_tokens < request.submit.min_tokens else ()
-    return RowSampling(banned_token_ids=banned, logprobs=request.submit.logprobs)

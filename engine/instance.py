@@ -115,6 +115,7 @@ class EngineInstance:
             free_pages=self._pool.free_pages,
             adapter_pages=self.store.device_pages_held,
             kv_pages=kv_pages,
+            cached_pages=0,
             host_free_bytes=self.store.host_free_bytes,
             cpu_workers_ready=self.workers.ready_workers,
             worker_restarts=self._worker_restarts,

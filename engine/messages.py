@@ -10,6 +10,7 @@ import msgspec
 
 from segue.engine.config import EngineConfig
 from segue.engine.lora.manifest import AdapterManifest
+from segue.engine.sampling_params import SamplingParams
 from segue.types import FinishReason, Tier, Timing, TokenLogprob
 
 
@@ -23,18 +24,15 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     """A request that has been validated: ``prompt_token_ids`` fits the context with ``max_tokens``.
 
     ``adapter_version_id`` names a version sent before in OpenVersion; None is the base model. Generation ends after
-    any of ``stop_token_ids`` (the model's EOS among them unless ignored), which is not part of the answer's text.
-    ``logprobs`` is how many of the most likely tokens to report beside the chosen one; None reports nothing.
+    any of the sampling's ``stop_token_ids``, which is not part of the answer's text.
     """
 
     number: int
     prompt_token_ids: list[int]
     max_tokens: int
     arrival_seconds: float
+    sampling: SamplingParams
     adapter_version_id: int | None = None
-    min_tokens: int = 0
-    stop_token_ids: tuple[int, ...] = ()
-    logprobs: int | None = None
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):
@@ -44,9 +42,13 @@ class Cancel(msgspec.Struct, frozen=True, tag=True):
 
 
 class OpenVersion(msgspec.Struct, frozen=True, tag=True):
-    """A new adapter version; its open weights file travels beside the message as a file descriptor."""
+    """A new adapter version; its open weights file travels beside the message as a file descriptor.
+
+    A ``pinned`` version is brought to the device at once and is not evicted from there.
+    """
 
     manifest: AdapterManifest
+    pinned: bool = False
 
 
 class CloseVersion(msgspec.Struct, frozen=True, tag=True):
@@ -106,12 +108,13 @@ class NewTokens(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Finished(msgspec.Struct, frozen=True, array_like=True):
-    """A request ended well or was cancelled."""
+    """A request ended well or was cancelled. The KV of ``cached_prompt_tokens`` came from the prefix cache."""
 
     number: int
     reason: FinishReason
     prompt_tokens: int
     completion_tokens: int
+    cached_prompt_tokens: int
     timing: Timing
 
 
@@ -140,7 +143,10 @@ class VersionState(msgspec.Struct, frozen=True):
 
 
 class State(msgspec.Struct, frozen=True, tag=True):
-    """A snapshot of the engine, in answer to GetState."""
+    """A snapshot of the engine, in answer to GetState.
+
+    ``kv_pages`` are in use by requests; ``cached_pages`` keep prefixes that no request uses, until pages are needed.
+    """
 
     number: int
     waiting: int
@@ -149,6 +155,7 @@ class State(msgspec.Struct, frozen=True, tag=True):
     free_pages: int
     adapter_pages: int
     kv_pages: int
+    cached_pages: int
     host_free_bytes: int
     cpu_workers_ready: int
     worker_restarts: int

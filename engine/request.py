@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from segue.engine.messages import Submit
+from segue.engine.sampling import SamplingRow
 from segue.engine.timeline import Timeline
+from segue.engine.token_counts import TokenCounts
 
 
 class RequestState(Enum):
@@ -32,7 +34,7 @@ class Request:
     """``token_ids`` is the prompt and what was generated; KV covers the first ``computed_tokens`` of them.
 
     ``pages`` hold that KV in order. ``in_flight`` says that some rows are in a pass that has not ended, ``lost_passes``
-    how many of its passes lost a CPU worker.
+    how many of its passes lost a CPU worker. ``counts`` is there when penalties need it.
     """
 
     submit: Submit
@@ -43,11 +45,13 @@ class Request:
     computed_tokens: int = 0
     in_flight: bool = False
     lost_passes: int = 0
+    counts: TokenCounts | None = None
 
     @classmethod
     def of(cls, submit: Submit) -> Request:
         timeline = Timeline(arrival_seconds=submit.arrival_seconds)
-        return cls(submit=submit, timeline=timeline, token_ids=list(submit.prompt_token_ids))
+        counts = TokenCounts(submit.prompt_token_ids) if submit.sampling.has_penalties else None
+        return cls(submit=submit, timeline=timeline, token_ids=list(submit.prompt_token_ids), counts=counts)
 
     @property
     def number(self) -> int:
@@ -60,6 +64,16 @@ class Request:
     @property
     def generated_tokens(self) -> int:
         return len(self.token_ids) - len(self.submit.prompt_token_ids)
+
+    def sampling_row(self) -> SamplingRow:
+        """What the next token is drawn by."""
+        return SamplingRow(params=self.submit.sampling, position=self.generated_tokens, counts=self.counts)
+
+    def append(self, token_id: int) -> None:
+        """Take a generated token."""
+        self.token_ids.append(token_id)
+        if self.counts is not None:
+            self.counts.add(token_id)
 
     def move_to(self, state: RequestState) -> None:
         """Change the state. Raises ValueError for a change that the transition table does not have."""

@@ -192,21 +192,3 @@ def _logprobs(logits: Tensor, rows: Sequence[SamplingRow], token_ids: Sequence[i
         )
         for index, (logprob,), ids, values in found
     }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RowSampling:
-    """What one row of greedy decoding is to give. ``banned_token_ids`` cannot be chosen; ``logprobs`` as in Submit."""
-
-    banned_token_ids: tuple[int, ...] = ()
-    logprobs: int | None = None
-
-
-def sample_greedy(logits: Tensor, rows: Sequence[RowSampling]) -> list[SampledToken]:
-    """``sample`` for rows that are all greedy."""
-    return sample(logits, [_greedy(row) for row in rows])
-
-
-def _greedy(row: RowSampling) -> SamplingRow:
-    params = SamplingParams(seed=0, min_tokens=1, stop_token_ids=row.banned_token_ids, logprobs=row.logprobs)
-    return SamplingRow(params=params, position=0)

@@ -32,7 +32,9 @@ def finished_to_proto(finished: Finished) -> generation_pb2.GenerateResponse:
         finished=generation_pb2.Finished(
             finish_reason=generation_pb2.FinishReason.Value(f"FINISH_REASON_{finished.reason.name}"),
             usage=generation_pb2.Usage(
-                prompt_tokens=finished.prompt_tokens, completion_tokens=finished.completion_tokens
+                prompt_tokens=finished.prompt_tokens,
+                completion_tokens=finished.completion_tokens,
+                cached_prompt_tokens=finished.cached_prompt_tokens,
             ),
             timing=_timing_to_proto(finished.timing),
         )

@@ -14,6 +14,7 @@ import grpc.aio
 
 from segue.engine.lora.catalog import OpenedVersion
 from segue.engine.messages import Submit
+from segue.engine.sampling_params import SamplingParams
 from segue.server.adapter_tokenizer import AdapterTokenizers
 from segue.server.adapters import AdapterDirectory
 from segue.server.convert import chunk_to_proto, finished_to_proto
@@ -117,9 +118,12 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                 max_tokens=max_tokens,
                 arrival_seconds=arrival_seconds,
                 adapter_version_id=version_id,
-                min_tokens=checked.min_tokens,
-                stop_token_ids=checked.stop_token_ids,
-                logprobs=checked.logprobs,
+                sampling=SamplingParams(
+                    seed=0,
+                    min_tokens=checked.min_tokens,
+                    stop_token_ids=checked.stop_token_ids,
+                    logprobs=checked.logprobs,
+                ),
             )
         )
 

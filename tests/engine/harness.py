@@ -15,6 +15,7 @@ from segue.engine.instance import EngineInstance
 from segue.engine.lora.catalog import AdapterCatalog, OpenedVersion
 from segue.engine.messages import Failed, Finished, Submit
 from segue.engine.models.config import ModelConfig
+from segue.engine.sampling_params import SamplingParams
 from segue.types import TokenLogprob
 
 
@@ -82,9 +83,9 @@ class EngineHarness:
         adapter: str | None = None,
         *,
         max_tokens: int = 64,
-        stop_token_ids: tuple[int, ...] = (),
-        logprobs: int | None = None,
+        **sampling: Any,
     ) -> int:
+        """Greedy with seed 0 unless ``sampling``, fields of SamplingParams, says otherwise."""
         number = len(self.answers) + 1
         self.answers[number] = Answer()
         self.engine.submit(
@@ -94,8 +95,7 @@ class EngineHarness:
                 max_tokens=max_tokens,
                 arrival_seconds=time.monotonic(),
                 adapter_version_id=None if adapter is None else self.open(adapter),
-                stop_token_ids=stop_token_ids,
-                logprobs=logprobs,
+                sampling=SamplingParams(**{"seed": 0, **sampling}),
             )
         )
         return number

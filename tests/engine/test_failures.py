@@ -21,6 +21,7 @@ from segue.cpu_lora import WorkerEventKind
 from segue.engine.config import HandoffConfig
 from segue.engine.lora.apply import Blocked
 from segue.engine.messages import Submit
+from segue.engine.sampling_params import SamplingParams
 from segue.engine.request import Request, RequestState
 from segue.errors import AdapterRejectedError
 from segue.types import FinishReason, LoraSource, Tier, Timing
@@ -365,6 +366,7 @@ def test_broken_weights_are_rejected(world: World, tmp_path: Path, spoil: Callab
                     prompt_token_ids=make_prompt(number),
                     max_tokens=NEW_TOKENS,
                     arrival_seconds=time.monotonic(),
+                    sampling=SamplingParams(seed=0),
                     adapter_version_id=version,
                 )
             )

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from segue.engine.sampling import RowSampling, SamplingRow, UnusableLogitsError, sample, sample_greedy
+from segue.engine.sampling import SamplingRow, UnusableLogitsError, sample
 from segue.engine.sampling_params import SamplingParams
 from segue.engine.token_counts import TokenCounts
 
@@ -300,12 +300,3 @@ def test_what_the_hot_path_may_skip() -> None:
     assert [stopping.changes_logits(position) for position in range(3)] == [True, True, False]
     assert SamplingParams(seed=0, temperature=1e-6).is_greedy
     assert not SamplingParams(seed=0, temperature=1e-5).is_greedy
-
-
-def test_sample_greedy_bans_and_reports() -> None:
-    logits = torch.tensor([[1.0, 5.0, 3.0], [1.0, 5.0, 3.0]])
-    banned, free = sample_greedy(logits, [RowSampling(banned_token_ids=(1,), logprobs=1), RowSampling()])
-    assert (banned.token_id, free.token_id) == (2, 1)
-    assert banned.logprob is not None
-    assert list(banned.logprob.top) == [1]
-    assert free.logprob is None

@@ -166,10 +166,10 @@ class FakeEngine:
             token = running.next_token()
             running.produced += 1
             logprobs = []
-            if running.submit.logprobs is not None:
+            if running.submit.sampling.logprobs is not None:
                 logprobs = [TokenLogprob(token_id=token, logprob=-0.5, top={token: -0.5, 1: -2.0})]
             output.tokens.append(NewTokens(number, [token], logprobs))
-            stopped = token in running.submit.stop_token_ids
+            stopped = token in running.submit.sampling.stop_token_ids
             if stopped or running.produced == running.submit.max_tokens:
                 del self.running[number]
                 reason = FinishReason.STOP if stopped else FinishReason.LENGTH
@@ -194,7 +194,7 @@ class FakeEngine:
             cpu_tokens=3,
         )
         prompt_tokens = 0 if submit is None else len(submit.prompt_token_ids)
-        return Finished(number, reason, prompt_tokens, produced, timing)
+        return Finished(number, reason, prompt_tokens, produced, 0, timing)
 
     def state(self, number: int) -> State:
         users = [running.submit.adapter_version_id for running in self.running.values()]
@@ -206,6 +206,7 @@ class FakeEngine:
             free_pages=PAGES - 8,
             adapter_pages=3,
             kv_pages=5,
+            cached_pages=0,
             host_free_bytes=1000,
             cpu_workers_ready=2,
             worker_restarts=4,

@@ -104,9 +104,10 @@ def test_stop_tokens_end_the_answer_and_are_no_text(
 def test_what_the_engine_is_told(rig: Rig, client: Client) -> None:
     client.generate([10, 20], max_tokens=6, min_tokens=2, stop_token_ids=[7, 7], logprobs=3, adapter="alpha")
     (submit,) = rig.messages("Submit")
+    sampling = submit["sampling"]
     assert submit["prompt_token_ids"] == [10, 20]
-    assert (submit["max_tokens"], submit["min_tokens"], submit["logprobs"]) == (6, 2, 3)
-    assert submit["stop_token_ids"] == [7, 1]
+    assert (submit["max_tokens"], sampling["min_tokens"], sampling["logprobs"]) == (6, 2, 3)
+    assert sampling["stop_token_ids"] == [7, 1]
     (opened,) = rig.messages("OpenVersion")
     assert submit["adapter_version_id"] == opened["manifest"]["version_id"]
     assert opened["manifest"]["name"] == "alpha"
