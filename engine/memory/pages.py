@@ -51,6 +51,8 @@ class PageAllocator:
 
     def is_free(self, page: int) -> bool:
         """Whether ``page`` is free. Raises IndexError for an unknown page."""
+        if not 0 <= page < self.pages:
+            raise IndexError(f"page {page} does not exist, there are {self.pages}")
         return not self._taken[page]
 
     def check(self) -> None:

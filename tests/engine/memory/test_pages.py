@@ -51,6 +51,12 @@ def test_wrong_free_is_refused_and_changes_nothing(pages: tuple[int, ...], probl
     allocator.check()
 
 
+@pytest.mark.parametrize("page", [-1, 4])
+def test_an_unknown_page_is_neither_free_nor_taken(page: int) -> None:
+    with pytest.raises(IndexError, match=f"page {page} does not exist"):
+        PageAllocator(4).is_free(page)
+
+
 def test_check_sees_a_page_that_is_both_free_and_taken() -> None:
     allocator = PageAllocator(2)
     (page,) = allocator.allocate(1)
