@@ -3,6 +3,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from segue.scheduler.eviction import EvictionCandidate, choose_victims, decayed, eviction_cost
 
@@ -67,3 +69,57 @@ def test_small_victims_are_spared_when_a_large_one_suffices() -> None:
     small = replace(PLAIN, version_id=1, pages=1, recent_uses=0.01)
     large = replace(PLAIN, version_id=2, pages=10, recent_uses=2.0)
     assert choose_victims([small, large], 10) == (2,)
+
+
+CANDIDATES = st.lists(
+    st.builds(
+        EvictionCandidate,
+        version_id=st.integers(0, 1000),
+        pages=st.integers(0, 12),
+        bring_back_seconds=st.floats(0.0, 10.0),
+        recent_uses=st.floats(0.0, 100.0),
+        idle_seconds=st.floats(-1.0, 1000.0),
+        users=st.sampled_from([0, 0, 0, 1, 3]),
+    ),
+    max_size=9,
+    unique_by=lambda candidate: candidate.version_id,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(CANDIDATES, st.integers(-1, 60))
+def test_victims_are_unused_and_free_enough_without_a_needless_one(
+    candidates: list[EvictionCandidate], needed: int
+) -> None:
+    unused = {candidate.version_id: candidate.pages for candidate in candidates if candidate.users == 0}
+    victims = choose_victims(candidates, needed)
+    assert len(set(victims)) == len(victims)
+    assert unused.keys() >= set(victims)
+    freed = sum(unused[victim] for victim in victims)
+    if needed <= 0 or sum(unused.values()) < needed:
+        assert victims == ()
+    else:
+        assert freed >= needed
+        assert all(freed - unused[victim] < needed for victim in victims)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data(), CANDIDATES, st.integers(1, 60))
+def test_the_order_of_the_candidates_does_not_matter(
+    data: st.DataObject, candidates: list[EvictionCandidate], needed: int
+) -> None:
+    shuffled = data.draw(st.permutations(candidates))
+    assert choose_victims(shuffled, needed) == choose_victims(candidates, needed)
+
+
+@settings(max_examples=200, deadline=None)
+@given(CANDIDATES, st.integers(1, 12))
+def test_a_lone_victim_is_a_cheapest_one_per_page_of_those_that_suffice(
+    candidates: list[EvictionCandidate], needed: int
+) -> None:
+    """When every candidate suffices by itself, the one that is cheapest per page is the only victim."""
+    large = [replace(candidate, pages=candidate.pages + needed, users=0) for candidate in candidates]
+    costs = {candidate.version_id: eviction_cost(candidate) / candidate.pages for candidate in large}
+    victims = choose_victims(large, needed)
+    assert len(victims) == min(1, len(large))
+    assert all(costs[victim] == min(costs.values()) for victim in victims)
