@@ -38,13 +38,15 @@ from segue.types import (
 )
 
 if TYPE_CHECKING:
-    from segue.client import Client, GenerateStream
+    from segue.client import AsyncClient, AsyncGenerateStream, Client, GenerateStream, RetryPolicy
 
 __all__ = [
     "SLO",
     "AdapterInfo",
     "AdapterNotFoundError",
     "AdapterRejectedError",
+    "AsyncClient",
+    "AsyncGenerateStream",
     "Chunk",
     "Client",
     "DeadlineExceededError",
@@ -62,6 +64,7 @@ __all__ = [
     "Reply",
     "RequestCancelledError",
     "RequestNotFoundError",
+    "RetryPolicy",
     "SegueError",
     "ServerInfo",
     "SloInfeasibleError",
@@ -76,7 +79,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Load the client, and with it gRPC, at its first use: every process of Segue imports this package."""
-    if name in ("Client", "GenerateStream"):
+    if name in ("AsyncClient", "AsyncGenerateStream", "Client", "GenerateStream", "RetryPolicy"):
         from segue import client
 
         return getattr(client, name)

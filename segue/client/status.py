@@ -36,7 +36,7 @@ _DETAILS = ("ErrorInfo", "RequestInfo", "BadRequest", "RetryInfo")
 
 def error_of_rpc(error: grpc.RpcError) -> SegueError:
     """The SegueError of a failed RPC, by the reason in its details, else by its status code."""
-    if not isinstance(error, grpc.Call):
+    if not isinstance(error, grpc.Call | grpc.aio.AioRpcError):
         return SegueError(str(error))
     return error_of_status(error.code(), error.details() or "", _details(error.trailing_metadata()))
 

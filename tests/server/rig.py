@@ -19,7 +19,7 @@ import numpy as np
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from segue import Client
+from segue import Client, RetryPolicy
 from segue.engine.config import EngineConfig
 from segue.server.app import Server
 from segue.server.config import ServerConfig, SupervisionConfig
@@ -137,9 +137,9 @@ class Rig:
         return f"127.0.0.1:{self.server.port}"
 
     def client(self) -> Client:
-        """A client with a connection of its own."""
+        """A client with a connection of its own, which sends nothing twice."""
         options = (("grpc.use_local_subchannel_pool", 1),)
-        self.clients.append(Client(self.target, channel_options=options))
+        self.clients.append(Client(self.target, channel_options=options, retry=RetryPolicy(attempts=1)))
         return self.clients[-1]
 
     def messages(self, name: str) -> list[dict[str, Any]]:
