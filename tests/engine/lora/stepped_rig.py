@@ -1,0 +1,229 @@
+"""A store rig whose two threads go one step at a time, when a test says so: any order of events, the same every time.
+
+Threads that stand between two steps change nothing, so whatever is seen then is what a drain at that moment would see.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from segue.engine.lora import mover
+from segue.engine.lora.adapter_path import identity_of
+from segue.engine.lora.checkpoint import WEIGHTS_FILE, open_checkpoint
+from segue.engine.lora.manifest import AdapterManifest, ModuleWeights, Projection, TensorSpan
+from segue.engine.lora.transfer import Completion, CopierThread, CopyJob, LayerRead, ReaderThread, ReadJob
+from tests.engine.lora.adapter_folders import SmallModel, peft_config, random_tensors, write_folder
+from tests.engine.lora.store_rig import PATIENCE_SECONDS, StoreRig
+
+STEPPED_MODEL = SmallModel(layers=2, hidden=32)
+TARGETS = (Projection.Q,)
+READ_ERROR = "the disk failed"
+LANDING_ERROR = "the link failed"
+
+
+class FakeSteps:
+    """Holds one thread before each job, before each operation and after each layer that was read."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._unfinished_jobs = 0
+        self._paused = False
+        self._stepping = True
+
+    @property
+    def is_idle(self) -> bool:
+        return self._unfinished_jobs == 0
+
+    def job_put(self) -> None:
+        with self._condition:
+            self._unfinished_jobs += 1
+
+    def job_ended(self) -> None:
+        with self._condition:
+            self._unfinished_jobs -= 1
+            self._condition.notify_all()
+
+    def pause(self) -> None:
+        with self._condition:
+            if self._stepping:
+                self._paused = True
+                self._condition.notify_all()
+                assert self._condition.wait_for(lambda: not self._paused, PATIENCE_SECONDS), "no step was allowed"
+
+    def step(self) -> bool:
+        """Let the thread go on until it pauses again or has no job; whether it had one."""
+        with self._condition:
+            self._wait_until_still()
+            had_job = self._unfinished_jobs > 0
+            self._release()
+            self._wait_until_still()
+            return had_job
+
+    def run_free(self) -> None:
+        """No more pauses."""
+        with self._condition:
+            self._stepping = False
+            self._release()
+
+    def _release(self) -> None:
+        self._paused = False
+        self._condition.notify_all()
+
+    def _wait_until_still(self) -> None:
+        is_still = self._condition.wait_for(lambda: self._paused or self._unfinished_jobs == 0, PATIENCE_SECONDS)
+        assert is_still, "the thread neither pauses nor ends its job"
+
+
+class FakeSteppedReader(ReaderThread):
+    """The real reader, in steps."""
+
+    def __init__(self, steps: FakeSteps, *, report: Callable[[Completion], None], **options: Any) -> None:
+        self._steps = steps
+
+        def report_and_pause(completion: Completion) -> None:
+            report(completion)
+            if isinstance(completion, LayerRead):
+                steps.pause()
+
+        super().__init__(report=report_and_pause, **options)
+
+    def put(self, job: ReadJob) -> None:
+        self._steps.job_put()
+        super().put(job)
+
+    def _carry_out(self, job: ReadJob) -> None:
+        self._steps.pause()
+        super()._carry_out(job)
+        self._steps.job_ended()
+
+
+class FakeSteppedCopier(CopierThread):
+    """The real copier, in steps."""
+
+    def __init__(self, steps: FakeSteps, **options: Any) -> None:
+        self._steps = steps
+        super().__init__(**options)
+
+    def put(self, job: CopyJob) -> None:
+        self._steps.job_put()
+        super().put(job)
+
+    def _carry_out(self, job: CopyJob) -> None:
+        self._steps.pause()
+        super()._carry_out(job)
+        self._steps.job_ended()
+
+
+@dataclass(kw_only=True)
+class SteppedRig(StoreRig):
+    """``grabbed`` are pages that the test holds itself, as KV would, each full of one value of its own."""
+
+    model: SmallModel = STEPPED_MODEL
+    reader: FakeSteps = field(default_factory=FakeSteps)
+    copier: FakeSteps = field(default_factory=FakeSteps)
+    grabbed: dict[int, float] = field(default_factory=dict)
+    next_read_fails: bool = False
+    next_landing_fails: bool = False
+
+    def __post_init__(self) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(mover, "ReaderThread", functools.partial(FakeSteppedReader, self.reader))
+            patch.setattr(mover, "CopierThread", functools.partial(FakeSteppedCopier, self.copier))
+            super().__post_init__()
+        self.on_read, self.on_land = self._before_read, self._before_land
+
+    def check(self) -> None:
+        self.store.check()
+        self.pool.check()
+        assert self.pool.free_pages + self.store.device_pages_held + len(self.grabbed) == self.pool.pages
+        for page, value in self.grabbed.items():
+            assert (self.pool.data[:, page] == value).all(), f"page {page} was written by who does not own it"
+
+    def _before_read(self) -> None:
+        self.reader.pause()
+        if self.next_read_fails:
+            self.next_read_fails = False
+            raise OSError(errno.EIO, READ_ERROR)
+
+    def _before_land(self) -> None:
+        self.copier.pause()
+        if self.next_landing_fails:
+            self.next_landing_fails = False
+            raise OSError(errno.EIO, LANDING_ERROR)
+
+    def close(self) -> None:
+        self.reader.run_free()
+        self.copier.run_free()
+        self.pool.free(self.grabbed)
+        self.grabbed.clear()
+        super().close()
+
+
+@functools.cache
+def checkpoint_layers(rank: int) -> tuple[bytes, tuple[tuple[ModuleWeights, ...], ...]]:
+    """The header of a weights file of this rank, and where its tensors lie."""
+    with TemporaryDirectory() as root:
+        tensors = random_tensors(STEPPED_MODEL, rank=rank, targets=TARGETS)
+        write_folder(Path(root) / "one", tensors=tensors, config=peft_config(TARGETS, r=rank))
+        root_fd = os.open(root, os.O_RDONLY)
+        try:
+            checkpoint = open_checkpoint(root_fd, ("one",), STEPPED_MODEL, 256)
+            os.close(checkpoint.descriptor)
+        finally:
+            os.close(root_fd)
+        start = min(span.file_offset for span in spans(checkpoint.layers))
+        return (Path(root) / "one" / WEIGHTS_FILE).read_bytes()[:start], checkpoint.layers
+
+
+def spans(layers: Iterable[Iterable[ModuleWeights]]) -> list[TensorSpan]:
+    return [span for layer in layers for module in layer for span in (module.a, module.b)]
+
+
+def write_version(
+    path: Path, version_id: int, rank: int, nan_layer: int | None
+) -> tuple[AdapterManifest, list[dict[tuple[Projection, str], Tensor]], int]:
+    """A weights file in which no two elements are the same, nor the same as those of another version.
+
+    Returns its manifest, each layer's matrices, and the open descriptor.
+    """
+    header, layers = checkpoint_layers(rank)
+    elements = sum(span.elements for span in spans(layers))
+    data = np.arange(elements, dtype=np.float32) + version_id * 10_000
+
+    def matrix(span: TensorSpan) -> Tensor:
+        start = (span.file_offset - len(header)) // 4
+        return torch.from_numpy(data[start : start + span.elements].copy()).view(span.rows, span.columns)
+
+    contents = [
+        {
+            (module.projection, name): matrix(span)
+            for module in layer
+            for name, span in zip("AB", spans([[module]]), strict=True)
+        }
+        for layer in layers
+    ]
+    if nan_layer is not None:
+        data[(layers[nan_layer][-1].b.file_offset - len(header)) // 4] = np.nan
+    path.write_bytes(header + data.tobytes())
+    descriptor = os.open(path, os.O_RDONLY)
+    manifest = AdapterManifest(
+        version_id=version_id,
+        version=f"v{version_id}",
+        name=path.name,
+        identity=identity_of(os.fstat(descriptor)),
+        layers=layers,
+    )
+    return manifest, contents, descriptor
