@@ -71,14 +71,15 @@ def test_small_victims_are_spared_when_a_large_one_suffices() -> None:
     assert choose_victims([small, large], 10) == (2,)
 
 
+# The few values that come up again and again make ties.
 CANDIDATES = st.lists(
     st.builds(
         EvictionCandidate,
         version_id=st.integers(0, 1000),
         pages=st.integers(0, 12),
-        bring_back_seconds=st.floats(0.0, 10.0),
-        recent_uses=st.floats(0.0, 100.0),
-        idle_seconds=st.floats(-1.0, 1000.0),
+        bring_back_seconds=st.sampled_from([0.0, 0.5, 1.0]) | st.floats(0.0, 10.0),
+        recent_uses=st.sampled_from([0.0, 1.0, 4.0]) | st.floats(0.0, 100.0),
+        idle_seconds=st.sampled_from([-1.0, 0.0, 60.0]) | st.floats(0.0, 1000.0),
         users=st.sampled_from([0, 0, 0, 1, 3]),
     ),
     max_size=9,
