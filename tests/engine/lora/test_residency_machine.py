@@ -66,7 +66,7 @@ class Version:
     def __repr__(self) -> str:
         return f"<version {self.number}>"
 
-    def _repr_pretty_(self, printer: RepresentationPrinter, cycle: bool) -> None:
+    def _repr_pretty_(self, printer: RepresentationPrinter, _cycle: bool) -> None:
         printer.text(repr(self))
 
     @property
@@ -91,11 +91,9 @@ def rule_on(condition: str, **draws: Any) -> Callable[[Callable[..., None]], Any
     """A rule about one of the known versions for which an attribute is true."""
     version = st.runner().flatmap(lambda machine: st.sampled_from([v for v in machine.known if getattr(v, condition)]))
 
-    def decorate(function: Callable[..., None]) -> Any:
-        some = precondition(lambda machine: any(getattr(v, condition) for v in machine.known))
-        return some(rule(version=version, **draws)(function))
-
-    return decorate
+    some = precondition(lambda machine: any(getattr(v, condition) for v in machine.known))
+    as_rule: Callable[[Callable[..., None]], Callable[..., None]] = rule(version=version, **draws)
+    return lambda function: some(as_rule(function))
 
 
 class ResidencyMachine(RuleBasedStateMachine):
