@@ -10,7 +10,8 @@ from typing import Protocol
 
 from segue.engine.lora.adapter_path import FileIdentity, identity_of, open_folder, open_regular, read_exactly
 from segue.engine.lora.manifest import ModuleWeights, Projection, TensorSpan
-from segue.engine.lora.peft_config import MLP, ModuleRule, parse_peft_config
+from segue.engine.lora.module_match import MLP
+from segue.engine.lora.peft_config import ModuleRule, parse_peft_config
 from segue.engine.lora.safetensors_header import TensorEntry, read_header
 from segue.engine.lora.strict_json import quoted
 from segue.errors import AdapterRejectedError

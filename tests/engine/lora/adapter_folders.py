@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from segue.engine.lora.manifest import Projection
-from segue.engine.lora.peft_config import module_path
+from segue.engine.lora.module_match import module_path
 
 ATTENTION = (Projection.Q, Projection.K, Projection.V, Projection.O)
 DEFAULT_RANK = 4
