@@ -7,6 +7,7 @@ import os
 import socket
 import struct
 from collections import deque
+from collections.abc import Iterable
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -53,9 +54,17 @@ class Channel(Generic[_Message]):
 
         Raises ChannelClosedError when the peer is gone.
         """
-        body = self._encoder.encode(message)
+        frame = self._frame(message)
         copy = None if descriptor is None else os.dup(descriptor)
-        self._outgoing.append((memoryview(_HEADER.pack(len(body)) + body), copy))
+        self._outgoing.append((memoryview(frame), copy))
+        self.flush()
+
+    def send_together(self, messages: Iterable[Any]) -> None:
+        """Queue messages in one piece: unless they are too long for the socket, the peer receives all of them at once.
+
+        Raises ChannelClosedError when the peer is gone.
+        """
+        self._outgoing.append((memoryview(b"".join(map(self._frame, messages))), None))
         self.flush()
 
     def flush(self) -> None:
@@ -112,6 +121,10 @@ class Channel(Generic[_Message]):
         self._outgoing.clear()
         self._descriptors.clear()
         self._socket.close()
+
+    def _frame(self, message: Any) -> bytes:
+        body = self._encoder.encode(message)
+        return _HEADER.pack(len(body)) + body
 
     def _read_available(self) -> None:
         ancillary_bytes = socket.CMSG_SPACE(_MAX_DESCRIPTORS * array.array("i").itemsize)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from segue.errors import (
     AdapterNotFoundError,
+    AdapterPinnedError,
     AdapterRejectedError,
     DeadlineExceededError,
     DuplicateRequestError,
@@ -44,6 +45,7 @@ __all__ = [
     "SLO",
     "AdapterInfo",
     "AdapterNotFoundError",
+    "AdapterPinnedError",
     "AdapterRejectedError",
     "AsyncClient",
     "AsyncGenerateStream",

@@ -97,6 +97,13 @@ class AdapterRejectedError(SegueError):
     reason = "ADAPTER_REJECTED"
 
 
+class AdapterPinnedError(SegueError):
+    """The server's configuration keeps the adapter on the device, so it cannot be evicted."""
+
+    code = StatusCode.FAILED_PRECONDITION
+    reason = "ADAPTER_PINNED"
+
+
 class SloInfeasibleError(SegueError):
     """The targets with ``on_miss = reject`` could not be met even by an idle server."""
 
@@ -159,6 +166,7 @@ _ERRORS: tuple[type[SegueError], ...] = (
     AdapterNotFoundError,
     RequestNotFoundError,
     AdapterRejectedError,
+    AdapterPinnedError,
     SloInfeasibleError,
     OverloadedError,
     DeadlineExceededError,

@@ -140,7 +140,10 @@ class Reply:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterInfo:
-    """An adapter that the server knows. ``problem`` says why it cannot be served; empty if it can."""
+    """An adapter that the server knows. ``problem`` says why it cannot be served; empty if it can.
+
+    ``pinned`` says that the server's configuration keeps it on the device.
+    """
 
     name: str
     version: str
@@ -150,6 +153,7 @@ class AdapterInfo:
     weight_bytes: int
     users: int
     problem: str = ""
+    pinned: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -270,6 +270,7 @@ def adapter_info(adapter: adapters_pb2.Adapter) -> AdapterInfo:
         weight_bytes=adapter.weight_bytes,
         users=adapter.users,
         problem=adapter.problem,
+        pinned=adapter.pinned,
     )
 
 

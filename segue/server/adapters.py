@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 
 from segue.engine.lora.catalog import AdapterCatalog, CatalogEntry, OpenedVersion
 from segue.engine.lora.manifest import AdapterManifest
 from segue.engine.messages import State
-from segue.errors import EngineUnavailableError
+from segue.errors import AdapterPinnedError, EngineUnavailableError, SegueError
 from segue.server.engine_client import EngineClient
 from segue.server.engine_life import EngineLife
 from segue.types import AdapterInfo, Tier
+
+_LOG = logging.getLogger(__name__)
+
+
+class PinError(Exception):
+    """Pinned adapters cannot be served. The message is one line for the operator."""
 
 
 async def run_holding(executor: Executor, open_version: Callable[[], OpenedVersion]) -> OpenedVersion:
@@ -32,12 +39,19 @@ def _close_result(future: Future[OpenedVersion]) -> None:
 
 
 class AdapterDirectory:
-    """The catalog, and the versions of it that the engine knows. Used on one event loop only."""
+    """The catalog, and the versions of it that the engine knows. Used on one event loop only.
 
-    def __init__(self, catalog: AdapterCatalog, engine: EngineClient, executor: Executor) -> None:
+    Every version of a ``pinned`` name is told to the engine as pinned.
+    """
+
+    def __init__(
+        self, catalog: AdapterCatalog, engine: EngineClient, executor: Executor, pinned: Sequence[str] = ()
+    ) -> None:
         self._catalog = catalog
         self._engine = engine
         self._executor = executor
+        self._pinned = frozenset(pinned)
+        self._pins_told = False
         self._in_engine: dict[int, AdapterManifest] = {}
 
     async def lookup(self, name: str, version: str | None = None) -> OpenedVersion:
@@ -49,7 +63,7 @@ class AdapterDirectory:
         manifest = opened.manifest
         descriptor = opened.fileno
         if descriptor is not None:
-            life.open_version(manifest, descriptor)
+            life.open_version(manifest, descriptor, pinned=manifest.name in self._pinned)
             opened.handed_over()
             self._in_engine[manifest.version_id] = manifest
         return manifest.version_id
@@ -59,6 +73,37 @@ class AdapterDirectory:
         opened.close()
         self._close_retired()
 
+    async def pin(self) -> None:
+        """Hand over every pinned adapter and look what the engine says of them, once for each engine.
+
+        Raises PinError when some are unknown or cannot be served, EngineUnavailableError.
+        """
+        if self._pins_told or not self._pinned:
+            return
+        self._pins_told = True
+        await self._hand_over_pinned()
+        # The engine reports what it refuses after the step in which it was told: before it answers a second question.
+        for _ in range(2):
+            await self._engine.life.state()
+        problems = await self._hand_over_pinned()
+        if problems:
+            raise PinError(f"pinned_adapters: {'; '.join(problems)}")
+
+    async def _hand_over_pinned(self) -> list[str]:
+        """What is wrong with pinned adapters."""
+        problems = []
+        for name in sorted(self._pinned):
+            try:
+                opened = await self.lookup(name)
+            except SegueError as error:
+                problems.append(f"{name}: {error.message}")
+                continue
+            try:
+                self.hand_over(opened, self._engine.life)
+            finally:
+                self.release(opened)
+        return problems
+
     async def load(self, name: str, path: str, *, preload: bool) -> AdapterInfo:
         """Make ``name`` known, and with ``preload`` bring its weights to the device; raises as AdapterCatalog.load."""
         opened = await run_holding(self._executor, lambda: self._catalog.load(name, path))
@@ -67,7 +112,7 @@ class AdapterDirectory:
                 life = self._engine.life
                 life.preload(self.hand_over(opened, life))
             manifest = opened.manifest
-            return _info(CatalogEntry(name=name, manifest=manifest, problem=None, users=0), await self._tiers())
+            return self._info(CatalogEntry(name=name, manifest=manifest, problem=None, users=0), await self._tiers())
         finally:
             self.release(opened)
 
@@ -77,9 +122,14 @@ class AdapterDirectory:
         self._close_retired()
 
     async def evict(self, name: str) -> None:
-        """Drop the weights of the version that ``name`` stands for; raises as AdapterCatalog.lookup."""
+        """Drop the weights of the version that ``name`` stands for.
+
+        Raises as AdapterCatalog.lookup, and AdapterPinnedError for a pinned name.
+        """
         opened = await self.lookup(name)
         try:
+            if name in self._pinned:
+                raise AdapterPinnedError(f"adapter {name!r} is pinned to the device by the server's configuration")
             version_id = opened.manifest.version_id
             if version_id in self._in_engine:
                 self._engine.life.evict(version_id)
@@ -92,7 +142,7 @@ class AdapterDirectory:
         entries = await loop.run_in_executor(self._executor, self._catalog.list)
         self._close_retired()
         tiers = await self._tiers()
-        return [_info(entry, tiers) for entry in entries]
+        return [self._info(entry, tiers) for entry in entries]
 
     def resident(self, state: State) -> list[tuple[AdapterManifest, Tier, int]]:
         """The versions of a snapshot that requests may name, each with its tier and its users."""
@@ -104,11 +154,15 @@ class AdapterDirectory:
 
     def version_failed(self, version_id: int, problem: str) -> None:
         """The engine found that a version cannot be served."""
+        manifest = self._in_engine.get(version_id)
+        if manifest is not None and manifest.name in self._pinned:
+            _LOG.error("pinned adapter %r cannot be served: %s", manifest.name, problem)
         self._catalog.reject(version_id, problem)
 
     def engine_lost(self) -> None:
         """The engine is gone, and with it all that it knew."""
         self._in_engine.clear()
+        self._pins_told = False
         self._catalog.engine_restarted()
 
     async def _tiers(self) -> dict[int, Tier]:
@@ -124,28 +178,30 @@ class AdapterDirectory:
                 with contextlib.suppress(EngineUnavailableError):
                     self._engine.life.close_version(version_id)
 
-
-def _info(entry: CatalogEntry, tiers: dict[int, Tier]) -> AdapterInfo:
-    manifest = entry.manifest
-    if manifest is None:
-        problem = "" if entry.problem is None else entry.problem.message
+    def _info(self, entry: CatalogEntry, tiers: dict[int, Tier]) -> AdapterInfo:
+        pinned = entry.name in self._pinned
+        manifest = entry.manifest
+        if manifest is None:
+            problem = "" if entry.problem is None else entry.problem.message
+            return AdapterInfo(
+                name=entry.name,
+                version="",
+                tier=Tier.DISK,
+                rank=0,
+                target_modules=(),
+                weight_bytes=0,
+                users=0,
+                problem=problem,
+                pinned=pinned,
+            )
+        modules = {module.projection.value: None for layer in manifest.layers for module in layer}
         return AdapterInfo(
             name=entry.name,
-            version="",
-            tier=Tier.DISK,
-            rank=0,
-            target_modules=(),
-            weight_bytes=0,
-            users=0,
-            problem=problem,
+            version=manifest.version,
+            tier=tiers.get(manifest.version_id, Tier.DISK),
+            rank=manifest.max_rank,
+            target_modules=tuple(modules),
+            weight_bytes=manifest.weight_bytes,
+            users=entry.users,
+            pinned=pinned,
         )
-    modules = {module.projection.value: None for layer in manifest.layers for module in layer}
-    return AdapterInfo(
-        name=entry.name,
-        version=manifest.version,
-        tier=tiers.get(manifest.version_id, Tier.DISK),
-        rank=manifest.max_rank,
-        target_modules=tuple(modules),
-        weight_bytes=manifest.weight_bytes,
-        users=entry.users,
-    )

@@ -18,9 +18,10 @@ from grpc_reflection.v1alpha import reflection
 
 from segue.engine.lora.catalog import AdapterCatalog
 from segue.engine.models.config import ModelConfig, ModelError
+from segue.errors import EngineUnavailableError
 from segue.server.adapter_service import AdapterService
 from segue.server.adapter_tokenizer import AdapterTokenizers
-from segue.server.adapters import AdapterDirectory
+from segue.server.adapters import AdapterDirectory, PinError
 from segue.server.config import ServerConfig
 from segue.server.engine_client import EngineClient, EngineStatus
 from segue.server.engine_life import EngineStartError
@@ -70,7 +71,7 @@ class Server:
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._status_changed = asyncio.Event()
         self._stopping = asyncio.Event()
-        self._health_task: asyncio.Task[None] | None = None
+        self._follower: asyncio.Task[None] | None = None
         self._directory: AdapterDirectory | None = None
         self.port = 0
 
@@ -80,15 +81,17 @@ class Server:
             model = ModelConfig.load(Path(self._config.engine.model_dir))
             tokenizer = ModelTokenizer.load(Path(self._config.engine.model_dir))
             catalog = AdapterCatalog(Path(self._config.adapters_dir), model, self._config.engine.max_lora_rank)
-            self._directory = AdapterDirectory(catalog, self._engine, self._executor)
+            pinned = self._config.pinned_adapters
+            self._directory = AdapterDirectory(catalog, self._engine, self._executor, pinned)
             self._listen()
             await self._engine.start()
+            await self._directory.pin()
             self._add_services(model, tokenizer, self._directory)
-            self._health_task = asyncio.create_task(self._publish_health(), name="health")
+            self._follower = asyncio.create_task(self._follow_engine(self._directory), name="engine follower")
             await self._grpc.start()
         except BaseException as error:
             await self.stop()
-            if isinstance(error, EngineStartError | ModelError | TokenizerError):
+            if isinstance(error, EngineStartError | EngineUnavailableError | ModelError | PinError | TokenizerError):
                 raise ServerStartError(str(error)) from error
             raise
         _LOG.info("serving %s on port %d", self._config.model_name, self.port)
@@ -98,10 +101,10 @@ class Server:
         self._stopping.set()
         await self._health.enter_graceful_shutdown()
         await self._grpc.stop(self._config.drain_seconds)
-        if self._health_task is not None:
-            self._health_task.cancel()
+        if self._follower is not None:
+            self._follower.cancel()
             with contextlib.suppress(asyncio.CancelledError):
-                await self._health_task
+                await self._follower
         await self._engine.close()
         self._executor.shutdown()
 
@@ -152,7 +155,8 @@ class Server:
         if self._directory is not None:
             self._directory.version_failed(version_id, problem)
 
-    async def _publish_health(self) -> None:
+    async def _follow_engine(self, directory: AdapterDirectory) -> None:
+        """Publish the engine's health, and pin adapters in each engine."""
         while True:
             await self._status_changed.wait()
             self._status_changed.clear()
@@ -160,6 +164,11 @@ class Server:
             response = health_pb2.HealthCheckResponse
             for service in ("", *SERVICES):
                 await self._health.set(service, response.SERVING if serving else response.NOT_SERVING)
+            if serving:
+                try:
+                    await directory.pin()
+                except (PinError, EngineUnavailableError) as error:
+                    _LOG.error("%s", error)
 
 
 async def serve(config: ServerConfig, *, on_serving: Callable[[int], None]) -> None:

@@ -39,13 +39,15 @@ class ServerConfig:
     """One server.
 
     ``listen`` is ``host:port``; port 0 takes any free one. ``adapters_dir`` is the folder whose subfolders are the
-    adapters. ``model_name`` is what clients call the base model; empty takes the model folder's name.
+    adapters. ``pinned_adapters`` names those that are brought to the device at the start and stay there.
+    ``model_name`` is what clients call the base model; empty takes the model folder's name.
     ``default_max_tokens`` bounds answers to requests that set no ``max_tokens``. ``prepare_threads`` tokenise prompts
     and look adapters up. When the server is told to stop, running requests get ``drain_seconds`` to end.
     """
 
     engine: EngineConfig
     adapters_dir: str
+    pinned_adapters: tuple[str, ...] = ()
     listen: str = "127.0.0.1:50051"
     model_name: str = ""
     default_max_tokens: int = 256
@@ -55,6 +57,10 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.adapters_dir), "adapters_dir", "must not be empty")
+        pinned = self.pinned_adapters
+        named = isinstance(pinned, tuple) and all(isinstance(name, str) and name for name in pinned)
+        require(named, "pinned_adapters", f"must be a list of adapters' names, is {pinned!r}")
+        require(len(set(pinned)) == len(pinned), "pinned_adapters", "must not name an adapter twice")
         _, separator, port = self.listen.rpartition(":")
         require(bool(separator) and port.isdecimal(), "listen", f"must be HOST:PORT, is {self.listen!r}")
         require(int(port) < 1 << 16, "listen", f"port must be below 65536, is {port}")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from segue.engine.messages import Finished
-from segue.types import AdapterInfo, Tier, Timing, TokenLogprob
+from segue.types import AdapterInfo, Chunk, Tier, Timing
 from segue.v1 import adapters_pb2, generation_pb2
 
 
@@ -14,22 +12,21 @@ def tier_to_proto(tier: Tier) -> generation_pb2.Tier.ValueType:
     return generation_pb2.Tier.Value(f"TIER_{tier.name}")
 
 
-def chunk_to_proto(
-    text: str, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob]
-) -> generation_pb2.GenerateResponse:
-    """More of the only answer."""
-    chunk = generation_pb2.Chunk(text=text, token_ids=token_ids)
-    for item in logprobs:
-        added = chunk.logprobs.add(token_id=item.token_id, logprob=item.logprob)
+def chunk_to_proto(chunk: Chunk) -> generation_pb2.GenerateResponse:
+    """More of an answer."""
+    message = generation_pb2.Chunk(index=chunk.index, text=chunk.text, token_ids=chunk.token_ids)
+    for item in chunk.logprobs:
+        added = message.logprobs.add(token_id=item.token_id, logprob=item.logprob)
         for token_id, logprob in item.top.items():
             added.top.add(token_id=token_id, logprob=logprob)
-    return generation_pb2.GenerateResponse(chunk=chunk)
+    return generation_pb2.GenerateResponse(chunk=message)
 
 
-def finished_to_proto(finished: Finished) -> generation_pb2.GenerateResponse:
-    """The end of the only answer."""
+def finished_to_proto(index: int, finished: Finished) -> generation_pb2.GenerateResponse:
+    """The end of an answer."""
     return generation_pb2.GenerateResponse(
         finished=generation_pb2.Finished(
+            index=index,
             finish_reason=generation_pb2.FinishReason.Value(f"FINISH_REASON_{finished.reason.name}"),
             usage=generation_pb2.Usage(
                 prompt_tokens=finished.prompt_tokens,
@@ -51,6 +48,7 @@ def adapter_to_proto(info: AdapterInfo) -> adapters_pb2.Adapter:
         weight_bytes=info.weight_bytes,
         users=info.users,
         problem=info.problem,
+        pinned=info.pinned,
     )
 
 

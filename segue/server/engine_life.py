@@ -9,20 +9,17 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import msgspec
 
-from segue.engine.channel import ChannelClosedError
+from segue.engine.channel import Channel, ChannelClosedError
 from segue.engine.config import EngineConfig
 from segue.engine.lora.manifest import AdapterManifest
 from segue.engine.messages import (
     Cancel,
     CloseVersion,
     Evict,
-    Finished,
     GetState,
-    NewTokens,
     OpenVersion,
     Preload,
     Ready,
@@ -36,10 +33,10 @@ from segue.engine.messages import (
     ToFrontEnd,
     VersionFailed,
 )
-from segue.errors import EngineUnavailableError, SegueError
+from segue.errors import EngineUnavailableError
 from segue.server.engine_process import EngineProcess
+from segue.server.engine_request import EngineRequest, EngineRequests
 from segue.server.failures import error_of_failure
-from segue.types import TokenLogprob
 
 _LOG = logging.getLogger(__name__)
 ENGINE_DIED = "the engine has died and is being restarted"
@@ -47,62 +44,6 @@ ENGINE_DIED = "the engine has died and is being restarted"
 
 class EngineStartError(Exception):
     """The engine could not be started. The message is one line for the operator."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
-    """What arrived of one request since the last look; ``finished`` once nothing more will come."""
-
-    token_ids: list[int]
-    logprobs: list[TokenLogprob]
-    finished: Finished | None
-
-
-class EngineRequest:
-    """A request in an engine. Has one reader; tokens that it has not read yet are put together."""
-
-    def __init__(self, stop: Callable[[], None]) -> None:
-        """``stop`` tells the engine to stop it, if it is still live."""
-        self._stop = stop
-        self._token_ids: list[int] = []
-        self._logprobs: list[TokenLogprob] = []
-        self._finished: Finished | None = None
-        self._error: SegueError | None = None
-        self._arrived = asyncio.Event()
-
-    async def read(self) -> Progress:
-        """Wait until there is something new. Raises the SegueError that the request ended in."""
-        await self._arrived.wait()
-        if self._error is not None and not self._token_ids:
-            raise self._error
-        progress = Progress(token_ids=self._token_ids, logprobs=self._logprobs, finished=self._finished)
-        self._token_ids, self._logprobs = [], []
-        if self._error is None:
-            self._arrived.clear()
-        return progress
-
-    def cancel(self) -> None:
-        """Stop the request if it is live; nothing more will arrive."""
-        self._stop()
-
-    def abort(self, error: SegueError) -> None:
-        """Stop the request if it is live, and let the reader meet ``error``."""
-        self._stop()
-        self.fail(error)
-
-    def add_tokens(self, tokens: NewTokens) -> None:
-        self._token_ids += tokens.token_ids
-        self._logprobs += tokens.logprobs
-        self._arrived.set()
-
-    def finish(self, finished: Finished) -> None:
-        self._finished = finished
-        self._arrived.set()
-
-    def fail(self, error: SegueError) -> None:
-        """The reader gets ``error`` after the tokens that came before it."""
-        self._error = error
-        self._arrived.set()
 
 
 class EngineLife:
@@ -164,16 +105,19 @@ class EngineLife:
         """A number for a new request."""
         return next(self._numbers)
 
-    def submit(self, submit: Submit) -> EngineRequest:
-        """Send a request, whose ``number`` must come from ``next_number``."""
-        self._send(submit)
-        request = EngineRequest(functools.partial(self._cancel, submit.number))
-        self._requests[submit.number] = request
-        return request
+    def submit(self, submits: Sequence[Submit]) -> EngineRequests:
+        """Send the answers of one request together; each ``number`` must come from ``next_number``."""
+        self._call_channel(lambda channel: channel.send_together(submits))
+        arrived = asyncio.Event()
+        for submit in submits:
+            tell_cancel = functools.partial(self._cancel, submit.number)
+            forget = functools.partial(self._forget, submit.number)
+            self._requests[submit.number] = EngineRequest(arrived, tell_cancel, forget)
+        return EngineRequests([self._requests[submit.number] for submit in submits], arrived)
 
-    def open_version(self, manifest: AdapterManifest, descriptor: int) -> None:
+    def open_version(self, manifest: AdapterManifest, descriptor: int, *, pinned: bool) -> None:
         """Make a version known, before anything names it. The engine gets a copy of ``descriptor``."""
-        self._send(OpenVersion(manifest), descriptor)
+        self._send(OpenVersion(manifest, pinned), descriptor)
 
     def close_version(self, version_id: int) -> None:
         """No request will name this version any more."""
@@ -205,16 +149,22 @@ class EngineLife:
         _LOG.info("engine process %d ended with status %d", self.pid, status)
 
     def _cancel(self, number: int) -> None:
-        if self._requests.pop(number, None) is not None:
+        if number in self._requests:
             with contextlib.suppress(EngineUnavailableError):
                 self._send(Cancel(number))
 
+    def _forget(self, number: int) -> None:
+        self._requests.pop(number, None)
+
     def _send(self, message: ToEngine, descriptor: int | None = None) -> None:
+        self._call_channel(lambda channel: channel.send(message, descriptor))
+
+    def _call_channel(self, send: Callable[[Channel[ToFrontEnd]], None]) -> None:
         if self.ended.is_set():
             raise EngineUnavailableError(ENGINE_DIED)
         channel = self._process.channel
         try:
-            channel.send(message, descriptor)
+            send(channel)
         except ChannelClosedError:
             self._gone(ENGINE_DIED)
             raise EngineUnavailableError(ENGINE_DIED) from None

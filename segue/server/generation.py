@@ -11,17 +11,19 @@ from concurrent.futures import Executor
 from typing import Any, TypeVar
 
 import grpc.aio
+import msgspec
 
 from segue.engine.lora.catalog import OpenedVersion
 from segue.engine.messages import Submit
-from segue.engine.sampling_params import SamplingParams
 from segue.server.adapter_tokenizer import AdapterTokenizers
 from segue.server.adapters import AdapterDirectory
+from segue.server.answer import Answer
 from segue.server.convert import chunk_to_proto, finished_to_proto
 from segue.server.engine_client import EngineClient
-from segue.server.engine_life import EngineRequest
+from segue.server.engine_request import EngineRequests
 from segue.server.limits import ModelLimits
 from segue.server.registry import RequestRegistry
+from segue.server.stop_strings import StopMatcher
 from segue.server.tokenizer import ModelTokenizer
 from segue.server.validation import ChatPrompt, GenerationRequest, fit_max_tokens, validate
 from segue.v1 import generation_pb2 as pb
@@ -62,9 +64,9 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         with self._registry.enter(_caller(context), checked.request_id) as live:
             async with self._version(checked) as opened:
                 prompt = await self._tokens(checked, opened)
-                engine_request = self._submit(checked, opened, prompt, arrival_seconds)
+                engine_requests = self._submit(checked, opened, prompt, arrival_seconds)
                 try:
-                    live.attach(engine_request)
+                    live.attach(engine_requests)
                     if opened is not None:
                         # The engine is loading the adapter meanwhile.
                         await self._run(self._adapter_tokenizers.check_vocabulary, opened)
@@ -72,10 +74,10 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                     yield pb.GenerateResponse(
                         started=pb.Started(request_id=checked.request_id, adapter_version=version)
                     )
-                    async for response in self._answer(engine_request, checked):
+                    async for response in self._answers(engine_requests, checked):
                         yield response
                 finally:
-                    engine_request.cancel()
+                    engine_requests.cancel()
 
     async def Abort(self, request: pb.AbortRequest, context: _Context) -> pb.AbortResponse:  # noqa: N802
         self._registry.abort(_caller(context), request.request_id)
@@ -107,42 +109,48 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
 
     def _submit(
         self, checked: GenerationRequest, opened: OpenedVersion | None, prompt: Sequence[int], arrival_seconds: float
-    ) -> EngineRequest:
+    ) -> EngineRequests:
         max_tokens = fit_max_tokens(checked, len(prompt), self._limits)
         life = self._engine.life
         version_id = None if opened is None else self._directory.hand_over(opened, life)
-        return life.submit(
+        token_ids = list(prompt)
+        submits = [
             Submit(
                 number=life.next_number(),
-                prompt_token_ids=list(prompt),
+                prompt_token_ids=token_ids,
                 max_tokens=max_tokens,
                 arrival_seconds=arrival_seconds,
                 adapter_version_id=version_id,
-                sampling=SamplingParams(
-                    seed=0,
-                    min_tokens=checked.min_tokens,
-                    stop_token_ids=checked.stop_token_ids,
-                    logprobs=checked.logprobs,
-                ),
+                sampling=msgspec.structs.replace(checked.sampling, sample=index),
             )
-        )
+            for index in range(checked.answers)
+        ]
+        return life.submit(submits)
 
-    async def _answer(
-        self, engine_request: EngineRequest, checked: GenerationRequest
+    async def _answers(
+        self, engine_requests: EngineRequests, checked: GenerationRequest
     ) -> AsyncIterator[pb.GenerateResponse]:
-        stop_token_ids = frozenset(checked.stop_token_ids)
-        detokenizer = self._tokenizer.detokenizer()
-        while True:
-            progress = await engine_request.read()
-            # A stop token ends the answer and is no part of its text.
-            text = detokenizer.push([token for token in progress.token_ids if token not in stop_token_ids])
-            if progress.finished is not None:
-                text += detokenizer.flush()
-            if progress.token_ids or text:
-                yield chunk_to_proto(text, progress.token_ids, progress.logprobs)
-            if progress.finished is not None:
-                yield finished_to_proto(progress.finished)
-                return
+        """All answers, each as it goes on: what has come of every one is sent before more is read."""
+        answers = [
+            Answer(
+                index,
+                engine_request,
+                checked.sampling,
+                self._tokenizer.detokenizer(),
+                StopMatcher(checked.stop) if checked.stop else None,
+            )
+            for index, engine_request in enumerate(engine_requests)
+        ]
+        unfinished = len(answers)
+        while unfinished:
+            for index, progress in await engine_requests.read():
+                chunk = answers[index].advance(progress)
+                if chunk is not None:
+                    yield chunk_to_proto(chunk)
+                finished = answers[index].finished
+                if finished is not None:
+                    unfinished -= 1
+                    yield finished_to_proto(index, finished)
 
     async def _run(self, function: Callable[..., _Result], *arguments: Any) -> _Result:
         return await asyncio.get_running_loop().run_in_executor(self._executor, function, *arguments)

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 
 from segue.errors import DuplicateRequestError, RequestCancelledError, RequestNotFoundError
-from segue.server.engine_life import EngineRequest
+from segue.server.engine_request import EngineRequests
 
 
 class LiveRequest:
@@ -14,20 +14,20 @@ class LiveRequest:
 
     def __init__(self) -> None:
         self._aborted = False
-        self._engine_request: EngineRequest | None = None
+        self._engine_requests: EngineRequests | None = None
 
-    def attach(self, engine_request: EngineRequest) -> None:
-        """The request is in the engine now. Raises RequestCancelledError if it was aborted before."""
-        self._engine_request = engine_request
+    def attach(self, engine_requests: EngineRequests) -> None:
+        """The request's answers are in the engine now. Raises RequestCancelledError if it was aborted before."""
+        self._engine_requests = engine_requests
         if self._aborted:
-            engine_request.cancel()
+            engine_requests.cancel()
             raise _aborted()
 
     def abort(self) -> None:
-        """Stop the request; its reader meets RequestCancelledError."""
+        """Stop all answers of the request; its reader meets RequestCancelledError."""
         self._aborted = True
-        if self._engine_request is not None:
-            self._engine_request.abort(_aborted())
+        if self._engine_requests is not None:
+            self._engine_requests.abort(_aborted())
 
 
 class RequestRegistry:

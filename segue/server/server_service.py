@@ -91,7 +91,13 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
         return pb.WatchStateResponse(
             status=pb.ENGINE_STATUS_SERVING,
             queue=pb.Queue(waiting=state.waiting, prefilling=state.prefills, decoding=state.running),
-            pages=pb.Pages(total=pages, free=state.free_pages, kv=state.kv_pages, adapter=state.adapter_pages),
+            pages=pb.Pages(
+                total=pages,
+                free=state.free_pages,
+                kv=state.kv_pages,
+                adapter=state.adapter_pages,
+                cached=state.cached_pages,
+            ),
             residency=residency,
             cpu_workers=pb.CpuWorkers(ready=state.cpu_workers_ready, restarts=state.worker_restarts),
             steps=state.steps,

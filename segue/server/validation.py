@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import secrets
 from dataclasses import dataclass
 
+from segue.engine.sampling_params import SamplingParams
 from segue.errors import FieldViolation, InvalidRequestError, UnsupportedError
 from segue.server.limits import (
     MAX_ANSWERS,
@@ -27,6 +29,8 @@ class ChatPrompt:
     messages: tuple[Message, ...]
 
 
+_SEED_BITS = 64
+
 Prompt = str | ChatPrompt | tuple[int, ...]
 """Text to tokenise, a conversation, or token ids."""
 
@@ -35,7 +39,8 @@ Prompt = str | ChatPrompt | tuple[int, ...]
 class GenerationRequest:
     """A request whose fields are sound. Its prompt's length in tokens is not known yet.
 
-    ``stop_token_ids`` has the model's own end tokens among them unless the request ignores them.
+    ``sampling`` is that of the first of ``answers`` answers; its ``stop_token_ids`` have the model's own end tokens
+    among them unless the request ignores them.
     """
 
     request_id: str
@@ -43,9 +48,9 @@ class GenerationRequest:
     adapter_name: str | None
     adapter_version: str | None
     max_tokens: int | None
-    min_tokens: int
-    stop_token_ids: tuple[int, ...]
-    logprobs: int | None
+    stop: tuple[str, ...]
+    answers: int
+    sampling: SamplingParams
 
 
 class _Findings:
@@ -83,20 +88,18 @@ def validate(request: pb.GenerateRequest, limits: ModelLimits) -> GenerationRequ
     if request.HasField("adapter"):
         findings.require(bool(request.adapter.name), "adapter.name", "must not be empty")
     _check_sampling(request.sampling, limits, findings)
-    _check_sampling_support(request.sampling, findings)
     _check_service_level(request, findings)
     findings.raise_any()
     sampling = request.sampling
-    stop_token_ids = tuple(sampling.stop_token_ids) + (() if sampling.ignore_eos else limits.eos_token_ids)
     return GenerationRequest(
         request_id=request.request_id,
         prompt=prompt,
         adapter_name=request.adapter.name if request.HasField("adapter") else None,
         adapter_version=request.adapter.version if request.adapter.HasField("version") else None,
         max_tokens=sampling.max_tokens if sampling.HasField("max_tokens") else None,
-        min_tokens=sampling.min_tokens,
-        stop_token_ids=tuple(dict.fromkeys(stop_token_ids)),
-        logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
+        stop=tuple(dict.fromkeys(sampling.stop)),
+        answers=sampling.n if sampling.HasField("n") else 1,
+        sampling=_sampling_params(sampling, limits),
     )
 
 
@@ -118,7 +121,7 @@ def fit_max_tokens(request: GenerationRequest, prompt_tokens: int, limits: Model
             "sampling.max_tokens",
             f"{max_tokens} after a prompt of {prompt_tokens} tokens do not fit the context of {context}",
         )
-    if request.min_tokens > max_tokens:
+    if request.sampling.min_tokens > max_tokens:
         raise InvalidRequestError.of("sampling.min_tokens", f"must be at most max_tokens, {max_tokens}")
     return max_tokens
 
@@ -169,7 +172,7 @@ def _check_sampling(sampling: pb.SamplingParams, limits: ModelLimits, findings: 
     check_range("min_p", 0, 1)
     check_range("presence_penalty", -2, 2)
     check_range("frequency_penalty", -2, 2)
-    check_range("repetition_penalty", 0, 10, open_below=True)
+    check_range("repetition_penalty", 1e-3, 10)
     check_range("logprobs", 0, MAX_LOGPROBS)
     check_range("n", 1, MAX_ANSWERS)
     check_range("max_tokens", 1, limits.context_tokens)
@@ -189,28 +192,30 @@ def _check_sampling(sampling: pb.SamplingParams, limits: ModelLimits, findings: 
         len(sampling.logit_bias) <= MAX_LOGIT_BIASES, "sampling.logit_bias", f"must be at most {MAX_LOGIT_BIASES}"
     )
     _check_token_ids(tuple(sampling.logit_bias), "sampling.logit_bias", limits, findings)
-    findings.require(
-        all(-100 <= bias <= 100 for bias in sampling.logit_bias.values()),
-        "sampling.logit_bias",
-        "values must be in [-100, 100]",
-    )
+    for token_id, bias in sampling.logit_bias.items():
+        if not -100 <= bias <= 100:
+            description = f"values must be in [-100, 100], that of token {token_id} is {bias:g}"
+            findings.require(False, "sampling.logit_bias", description)
+            break
 
 
-def _check_sampling_support(sampling: pb.SamplingParams, findings: _Findings) -> None:
-    """Only the most likely token is ever taken. Values that change nothing are accepted."""
-    findings.refuse(sampling.temperature > 0, "sampling.temperature")
-    findings.refuse(sampling.HasField("top_p") and sampling.top_p != 1, "sampling.top_p")
-    findings.refuse(sampling.top_k > 0, "sampling.top_k")
-    findings.refuse(sampling.min_p > 0, "sampling.min_p")
-    findings.refuse(sampling.HasField("seed"), "sampling.seed")
-    findings.refuse(bool(sampling.stop), "sampling.stop")
-    findings.refuse(sampling.presence_penalty != 0, "sampling.presence_penalty")
-    findings.refuse(sampling.frequency_penalty != 0, "sampling.frequency_penalty")
-    findings.refuse(
-        sampling.HasField("repetition_penalty") and sampling.repetition_penalty != 1, "sampling.repetition_penalty"
+def _sampling_params(sampling: pb.SamplingParams, limits: ModelLimits) -> SamplingParams:
+    """Absent scalars read as 0, which is the default of all but the seed and those whose neutral value is 1."""
+    stop_token_ids = tuple(sampling.stop_token_ids) + (() if sampling.ignore_eos else limits.eos_token_ids)
+    return SamplingParams(
+        seed=sampling.seed if sampling.HasField("seed") else secrets.randbits(_SEED_BITS),
+        temperature=sampling.temperature,
+        top_p=sampling.top_p if sampling.HasField("top_p") else 1.0,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        min_tokens=sampling.min_tokens,
+        stop_token_ids=tuple(dict.fromkeys(stop_token_ids)),
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        repetition_penalty=sampling.repetition_penalty if sampling.HasField("repetition_penalty") else 1.0,
+        logit_bias=dict(sampling.logit_bias),
+        logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
     )
-    findings.refuse(bool(sampling.logit_bias), "sampling.logit_bias")
-    findings.refuse(sampling.n > 1, "sampling.n")
 
 
 def _check_service_level(request: pb.GenerateRequest, findings: _Findings) -> None:

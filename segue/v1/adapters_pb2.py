@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from segue.v1 import generation_pb2 as segue_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17segue/v1/adapters.proto\x12\x08segue.v1\x1a\x19segue/v1/generation.proto\"\xa2\x01\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x1c\n\x04tier\x18\x03 \x01(\x0e\x32\x0e.segue.v1.Tier\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12\x16\n\x0etarget_modules\x18\x05 \x03(\t\x12\x14\n\x0cweight_bytes\x18\x06 \x01(\x04\x12\r\n\x05users\x18\x07 \x01(\r\x12\x0f\n\x07problem\x18\x08 \x01(\t\"\x15\n\x13ListAdaptersRequest\";\n\x14ListAdaptersResponse\x12#\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x11.segue.v1.Adapter\"A\n\x12LoadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x0f\n\x07preload\x18\x03 \x01(\x08\"9\n\x13LoadAdapterResponse\x12\"\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x11.segue.v1.Adapter\"$\n\x14UnloadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x17\n\x15UnloadAdapterResponse\"#\n\x13\x45victAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x16\n\x14\x45victAdapterResponse2\xcc\x02\n\x0e\x41\x64\x61pterService\x12M\n\x0cListAdapters\x12\x1d.segue.v1.ListAdaptersRequest\x1a\x1e.segue.v1.ListAdaptersResponse\x12J\n\x0bLoadAdapter\x12\x1c.segue.v1.LoadAdapterRequest\x1a\x1d.segue.v1.LoadAdapterResponse\x12P\n\rUnloadAdapter\x12\x1e.segue.v1.UnloadAdapterRequest\x1a\x1f.segue.v1.UnloadAdapterResponse\x12M\n\x0c\x45victAdapter\x12\x1d.segue.v1.EvictAdapterRequest\x1a\x1e.segue.v1.EvictAdapterResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17segue/v1/adapters.proto\x12\x08segue.v1\x1a\x19segue/v1/generation.proto\"\xb2\x01\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x1c\n\x04tier\x18\x03 \x01(\x0e\x32\x0e.segue.v1.Tier\x12\x0c\n\x04rank\x18\x04 \x01(\r\x12\x16\n\x0etarget_modules\x18\x05 \x03(\t\x12\x14\n\x0cweight_bytes\x18\x06 \x01(\x04\x12\r\n\x05users\x18\x07 \x01(\r\x12\x0f\n\x07problem\x18\x08 \x01(\t\x12\x0e\n\x06pinned\x18\t \x01(\x08\"\x15\n\x13ListAdaptersRequest\";\n\x14ListAdaptersResponse\x12#\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x11.segue.v1.Adapter\"A\n\x12LoadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\x12\x0f\n\x07preload\x18\x03 \x01(\x08\"9\n\x13LoadAdapterResponse\x12\"\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x11.segue.v1.Adapter\"$\n\x14UnloadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x17\n\x15UnloadAdapterResponse\"#\n\x13\x45victAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x16\n\x14\x45victAdapterResponse2\xcc\x02\n\x0e\x41\x64\x61pterService\x12M\n\x0cListAdapters\x12\x1d.segue.v1.ListAdaptersRequest\x1a\x1e.segue.v1.ListAdaptersResponse\x12J\n\x0bLoadAdapter\x12\x1c.segue.v1.LoadAdapterRequest\x1a\x1d.segue.v1.LoadAdapterResponse\x12P\n\rUnloadAdapter\x12\x1e.segue.v1.UnloadAdapterRequest\x1a\x1f.segue.v1.UnloadAdapterResponse\x12M\n\x0c\x45victAdapter\x12\x1d.segue.v1.EvictAdapterRequest\x1a\x1e.segue.v1.EvictAdapterResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,23 +33,23 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'segue.v1.adapters_pb2', _gl
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ADAPTER']._serialized_start=65
-  _globals['_ADAPTER']._serialized_end=227
-  _globals['_LISTADAPTERSREQUEST']._serialized_start=229
-  _globals['_LISTADAPTERSREQUEST']._serialized_end=250
-  _globals['_LISTADAPTERSRESPONSE']._serialized_start=252
-  _globals['_LISTADAPTERSRESPONSE']._serialized_end=311
-  _globals['_LOADADAPTERREQUEST']._serialized_start=313
-  _globals['_LOADADAPTERREQUEST']._serialized_end=378
-  _globals['_LOADADAPTERRESPONSE']._serialized_start=380
-  _globals['_LOADADAPTERRESPONSE']._serialized_end=437
-  _globals['_UNLOADADAPTERREQUEST']._serialized_start=439
-  _globals['_UNLOADADAPTERREQUEST']._serialized_end=475
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=477
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=500
-  _globals['_EVICTADAPTERREQUEST']._serialized_start=502
-  _globals['_EVICTADAPTERREQUEST']._serialized_end=537
-  _globals['_EVICTADAPTERRESPONSE']._serialized_start=539
-  _globals['_EVICTADAPTERRESPONSE']._serialized_end=561
-  _globals['_ADAPTERSERVICE']._serialized_start=564
-  _globals['_ADAPTERSERVICE']._serialized_end=896
+  _globals['_ADAPTER']._serialized_end=243
+  _globals['_LISTADAPTERSREQUEST']._serialized_start=245
+  _globals['_LISTADAPTERSREQUEST']._serialized_end=266
+  _globals['_LISTADAPTERSRESPONSE']._serialized_start=268
+  _globals['_LISTADAPTERSRESPONSE']._serialized_end=327
+  _globals['_LOADADAPTERREQUEST']._serialized_start=329
+  _globals['_LOADADAPTERREQUEST']._serialized_end=394
+  _globals['_LOADADAPTERRESPONSE']._serialized_start=396
+  _globals['_LOADADAPTERRESPONSE']._serialized_end=453
+  _globals['_UNLOADADAPTERREQUEST']._serialized_start=455
+  _globals['_UNLOADADAPTERREQUEST']._serialized_end=491
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=493
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=516
+  _globals['_EVICTADAPTERREQUEST']._serialized_start=518
+  _globals['_EVICTADAPTERREQUEST']._serialized_end=553
+  _globals['_EVICTADAPTERRESPONSE']._serialized_start=555
+  _globals['_EVICTADAPTERRESPONSE']._serialized_end=577
+  _globals['_ADAPTERSERVICE']._serialized_start=580
+  _globals['_ADAPTERSERVICE']._serialized_end=912
 # @@protoc_insertion_point(module_scope)

@@ -31,6 +31,7 @@ class Adapter(google.protobuf.message.Message):
     WEIGHT_BYTES_FIELD_NUMBER: builtins.int
     USERS_FIELD_NUMBER: builtins.int
     PROBLEM_FIELD_NUMBER: builtins.int
+    PINNED_FIELD_NUMBER: builtins.int
     name: builtins.str
     version: builtins.str
     """Names the content: it changes with the adapter's files."""
@@ -44,6 +45,8 @@ class Adapter(google.protobuf.message.Message):
     """Live requests that use this version."""
     problem: builtins.str
     """Why it cannot be served; then only the name is set besides. Empty: it can."""
+    pinned: builtins.bool
+    """The server's configuration keeps it on the device."""
     @property
     def target_modules(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """The projections that it changes, by PEFT's names ("q_proj", ...)."""
@@ -59,8 +62,9 @@ class Adapter(google.protobuf.message.Message):
         weight_bytes: builtins.int = ...,
         users: builtins.int = ...,
         problem: builtins.str = ...,
+        pinned: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["name", b"name", "problem", b"problem", "rank", b"rank", "target_modules", b"target_modules", "tier", b"tier", "users", b"users", "version", b"version", "weight_bytes", b"weight_bytes"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["name", b"name", "pinned", b"pinned", "problem", b"problem", "rank", b"rank", "target_modules", b"target_modules", "tier", b"tier", "users", b"users", "version", b"version", "weight_bytes", b"weight_bytes"]) -> None: ...
 
 Global___Adapter: typing_extensions.TypeAlias = Adapter
 

@@ -31,7 +31,8 @@ class AdapterServiceStub(object):
 
     INVALID_ARGUMENT     a name or path that leaves the adapters folder or is no ordinary folder
     NOT_FOUND            no adapter has this name
-    FAILED_PRECONDITION  the folder exists but cannot be served; the message says why
+    FAILED_PRECONDITION  the folder exists but cannot be served, or the adapter is pinned and to be evicted; the message
+    says why
     """
 
     def __init__(self, channel):
@@ -68,7 +69,8 @@ class AdapterServiceServicer(object):
 
     INVALID_ARGUMENT     a name or path that leaves the adapters folder or is no ordinary folder
     NOT_FOUND            no adapter has this name
-    FAILED_PRECONDITION  the folder exists but cannot be served; the message says why
+    FAILED_PRECONDITION  the folder exists but cannot be served, or the adapter is pinned and to be evicted; the message
+    says why
     """
 
     def ListAdapters(self, request, context):
@@ -95,7 +97,7 @@ class AdapterServiceServicer(object):
 
     def EvictAdapter(self, request, context):
         """Drops an adapter's weights from device and host once nothing uses them. It stays known, and the next request brings
-        them back.
+        them back. FAILED_PRECONDITION if the server's configuration pins the adapter.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -138,7 +140,8 @@ class AdapterService(object):
 
     INVALID_ARGUMENT     a name or path that leaves the adapters folder or is no ordinary folder
     NOT_FOUND            no adapter has this name
-    FAILED_PRECONDITION  the folder exists but cannot be served; the message says why
+    FAILED_PRECONDITION  the folder exists but cannot be served, or the adapter is pinned and to be evicted; the message
+    says why
     """
 
     @staticmethod

@@ -95,7 +95,8 @@ class AdapterServiceStub(typing.Generic[_AdapterServiceListAdaptersType, _Adapte
 
       INVALID_ARGUMENT     a name or path that leaves the adapters folder or is no ordinary folder
       NOT_FOUND            no adapter has this name
-      FAILED_PRECONDITION  the folder exists but cannot be served; the message says why
+      FAILED_PRECONDITION  the folder exists but cannot be served, or the adapter is pinned and to be evicted; the message
+                           says why
     """
 
     @typing.overload
@@ -151,7 +152,7 @@ class AdapterServiceStub(typing.Generic[_AdapterServiceListAdaptersType, _Adapte
 
     EvictAdapter: _AdapterServiceEvictAdapterType
     """Drops an adapter's weights from device and host once nothing uses them. It stays known, and the next request brings
-    them back.
+    them back. FAILED_PRECONDITION if the server's configuration pins the adapter.
     """
 
 AdapterServiceAsyncStub: typing_extensions.TypeAlias = AdapterServiceStub[
@@ -179,7 +180,8 @@ class AdapterServiceServicer(metaclass=abc.ABCMeta):
 
       INVALID_ARGUMENT     a name or path that leaves the adapters folder or is no ordinary folder
       NOT_FOUND            no adapter has this name
-      FAILED_PRECONDITION  the folder exists but cannot be served; the message says why
+      FAILED_PRECONDITION  the folder exists but cannot be served, or the adapter is pinned and to be evicted; the message
+                           says why
     """
 
     @abc.abstractmethod
@@ -215,7 +217,7 @@ class AdapterServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[segue.v1.adapters_pb2.EvictAdapterResponse, collections.abc.Awaitable[segue.v1.adapters_pb2.EvictAdapterResponse]]:
         """Drops an adapter's weights from device and host once nothing uses them. It stays known, and the next request brings
-        them back.
+        them back. FAILED_PRECONDITION if the server's configuration pins the adapter.
         """
 
 def add_AdapterServiceServicer_to_server(servicer: AdapterServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

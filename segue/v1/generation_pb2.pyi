@@ -293,17 +293,21 @@ class SamplingParams(google.protobuf.message.Message):
     top_p: builtins.float
     """Sample from the most likely tokens whose probabilities add up to this, in (0, 1]. Default 1: from all."""
     top_k: builtins.int
-    """Sample from this many of the most likely tokens; 0 is all. Default 0."""
+    """Sample from this many of the most likely tokens; 0 is all, and so is more than the vocabulary has. Default 0."""
     min_p: builtins.float
     """Drop tokens less likely than this fraction of the most likely one, in [0, 1]. Default 0."""
     seed: builtins.int
-    """Makes sampling repeatable. Default: a fresh one for each request."""
+    """Makes sampling repeatable: the same request with the same seed gets the same answers. Default: a fresh one for each
+    request.
+    """
     max_tokens: builtins.int
     """Generate at most this many tokens, at least 1; together with the prompt they must fit the context. Default: 256 or
     as many as fit, whichever is less.
     """
     min_tokens: builtins.int
-    """Do not stop before this many tokens, at most max_tokens. Default 0."""
+    """Do not stop before this many tokens, at most max_tokens: until they are there no stop token is chosen, and a stop
+    string counts only if a later token completes it. Default 0.
+    """
     ignore_eos: builtins.bool
     """Go on after the model's own end tokens. Default false."""
     presence_penalty: builtins.float
@@ -311,16 +315,24 @@ class SamplingParams(google.protobuf.message.Message):
     frequency_penalty: builtins.float
     """Lower every token by this much for each time it has appeared in the answer, in [-2, 2]. Default 0."""
     repetition_penalty: builtins.float
-    """Divide the logits of tokens that have appeared in prompt or answer by this, in (0, 10]. Default 1."""
+    """Divide the positive logits of tokens that have appeared in prompt or answer by this, and multiply the negative ones,
+    in [0.001, 10]. Default 1.
+    """
     logprobs: builtins.int
     """Report each token's log probability, and those of this many most likely tokens at its place, at most 20.
     Default: report nothing.
     """
     n: builtins.int
-    """How many answers to generate, at least 1, at most 128. Default 1."""
+    """How many answers to generate, at least 1, at most 128. Their chunks come interleaved, each with its answer's index.
+    Answer i is the same for any n and a given seed. If one of them fails, the request fails. Default 1.
+    """
     @property
     def stop(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Stop before any of these strings would appear in the text: at most 16, none empty, at most 256 characters each."""
+        """End the text before the first of these strings that appears in it, the one that begins first if they overlap: at
+        most 16, none empty, at most 256 characters each. They are looked for in the answer's text alone, so special tokens
+        and the prompt have no part in them, and they may begin and end within tokens. Text that may be the beginning of one
+        is held back until that is known. The answer's tokens end with the one that decided it; FINISH_REASON_STOP.
+        """
 
     @property
     def stop_token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
@@ -478,8 +490,8 @@ class Chunk(google.protobuf.message.Message):
     index: builtins.int
     """Which of the `n` answers this continues, from 0."""
     text: builtins.str
-    """The chunk's text. It never ends within a character, so it may lag behind the tokens; an answer's text is that of
-    all its chunks put together.
+    """The chunk's text. It never ends within a character or in what may become a stop string, so it may lag behind the
+    tokens; an answer's text is that of all its chunks put together.
     """
     @property
     def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
@@ -584,6 +596,7 @@ class Usage(google.protobuf.message.Message):
     CACHED_PROMPT_TOKENS_FIELD_NUMBER: builtins.int
     prompt_tokens: builtins.int
     completion_tokens: builtins.int
+    """As many as its chunks have."""
     cached_prompt_tokens: builtins.int
     """How many of the prompt's tokens were found in the prefix cache."""
     def __init__(

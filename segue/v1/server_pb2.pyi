@@ -217,10 +217,14 @@ class Pages(google.protobuf.message.Message):
     FREE_FIELD_NUMBER: builtins.int
     KV_FIELD_NUMBER: builtins.int
     ADAPTER_FIELD_NUMBER: builtins.int
+    CACHED_FIELD_NUMBER: builtins.int
     total: builtins.int
     free: builtins.int
     kv: builtins.int
+    """In use by requests."""
     adapter: builtins.int
+    cached: builtins.int
+    """KV that no request uses, kept for requests with the same beginning and given up when pages are needed."""
     def __init__(
         self,
         *,
@@ -228,8 +232,9 @@ class Pages(google.protobuf.message.Message):
         free: builtins.int = ...,
         kv: builtins.int = ...,
         adapter: builtins.int = ...,
+        cached: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["adapter", b"adapter", "free", b"free", "kv", b"kv", "total", b"total"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["adapter", b"adapter", "cached", b"cached", "free", b"free", "kv", b"kv", "total", b"total"]) -> None: ...
 
 Global___Pages: typing_extensions.TypeAlias = Pages
 

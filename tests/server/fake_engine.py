@@ -1,6 +1,7 @@
 """FakeEngine: a process that speaks the engine's protocol and answers with its prompt's tokens in reverse order.
 
-The first token of a prompt may be a Command. Every message it gets is written to its log as one line of JSON.
+Answer i of a request leaves the first i of them out. The first token of a prompt may be a Command. Every message it
+gets is written to its log as one line of JSON.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ from segue.types import FinishReason, LayerTiming, LoraSource, Tier, Timing, Tok
 VOCAB_SIZE = 400
 CONTEXT_TOKENS = 128
 PAGES = 64
+CACHED_TOKENS = 1
+TOO_WIDE_TO_PIN = 32
 
 
 class Command(IntEnum):
@@ -57,6 +60,7 @@ class Command(IntEnum):
     REJECT_VERSION = 394
     GARBAGE = 395
     IGNORE_SHUTDOWN = 396
+    OVERLOADED_FROM_THE_THIRD = 397
 
 
 @dataclass
@@ -66,7 +70,7 @@ class _Running:
 
     def next_token(self) -> int:
         prompt = self.submit.prompt_token_ids
-        return prompt[-1 - self.produced % len(prompt)]
+        return prompt[-1 - (self.produced + self.submit.sampling.sample) % len(prompt)]
 
 
 @dataclass
@@ -80,6 +84,7 @@ class FakeEngine:
     versions: dict[int, AdapterManifest] = field(default_factory=dict)
     tiers: dict[int, Tier] = field(default_factory=dict)
     steps: int = 0
+    unreported: list[VersionFailed] = field(default_factory=list)
     ignores_shutdown: bool = False
 
     def serve(self) -> None:
@@ -99,6 +104,9 @@ class FakeEngine:
                             time.sleep(1)
                         return
                     self.take(message)
+                for failure in self.unreported:
+                    self.channel.send(failure)
+                self.unreported.clear()
             if time.monotonic() >= next_step:
                 self.step()
                 next_step = time.monotonic() + self.step_seconds
@@ -110,18 +118,23 @@ class FakeEngine:
 
     def take(self, message: ToEngine) -> None:
         match message:
-            case OpenVersion(manifest):
+            case OpenVersion(manifest, pinned):
                 descriptor = self.channel.take_descriptor()
                 self.note(message, descriptor_bytes=os.fstat(descriptor).st_size)
                 os.close(descriptor)
                 assert manifest.version_id not in self.versions
                 self.versions[manifest.version_id] = manifest
+                if pinned and manifest.max_rank >= TOO_WIDE_TO_PIN:
+                    self.unreported.append(VersionFailed(manifest.version_id, "the pinned adapters do not fit"))
+                elif pinned:
+                    self.tiers[manifest.version_id] = Tier.DEVICE
                 return
             case Submit():
                 self.submit(message)
             case Cancel(number):
-                if self.running.pop(number, None) is not None:
-                    finished = self.finished(number, FinishReason.CANCELLED, 0)
+                running = self.running.pop(number, None)
+                if running is not None:
+                    finished = self.finished(FinishReason.CANCELLED, running)
                     self.channel.send(StepOutput(finished=[finished]))
             case CloseVersion(version_id):
                 del self.versions[version_id]
@@ -142,6 +155,8 @@ class FakeEngine:
             case Command.DIE:
                 os._exit(9)
             case Command.OVERLOADED:
+                self.channel.send(StepOutput(failed=[Failed(number, "OVERLOADED", "the queue is full")]))
+            case Command.OVERLOADED_FROM_THE_THIRD if submit.sampling.sample >= 2:
                 self.channel.send(StepOutput(failed=[Failed(number, "OVERLOADED", "the queue is full")]))
             case Command.UNFORESEEN:
                 self.channel.send(StepOutput(failed=[Failed(number, "BUG", "secret detail")]))
@@ -173,11 +188,11 @@ class FakeEngine:
             if stopped or running.produced == running.submit.max_tokens:
                 del self.running[number]
                 reason = FinishReason.STOP if stopped else FinishReason.LENGTH
-                output.finished.append(self.finished(number, reason, running.produced, running.submit))
+                output.finished.append(self.finished(reason, running))
         if output.tokens:
             self.channel.send(output)
 
-    def finished(self, number: int, reason: FinishReason, produced: int, submit: Submit | None = None) -> Finished:
+    def finished(self, reason: FinishReason, running: _Running) -> Finished:
         layers = (
             LayerTiming(layer=0, source=LoraSource.CPU, start_seconds=0.1, end_seconds=0.2, landed_seconds=None),
             LayerTiming(layer=1, source=LoraSource.DEVICE, start_seconds=0.2, end_seconds=0.3, landed_seconds=0.15),
@@ -186,15 +201,15 @@ class FakeEngine:
             tier=Tier.DISK,
             queue_seconds=0.05,
             ttft_seconds=0.4,
-            tpot_seconds=None if produced < 2 else 0.01,
+            tpot_seconds=None if running.produced < 2 else 0.01,
             total_seconds=0.5,
             cpu_layers=1,
             layers=layers,
             prefill_attempts=2,
             cpu_tokens=3,
         )
-        prompt_tokens = 0 if submit is None else len(submit.prompt_token_ids)
-        return Finished(number, reason, prompt_tokens, produced, 0, timing)
+        prompt_tokens = len(running.submit.prompt_token_ids)
+        return Finished(running.submit.number, reason, prompt_tokens, running.produced, CACHED_TOKENS, timing)
 
     def state(self, number: int) -> State:
         users = [running.submit.adapter_version_id for running in self.running.values()]
@@ -203,10 +218,10 @@ class FakeEngine:
             waiting=1,
             running=len(self.running),
             prefills=2,
-            free_pages=PAGES - 8,
+            free_pages=PAGES - 14,
             adapter_pages=3,
             kv_pages=5,
-            cached_pages=0,
+            cached_pages=6,
             host_free_bytes=1000,
             cpu_workers_ready=2,
             worker_restarts=4,

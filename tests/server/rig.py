@@ -191,6 +191,7 @@ def running_server(
     step_seconds: float = 0.002,
     start_seconds: float = 60.0,
     drain_seconds: float = 0.0,
+    pinned_adapters: tuple[str, ...] = (),
 ) -> Iterator[Rig]:
     """A server of the tiny model with the adapters "alpha" and "beta"."""
     model_dir = write_model(directory / "model", chat_template=chat_template)
@@ -200,8 +201,12 @@ def running_server(
     log = directory / "engine.log"
     log.touch()
     command = fake_engine_command(log, *engine_arguments, step_seconds=step_seconds)
-    config = server_config(model_dir, adapters_dir, start_seconds=start_seconds)
-    server = loop.run(_make_server(dataclasses.replace(config, drain_seconds=drain_seconds), command))
+    config = dataclasses.replace(
+        server_config(model_dir, adapters_dir, start_seconds=start_seconds),
+        drain_seconds=drain_seconds,
+        pinned_adapters=pinned_adapters,
+    )
+    server = loop.run(_make_server(config, command))
     loop.run(server.start())
     rig = Rig(server, loop, adapters_dir, model_dir, log)
     try:

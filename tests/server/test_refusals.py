@@ -27,59 +27,48 @@ from segue.server.adapters import AdapterDirectory
 from segue.v1 import generation_pb2 as pb
 from segue.v1 import generation_pb2_grpc
 from tests.server.fake_engine import Command
+from tests.server.invalid import INVALID
 from tests.server.rig import Rig, write_adapter
 
 UNSUPPORTED: dict[str, dict[str, Any]] = {
-    "sampling.temperature": {"temperature": 0.7},
-    "sampling.top_p": {"top_p": 0.9},
-    "sampling.top_k": {"top_k": 5},
-    "sampling.min_p": {"min_p": 0.1},
-    "sampling.seed": {"seed": 0},
-    "sampling.stop": {"stop": ["."]},
-    "sampling.presence_penalty": {"presence_penalty": 0.5},
-    "sampling.frequency_penalty": {"frequency_penalty": -0.5},
-    "sampling.repetition_penalty": {"repetition_penalty": 1.1},
-    "sampling.logit_bias": {"logit_bias": {5: 1.0}},
-    "sampling.n": {"n": 2},
     "slo.ttft_ms": {"slo": SLO(ttft_ms=100)},
     "slo.tpot_ms": {"slo": SLO(tpot_ms=30)},
     "slo.on_miss": {"slo": SLO(reject_on_miss=True)},
     "priority": {"priority": 1},
 }
 
-NAN = float("nan")
-INVALID: list[tuple[str, dict[str, Any]]] = [
-    ("model", {"model": "another"}),
-    ("request_id", {"request_id": "x" * 129}),
-    ("request_id", {"request_id": "né"}),
-    ("sampling.temperature", {"temperature": -0.1}),
-    ("sampling.temperature", {"temperature": NAN}),
-    ("sampling.temperature", {"temperature": float("inf")}),
-    ("sampling.top_p", {"top_p": 0.0}),
-    ("sampling.top_p", {"top_p": 1.5}),
-    ("sampling.top_p", {"top_p": NAN}),
-    ("sampling.min_p", {"min_p": 2.0}),
-    ("sampling.presence_penalty", {"presence_penalty": 3.0}),
-    ("sampling.frequency_penalty", {"frequency_penalty": NAN}),
-    ("sampling.repetition_penalty", {"repetition_penalty": 0.0}),
-    ("sampling.max_tokens", {"max_tokens": 0}),
-    ("sampling.max_tokens", {"max_tokens": 127}),
-    ("sampling.max_tokens", {"max_tokens": 1 << 31}),
-    ("sampling.min_tokens", {"min_tokens": 9, "max_tokens": 8}),
-    ("sampling.logprobs", {"logprobs": 21}),
-    ("sampling.n", {"n": 0}),
-    ("sampling.n", {"n": 1 << 20}),
-    ("sampling.stop", {"stop": ["x"] * 17}),
-    ("sampling.stop", {"stop": [""]}),
-    ("sampling.stop", {"stop": ["x" * 257]}),
-    ("sampling.stop_token_ids", {"stop_token_ids": [400]}),
-    ("sampling.stop_token_ids", {"stop_token_ids": [5] * 65}),
-    ("sampling.logit_bias", {"logit_bias": {400: 1.0}}),
-    ("sampling.logit_bias", {"logit_bias": {5: 101.0}}),
-    ("sampling.logit_bias", {"logit_bias": {5: NAN}}),
-    ("slo.ttft_ms", {"slo": SLO(ttft_ms=0)}),
-    ("slo.tpot_ms", {"slo": SLO(tpot_ms=NAN)}),
-    ("adapter.name", {"adapter": ""}),
+# The ends of every range, and what lies just inside.
+ACCEPTED: list[dict[str, Any]] = [
+    {"request_id": "x" * 128},
+    {"temperature": 0.0},
+    {"temperature": 1e-30},
+    {"temperature": 1e6},
+    {"top_p": 1e-30},
+    {"top_p": 0.9},
+    {"top_p": 1.0},
+    {"top_k": 0},
+    {"top_k": (1 << 32) - 1},
+    {"min_p": 0.0},
+    {"min_p": 1.0},
+    {"seed": 0},
+    {"seed": (1 << 64) - 1},
+    {"max_tokens": 126},
+    {"min_tokens": 8, "max_tokens": 8},
+    {"stop": []},
+    {"stop": ["x" * 256] * 16},
+    {"stop": ["😀" * 256]},
+    {"stop_token_ids": [399] * 64},
+    {"presence_penalty": -2.0, "frequency_penalty": 2.0},
+    {"presence_penalty": 2.0, "frequency_penalty": -2.0},
+    {"repetition_penalty": 0.001},
+    {"repetition_penalty": 10.0},
+    {"logprobs": 0},
+    {"logprobs": 20},
+    {"logit_bias": {0: -100.0, 399: 100.0}},
+    {"logit_bias": dict.fromkeys(range(400), 0.1)},
+    {"n": 1},
+    {"n": 128},
+    {"priority": 0},
 ]
 
 
@@ -90,21 +79,10 @@ def test_what_is_not_served_is_refused_by_name(client: Client, field: str, optio
     assert [violation.field for violation in caught.value.violations] == [field]
 
 
-def test_values_that_change_nothing_are_served(client: Client) -> None:
-    reply = client.generate(
-        [10],
-        max_tokens=1,
-        temperature=0.0,
-        top_p=1.0,
-        top_k=0,
-        min_p=0.0,
-        presence_penalty=0.0,
-        frequency_penalty=0.0,
-        repetition_penalty=1.0,
-        n=1,
-        priority=0,
-    )
-    assert reply.token_ids == (10,)
+@pytest.mark.parametrize("options", ACCEPTED, ids=str)
+def test_the_ends_of_ranges_are_served(client: Client, options: dict[str, Any]) -> None:
+    reply = client.generate([10, 20], **{"max_tokens": 2, **options})
+    assert reply.token_ids[:2] == (20, 10)
 
 
 @pytest.mark.parametrize(("field", "options"), INVALID)
@@ -116,8 +94,24 @@ def test_invalid_values_are_refused_by_field(client: Client, field: str, options
 
 def test_an_invalid_value_is_told_before_an_unsupported_one(client: Client) -> None:
     with pytest.raises(InvalidRequestError, match=r"sampling\.top_p.*sampling\.max_tokens") as caught:
-        client.generate([10], temperature=1.0, top_p=7.0, max_tokens=0)
+        client.generate([10], priority=1, top_p=7.0, max_tokens=0)
     assert len(caught.value.violations) == 2
+
+
+def test_sizes_of_the_model_are_bounds(client: Client) -> None:
+    for field, options in (
+        ("sampling.max_tokens", {"max_tokens": 127}),
+        ("sampling.stop_token_ids", {"stop_token_ids": [400]}),
+        ("sampling.logit_bias", {"logit_bias": {400: 1.0}}),
+    ):
+        with pytest.raises(InvalidRequestError) as caught:
+            client.generate([10, 20], **options)
+        assert [violation.field for violation in caught.value.violations] == [field]
+
+
+def test_a_bias_that_is_refused_is_told_by_its_token(client: Client) -> None:
+    with pytest.raises(InvalidRequestError, match=r"sampling\.logit_bias: .* token 7 is nan"):
+        client.generate([10], logit_bias={5: 1.0, 7: float("nan")})
 
 
 @pytest.mark.parametrize(

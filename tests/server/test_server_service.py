@@ -40,7 +40,7 @@ def test_watch_state(rig: Rig, client: Client) -> None:
         state = next(iter(watch))
         assert state.status == server_pb2.ENGINE_STATUS_SERVING
         assert state.queue == server_pb2.Queue(waiting=1, prefilling=2, decoding=0)
-        assert state.pages == server_pb2.Pages(total=64, free=56, kv=5, adapter=3)
+        assert state.pages == server_pb2.Pages(total=64, free=50, kv=5, adapter=3, cached=6)
         assert state.cpu_workers == server_pb2.CpuWorkers(ready=2, restarts=4)
         assert state.residency.host_free_bytes == 1000
         assert list(state.residency.adapters) == [
