@@ -68,5 +68,6 @@ def adapters_table(adapters: Sequence[AdapterInfo]) -> Table:
         modules = " ".join(module.removesuffix("_proj") for module in info.target_modules)
         megabytes = f"{info.weight_bytes / 1e6:.1f}"
         users = str(info.users)
-        table.add_row(Text(info.name), info.version, info.tier.value, str(info.rank), modules, megabytes, users)
+        tier = f"{info.tier.value}, pinned" if info.pinned else info.tier.value
+        table.add_row(Text(info.name), info.version, tier, str(info.rank), modules, megabytes, users)
     return table

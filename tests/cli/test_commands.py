@@ -19,7 +19,10 @@ def test_generate_prints_the_answer_and_where_the_time_went() -> None:
     text = byte_level_tokenizer().decode([tokens[-1 - place % len(tokens)] for place in range(6)])
     assert result.exit_code == 0
     assert result.stdout == f"{text}\n"
-    assert result.stderr.startswith("6 tokens, first after 400.0 ms, then 10.0 ms each, adapter version ")
+    assert result.stderr.startswith(
+        f"6 tokens, first after 400.0 ms, then 10.0 ms each, 1 of {len(tokens)} prompt tokens from the prefix cache, "
+        "adapter version "
+    )
     assert result.stderr.endswith(" from disk, 1 of 2 layers on the CPU\n")
 
 
@@ -29,12 +32,33 @@ def test_generate_sends_a_chat_message(rig: Rig) -> None:
     assert byte_level_tokenizer().decode(prompt) == "[user]hi[answer]"
 
 
+def test_generate_passes_the_sampling_options_on(rig: Rig) -> None:
+    options = {"--temperature": 0.5, "--top-p": 0.75, "--top-k": 3, "--min-p": 0.25, "--seed": 7}
+    penalties = {"--presence-penalty": -1.0, "--frequency-penalty": 2.0, "--repetition-penalty": 1.5}
+    arguments = [str(item) for pair in (options | penalties).items() for item in pair]
+    assert run("generate", "hello", "--max-tokens", "1", *arguments).exit_code == 0
+    sampling = rig.messages("Submit")[-1]["sampling"]
+    told = {f"--{name.replace('_', '-')}": value for name, value in sampling.items()}
+    assert {name: told[name] for name in options | penalties} == options | penalties
+
+
+def test_generate_ends_before_a_stop_string() -> None:
+    assert run("generate", "zyx", "--max-tokens", "9", "--stop", "q", "--stop", "z", "--no-timing").stdout == "xy\n"
+
+
+def test_generate_prints_several_answers_under_headings() -> None:
+    result = run("generate", "zyx", "--max-tokens", "3", "--n", "3")
+    assert result.stdout == "== answer 0 ==\nxyz\n== answer 1 ==\nyzx\n== answer 2 ==\nzxy\n"
+    assert result.stderr.count("3 tokens, first after 400.0 ms") == 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
         (("generate", "x", "--adapter", "nobody"), "segue: no adapter 'nobody'\n"),
         (("generate", ""), "segue: text: must not be empty\n"),
-        (("generate", "x", "--temperature", "1"), "segue: sampling.temperature: is not supported by this server\n"),
+        (("generate", "x", "--top-p", "2"), "segue: sampling.top_p: must be in (0, 1], is 2\n"),
+        (("generate", "x", "--stop", ""), "segue: sampling.stop: must not be empty strings\n"),
         (("adapters", "load", "x", "--path", "../x"), "segue: path: must not contain '.' or '..'\n"),
         (("adapters", "evict", "nobody"), "segue: no adapter 'nobody'\n"),
     ],

@@ -20,6 +20,7 @@ from tests.server.rig import fake_engine_command, wait_until
 
 CONFIG = """
 adapters_dir = "adapters"
+pinned_adapters = ["a", "b"]
 listen = "127.0.0.1:7000"
 drain_seconds = 5.0
 [engine]
@@ -54,6 +55,7 @@ def test_options_override_the_file() -> None:
     merged = server_table(table, flags, {"model_dir": "other", "cpu_workers": 0, "device": None, "dtype": "bfloat16"})
     config = from_table(ServerConfig, merged, where="x")
     assert (config.adapters_dir, config.listen, config.drain_seconds) == ("adapters", "0.0.0.0:1", 5.0)
+    assert config.pinned_adapters == ("a", "b")
     assert (config.engine.model_dir, config.engine.pages, config.engine.cpu_workers) == ("other", 99, 0)
     assert (config.engine.dtype, config.engine.handoff.mode) == ("bfloat16", "stream")
     assert config.supervision.stop_seconds == 1.0
@@ -66,6 +68,7 @@ def test_options_override_the_file() -> None:
         ("[engine]\nmodel_dir = 'x'\npage = 1\n", "segue: {file}.engine.page: unknown; known are "),
         ("[engine\n", "segue: {file}: "),
         ("listen = 'x'\n[engine]\nmodel_dir = 'x'\n", "segue: listen: must be HOST:PORT, is 'x'\n"),
+        ("pinned_adapters = 'a'\n[engine]\nmodel_dir = 'x'\n", "segue: pinned_adapters: must be a list of adapters"),
         ("engine = 5\n", "segue: engine: must be a table\n"),
         ("", "segue: which model? "),
     ],
@@ -86,6 +89,18 @@ def test_folders_that_are_not_there_are_one_line(model_dir: Path, tmp_path: Path
     no_adapters = serve("--model", str(model_dir), "--adapters", str(tmp_path / "none"))
     assert no_adapters.stderr == f"segue: adapters: {tmp_path / 'none'} is not a folder\n"
     assert no_adapters.returncode == 1
+
+
+def test_a_pinned_adapter_that_is_not_there_is_one_line(model_dir: Path, tmp_path: Path) -> None:
+    config = tmp_path / "segue.toml"
+    config.write_text('pinned_adapters = ["nobody"]\n')
+    arguments = ["serve", "--model", str(model_dir), "--adapters", str(tmp_path), "--listen", "127.0.0.1:0"]
+    engine = " ".join(fake_engine_command(tmp_path / "engine.log"))
+    command = [sys.executable, "-c", SERVE_WITH_A_FAKE_ENGINE, engine, *arguments, "--config", str(config)]
+    result = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr.splitlines()[-1] == "segue: pinned_adapters: nobody: no adapter 'nobody'"
+    assert "Traceback" not in result.stderr
 
 
 @contextmanager
