@@ -39,14 +39,19 @@ class HandoffConfig:
 class EngineConfig:
     """One engine: a base model on a device, its page pool, its adapter store and its CPU LoRA workers.
 
-    ``pages`` counts the pages of the unified pool and ``page_tokens`` the tokens of a page's KV. ``host_store_bytes``
+    ``pages`` counts the pages of the unified pool and ``page_tokens`` the tokens of a page's KV. ``prefix_cache`` keeps
+    the KV of ended requests for those that begin with the same tokens, until its pages are needed. ``host_store_bytes``
     bounds the adapter weights kept in host memory. ``copy_bytes_per_second`` throttles copies to the device (None: as
-    fast as it goes); the rows that CPU workers exchange are charged to the same budget. ``budget_tokens`` bounds the
-    rows of one prefill pass, ``max_passes`` the passes under way, and ``layers_per_step`` how many layers each of them
-    advances between two decode steps. ``cpu_workers`` may be 0: then every adapter is served by streaming; worker i is
-    pinned to ``cpu_cores[i]`` where given, and is replaced after ``cpu_stall_seconds`` without progress on a job.
-    ``torch_threads`` is for the CPU device's own matrix products. ``poison_freed_pages`` fills freed pages with NaN and
-    ``check_invariants`` verifies every manager after every step; both are for tests.
+    fast as it goes); the rows that CPU workers exchange are charged to the same budget.
+
+    ``budget_tokens`` bounds the rows of one pass, and ``chunk_tokens`` the rows of prompts that ride in a step with
+    requests that decode. ``max_passes`` bounds the passes of loading adapters under way, and ``layers_per_step`` how
+    many layers each of them advances between two steps with decodes.
+
+    ``cpu_workers`` may be 0: then every adapter is served by streaming; worker i is pinned to ``cpu_cores[i]`` where
+    given, and is replaced after ``cpu_stall_seconds`` without progress on a job. ``torch_threads`` is for the CPU
+    device's own matrix products. ``poison_freed_pages`` fills freed pages with NaN and ``check_invariants`` verifies
+    every manager after every step; both are for tests.
     """
 
     model_dir: str
@@ -56,6 +61,8 @@ class EngineConfig:
     pages: int = 1024
     max_context_tokens: int | None = None
     budget_tokens: int = 512
+    chunk_tokens: int = 128
+    prefix_cache: bool = True
     max_running: int = 64
     max_waiting: int = 1024
     max_lora_rank: int = 256
@@ -81,6 +88,7 @@ class EngineConfig:
             "page_tokens",
             "pages",
             "budget_tokens",
+            "chunk_tokens",
             "max_running",
             "max_waiting",
             "max_lora_rank",

@@ -10,38 +10,35 @@ from collections.abc import Callable, Sequence
 import torch
 
 from segue.engine.forward_pass import ForwardPass, PassState, RequestRows
+from segue.engine.kv import KvPages
 from segue.engine.lora.bridge import CpuBridge
 from segue.engine.lora.manifest import AdapterManifest
 from segue.engine.lora.store import AdapterStore, LoadFailed
 from segue.engine.memory.pool import PagePool
-from segue.engine.messages import Failed, Finished, NewTokens, StepOutput, Submit, VersionFailed, VersionState
+from segue.engine.messages import Failed, Finished, NewTokens, StepOutput, Submit, VersionFailed
+from segue.engine.next_tokens import next_tokens
+from segue.engine.rate import RateMeter
 from segue.engine.request import Request, RequestState
 from segue.engine.requests import RequestTable
 from segue.engine.residency import Residency
 from segue.engine.runner import PassRunner
-from segue.engine.sampling import SampledToken, UnusableLogitsError, sample
-from segue.errors import (
-    AdapterNotFoundError,
-    AdapterRejectedError,
-    InternalError,
-    InvalidRequestError,
-    OverloadedError,
-    SegueError,
-)
-from segue.scheduler.batch import (
+from segue.engine.sampling import SampledToken
+from segue.engine.versions import AdapterVersions
+from segue.errors import AdapterRejectedError, InternalError, InvalidRequestError, OverloadedError, SegueError
+from segue.scheduler.batch import plan_step
+from segue.scheduler.plan import (
     Admission,
     AdmittedRequest,
     PassPlan,
+    PassRows,
     QueuedRequest,
     SchedulerLimits,
+    StepPlan,
     pages_for,
-    plan_step,
 )
 from segue.types import FinishReason
 
 _MAX_LOST_PASSES = 3
-# A prompt's page and the page that admission keeps for its first token.
-_SMALLEST_REQUEST_PAGES = 2
 
 
 class Engine:
@@ -59,24 +56,29 @@ class Engine:
         bridge: CpuBridge,
         limits: SchedulerLimits,
         max_waiting: int,
+        prefix_cache: bool,
+        prefill_rate: RateMeter,
         clock: Callable[[], float],
         check_invariants: bool = False,
     ) -> None:
+        """``prefill_rate`` is in tokens per second."""
         self._runner = runner
         self._pool = pool
         self._store = store
         self._bridge = bridge
         self._limits = limits
         self._max_waiting = max_waiting
+        self._prefill_rate = prefill_rate
         self._clock = clock
         self._check_invariants = check_invariants
         self._requests = RequestTable()
+        self._kv = KvPages(pool, self._requests, prefill_rate=prefill_rate, clock=clock, prefix_cache=prefix_cache)
         self._residency = Residency(store, pool, self._requests)
+        self._versions = AdapterVersions(
+            store, self._residency, self._requests, pool_pages=pool.pages, forget_kv=self._kv.drop_version
+        )
         self._passes: list[ForwardPass] = []
         self._output = StepOutput()
-        self._version_failures: dict[int, str] = {}
-        self._evictions: set[int] = set()
-        self._versions: set[int] = set()
         self._unreported: list[VersionFailed] = []
         self._progressed = False
         self.steps = 0
@@ -84,6 +86,14 @@ class Engine:
     @property
     def requests(self) -> RequestTable:
         return self._requests
+
+    @property
+    def kv(self) -> KvPages:
+        return self._kv
+
+    @property
+    def versions(self) -> AdapterVersions:
+        return self._versions
 
     @property
     def passes(self) -> Sequence[ForwardPass]:
@@ -104,7 +114,9 @@ class Engine:
         if error is not None:
             self._output.failed.append(Failed(submit.number, error.reason, error.message))
             return
-        self._requests.add(Request.of(submit))
+        request = Request.of(submit)
+        self._requests.add(request)
+        self._kv.announce(request)
         if submit.adapter_version_id is not None:
             self._store.acquire(submit.adapter_version_id)
             self._store.start_load(submit.adapter_version_id)
@@ -115,50 +127,13 @@ class Engine:
         if request is not None and request.state is not RequestState.ENDING:
             self._finish(request, FinishReason.CANCELLED)
 
-    def open_version(self, manifest: AdapterManifest, descriptor: int) -> None:
+    def open_version(self, manifest: AdapterManifest, descriptor: int, *, pinned: bool = False) -> None:
         """Make an adapter version known; the engine owns ``descriptor`` from now on."""
+        needs = (self._pages_needed(request.submit) for request in self._requests)
         try:
-            self._store.register(manifest, descriptor)
+            self._versions.open(manifest, descriptor, pinned=pinned, largest_need_pages=max(needs, default=0))
         except AdapterRejectedError as error:
             self._fail_version(manifest.version_id, error.message)
-            return
-        pages = self._store.device_pages(manifest.version_id)
-        if pages + _SMALLEST_REQUEST_PAGES > self._pool.pages:
-            self._fail_version(
-                manifest.version_id, f"the adapter takes {pages} pages, the pool has {self._pool.pages} in all"
-            )
-            self._store.close_version(manifest.version_id)
-            return
-        self._versions.add(manifest.version_id)
-
-    def close_version(self, version_id: int) -> None:
-        """Forget a version when its last user ends."""
-        self._version_failures.pop(version_id, None)
-        self._evictions.discard(version_id)
-        self._versions.discard(version_id)
-        self._store.close_version(version_id)
-
-    def evict(self, version_id: int) -> None:
-        """Drop a version's weights from device and host as soon as no admitted request uses them."""
-        if version_id in self._versions:
-            self._evictions.add(version_id)
-        self._carry_out_evictions()
-
-    def preload(self, version_id: int) -> None:
-        """Bring a version to the host, and to the device when there are free pages for it."""
-        if version_id not in self._versions:
-            return
-        self._store.start_load(version_id)
-        pages = self._residency.pages_to_reserve(version_id)
-        if 0 < pages <= self._pool.free_pages:
-            self._residency.start_copy(version_id, pages)
-
-    def version_states(self) -> list[VersionState]:
-        """Where each known version is, and how many requests name it."""
-        return [
-            VersionState(version_id, self._store.tier(version_id), self._store.users(version_id))
-            for version_id in sorted(self._versions)
-        ]
 
     # -- one step ----------------------------------------------------------------------------------------------------
 
@@ -169,30 +144,22 @@ class Engine:
         self._apply_store_events()
         for version_id in self._bridge.reap():
             self._store.drop_host(version_id)
-        plan = plan_step(
-            [_queued(request) for request in self._requests.queue],
-            [_admitted(request) for request in self._requests.admitted if request.state is RequestState.ADMITTED],
-            free_pages=self._pool.free_pages,
-            passes_in_flight=len(self._passes),
-            residency=self._residency,
-            limits=self._limits,
+        self._carry_out(
+            plan_step(
+                [_queued(request) for request in self._requests.queue[: self._limits.max_running]],
+                [self._admitted(item) for item in self._requests.admitted if item.state is RequestState.ADMITTED],
+                free_pages=self._pool.free_pages,
+                passes_in_flight=len(self._passes),
+                residency=self._residency,
+                prefixes=self._kv,
+                limits=self._limits,
+            )
         )
-        for version_id in plan.evict:
-            self._store.evict_device(version_id)
-        for number in plan.preempt:
-            self._pool.free(self._requests.preempt(self._known(number)))
-        for number in plan.grow:
-            self._known(number).pages.extend(self._pool.allocate(1, f"request {number}"))
-        for admission in plan.admit:
-            self._admit(admission)
-        for pass_plan in plan.passes:
-            self._start_pass(pass_plan)
-        if plan.decode:
-            self._decode([self._known(number) for number in plan.decode])
-        self._advance_passes(plan.layers_per_pass)
         if self._check_invariants:
             self.check()
-        return self._take_output()
+        output, self._output = self._output, StepOutput()
+        failures, self._unreported = self._unreported, []
+        return output, failures
 
     def check(self) -> None:
         """Verify the invariants of every manager. Raises AssertionError."""
@@ -200,33 +167,53 @@ class Engine:
         self._pool.check()
         self._store.check()
         self._bridge.check()
+        self._kv.check(self._requests)
         in_passes = {rows.request.number for item in self._passes for rows in item.rows}
         flying = {request.number for request in self._requests if request.in_flight}
         assert in_passes == flying, f"in passes {in_passes}, in flight {flying}"
-        kv_pages = sum(len(request.pages) for request in self._requests)
-        held = self._pool.free_pages + kv_pages + self._store.device_pages_held
+        own_pages = sum(len(request.own_pages) for request in self._requests)
+        held = self._pool.free_pages + own_pages + self._kv.cached_pages + self._store.device_pages_held
         assert held == self._pool.pages, f"{held} pages are accounted for of {self._pool.pages}"
 
     # -- parts of a step ---------------------------------------------------------------------------------------------
 
+    def _carry_out(self, plan: StepPlan) -> None:
+        for version_id in plan.evict:
+            self._store.evict_device(version_id)
+        for number in plan.preempt:
+            self._preempt(self._known(number))
+        for admission in plan.admit:
+            self._kv.hold(self._known(admission.number), admission.cached_pages)
+        self._kv.reclaim(plan.reclaim_pages)
+        for number in plan.grow:
+            self._kv.allocate(self._known(number), 1)
+        for admission in plan.admit:
+            self._admit(admission)
+        for pass_plan in plan.passes:
+            self._start_pass(pass_plan)
+        if plan.batch:
+            self._run_batch(plan.batch)
+        self._advance_passes(plan.layers_per_pass)
+
     def _refusal(self, submit: Submit) -> SegueError | None:
         version_id = submit.adapter_version_id
-        adapter_pages = 0
-        if version_id is not None:
-            if version_id in self._version_failures:
-                return AdapterRejectedError(self._version_failures[version_id])
-            if version_id not in self._versions:
-                return AdapterNotFoundError("this adapter version is no longer known")
-            adapter_pages = self._store.device_pages(version_id)
-        kv_pages = pages_for(len(submit.prompt_token_ids) + submit.max_tokens, self._limits.page_tokens)
-        if adapter_pages + kv_pages + 1 > self._pool.pages:
+        error = None if version_id is None else self._versions.refusal(version_id)
+        if error is not None:
+            return error
+        needed = self._pages_needed(submit)
+        room = self._pool.pages - self._versions.pinned_pages
+        if needed > room:
             return InvalidRequestError(
-                f"the request needs {kv_pages} pages of KV and {adapter_pages} for its adapter; "
-                f"the pool has {self._pool.pages}"
+                f"the request needs {needed} pages for its KV and its adapter; the pool has {room} for all but the "
+                f"pinned adapters"
             )
         if len(self._requests.queue) >= self._max_waiting:
             return OverloadedError(f"{self._max_waiting} requests are waiting already")
         return None
+
+    def _pages_needed(self, submit: Submit) -> int:
+        tokens = len(submit.prompt_token_ids) + submit.max_tokens
+        return self._versions.pages_needed(submit.adapter_version_id, pages_for(tokens, self._limits.page_tokens) + 1)
 
     def _known(self, number: int) -> Request:
         request = self._requests.get(number)
@@ -241,33 +228,46 @@ class Engine:
                 self._fail_version(event.version_id, event.message)
 
     def _fail_version(self, version_id: int, message: str) -> None:
-        self._version_failures[version_id] = message
-        self._versions.discard(version_id)
+        self._versions.fail(version_id, message)
         self._unreported.append(VersionFailed(version_id, message))
         for request in self._requests:
             if request.version_id == version_id and request.state is not RequestState.ENDING:
-                self._output.failed.append(Failed(request.number, AdapterRejectedError.reason, message))
-                self._end(request)
+                self._fail(request, AdapterRejectedError(message))
+
+    def _preempt(self, request: Request) -> None:
+        self._kv.release(request)
+        self._requests.preempt(request)
+        self._kv.announce(request)
 
     def _admit(self, admission: Admission) -> None:
         request = self._known(admission.number)
         tier = self._residency.tier(request.version_id)
         if admission.version_id is not None and admission.adapter_pages:
             self._residency.start_copy(admission.version_id, admission.adapter_pages)
-        self._requests.admit(request, self._pool.allocate(admission.kv_pages, f"request {request.number}"))
+        self._requests.admit(request)
+        self._kv.allocate(request, admission.kv_pages)
         request.timeline.admit(tier, self._clock())
+        if request.timeline.prefill_attempts == 1:
+            request.cached_prompt_tokens = request.computed_tokens
 
     def _start_pass(self, plan: PassPlan) -> None:
-        rows = [RequestRows(self._known(item.number), item.start, item.count) for item in plan.rows]
+        rows = self._rows(plan.rows)
         cpu_allowed = all(item.request.lost_passes < _MAX_LOST_PASSES for item in rows)
         self._passes.append(self._runner.start(rows, plan.version_id, cpu_allowed=cpu_allowed))
         for item in rows:
             item.request.in_flight = True
 
-    def _decode(self, requests: list[Request]) -> None:
-        done = self._runner.decode(requests)
+    def _run_batch(self, planned: Sequence[PassRows]) -> None:
+        start_seconds = self._clock()
+        done = self._runner.run(self._rows(planned))
+        rows = sum(item.count for item in planned)
+        if rows > len(planned):
+            self._prefill_rate.observe(rows, self._clock() - start_seconds)
         self._commit(done)
         self._progressed = True
+
+    def _rows(self, planned: Sequence[PassRows]) -> list[RequestRows]:
+        return [RequestRows(self._known(item.number), item.start, item.count) for item in planned]
 
     def _advance_passes(self, max_layers: int | None) -> None:
         for item in list(self._passes):
@@ -289,12 +289,6 @@ class Engine:
                 self._commit(item)
                 self._progressed = True
 
-    def _carry_out_evictions(self) -> None:
-        for version_id in self._evictions - self._requests.versions_in_use():
-            self._evictions.discard(version_id)
-            self._store.evict_device(version_id)
-            self._store.evict_host(version_id)
-
     def _is_verified(self, item: ForwardPass) -> bool:
         versions = {rows.request.version_id for rows in item.rows}
         return all(version_id is None or self._store.is_verified(version_id) for version_id in versions)
@@ -309,39 +303,25 @@ class Engine:
 
     def _commit(self, item: ForwardPass) -> None:
         """Take the KV of a pass as computed, and the next token of each request that has all of it."""
-        live = [(index, rows) for index, rows in enumerate(item.rows) if rows.request.state is RequestState.ADMITTED]
-        sampling = []
-        for index, rows in live:
+        wanted = []
+        for index, rows in enumerate(item.rows):
             request = rows.request
+            if request.state is not RequestState.ADMITTED:
+                continue
             records = item.applier.records.get(request.version_id) if request.version_id is not None else None
             request.timeline.record_pass(records or [])
             request.computed_tokens = rows.start + rows.count
+            self._kv.commit(request)
             if request.computed_tokens == len(request.token_ids):
-                sampling.append((index, request))
-        self._sample(item, sampling)
-
-    def _sample(self, item: ForwardPass, wanted: list[tuple[int, Request]]) -> None:
-        """Draw the next token of each request from its row of logits; one whose logits are unusable fails alone."""
-        while wanted:
-            logits = item.logits[[index for index, _ in wanted]]
-            try:
-                tokens = sample(logits, [request.sampling_row() for _, request in wanted])
-            except UnusableLogitsError as error:
-                for position in error.problems:
-                    self._fail_computation(wanted[position][1])
-                wanted = [each for position, each in enumerate(wanted) if position not in error.problems]
-                continue
-            for (_, request), token in zip(wanted, tokens, strict=True):
+                wanted.append((index, request))
+        for (_, request), token in zip(wanted, next_tokens(item.logits, wanted), strict=True):
+            if token is not None:
                 self._append(request, token)
-            return
-
-    def _fail_computation(self, request: Request) -> None:
-        """The model gave no usable logits: with an adapter that is the adapter's doing, its weights overflow."""
-        error: SegueError = InternalError("the model's output is not finite")
-        if request.version_id is not None:
-            error = AdapterRejectedError("the model's output with this adapter is not finite")
-        self._output.failed.append(Failed(request.number, error.reason, error.message))
-        self._end(request)
+            elif request.version_id is None:
+                self._fail(request, InternalError("the model's output is not finite"))
+            else:
+                # The model alone gives usable logits: the adapter's weights overflow.
+                self._fail(request, AdapterRejectedError("the model's output with this adapter is not finite"))
 
     def _append(self, request: Request, token: SampledToken) -> None:
         if request.timeline.first_token_seconds is None:
@@ -356,10 +336,20 @@ class Engine:
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         landed = () if request.version_id is None else self._store.landed_seconds(request.version_id)
-        timing = request.timeline.timing(landed, request.generated_tokens, self._clock())
         self._output.finished.append(
-            Finished(request.number, reason, len(request.submit.prompt_token_ids), request.generated_tokens, 0, timing)
+            Finished(
+                number=request.number,
+                reason=reason,
+                prompt_tokens=len(request.submit.prompt_token_ids),
+                completion_tokens=request.generated_tokens,
+                cached_prompt_tokens=request.cached_prompt_tokens,
+                timing=request.timeline.timing(landed, request.generated_tokens, self._clock()),
+            )
         )
+        self._end(request)
+
+    def _fail(self, request: Request, error: SegueError) -> None:
+        self._output.failed.append(Failed(request.number, error.reason, error.message))
         self._end(request)
 
     def _end(self, request: Request) -> None:
@@ -369,28 +359,25 @@ class Engine:
             self._release(request)
 
     def _release(self, request: Request) -> None:
-        self._pool.free(self._requests.end(request))
+        self._kv.release(request)
+        self._requests.end(request)
         if request.version_id is not None:
             self._store.release(request.version_id)
-            self._carry_out_evictions()
+            self._versions.settle()
         self._progressed = True
 
-    def _take_output(self) -> tuple[StepOutput, list[VersionFailed]]:
-        output, self._output = self._output, StepOutput()
-        failures, self._unreported = self._unreported, []
-        return output, failures
+    def _admitted(self, request: Request) -> AdmittedRequest:
+        return AdmittedRequest(
+            number=request.number,
+            tokens=len(request.token_ids),
+            computed_tokens=request.computed_tokens,
+            pages=len(request.pages),
+            own_pages=len(request.own_pages),
+            sole_pages=self._kv.sole_pages(request),
+            version_id=request.version_id,
+            in_flight=request.in_flight,
+        )
 
 
 def _queued(request: Request) -> QueuedRequest:
     return QueuedRequest(number=request.number, tokens=len(request.token_ids), version_id=request.version_id)
-
-
-def _admitted(request: Request) -> AdmittedRequest:
-    return AdmittedRequest(
-        number=request.number,
-        tokens=len(request.token_ids),
-        computed_tokens=request.computed_tokens,
-        pages=len(request.pages),
-        version_id=request.version_id,
-        in_flight=request.in_flight,
-    )

@@ -23,11 +23,14 @@ from segue.engine.memory.pool import PagePool
 from segue.engine.messages import Ready, State
 from segue.engine.models.config import ModelConfig
 from segue.engine.models.decoder import DecoderModel
+from segue.engine.rate import RateMeter
 from segue.engine.runner import PassRunner
-from segue.scheduler.batch import SchedulerLimits
 from segue.scheduler.handoff import DeviceWhenLanded, FixedHandover, HandoffPolicy, LoadFirst, StreamLayers
+from segue.scheduler.plan import SchedulerLimits
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Until the first prompts have been measured.
+_ASSUMED_PREFILL_TOKENS_PER_SECOND = 1000.0
 
 
 class EngineInstance:
@@ -105,7 +108,8 @@ class EngineInstance:
     def state(self, number: int) -> State:
         """A snapshot, in answer to GetState ``number``."""
         requests = self.engine.requests
-        kv_pages = sum(len(request.pages) for request in requests)
+        kv = self.engine.kv
+        own_pages = sum(len(request.own_pages) for request in requests)
         prefilling = sum(request.timeline.first_token_seconds is None for request in requests.admitted)
         return State(
             number=number,
@@ -114,13 +118,13 @@ class EngineInstance:
             prefills=prefilling,
             free_pages=self._pool.free_pages,
             adapter_pages=self.store.device_pages_held,
-            kv_pages=kv_pages,
-            cached_pages=0,
+            kv_pages=own_pages + kv.cached_pages - kv.idle_pages,
+            cached_pages=kv.idle_pages,
             host_free_bytes=self.store.host_free_bytes,
             cpu_workers_ready=self.workers.ready_workers,
             worker_restarts=self._worker_restarts,
             steps=self.engine.steps,
-            versions=self.engine.version_states(),
+            versions=self.engine.versions.states(),
         )
 
     def _page_pool(self, dtype: torch.dtype) -> PagePool:
@@ -146,9 +150,12 @@ class EngineInstance:
                 max_running=config.max_running,
                 max_passes=config.max_passes,
                 budget_tokens=config.budget_tokens,
+                chunk_tokens=config.chunk_tokens,
                 layers_per_step=config.layers_per_step,
             ),
             max_waiting=config.max_waiting,
+            prefix_cache=config.prefix_cache,
+            prefill_rate=RateMeter(_ASSUMED_PREFILL_TOKENS_PER_SECOND),
             clock=time.monotonic,
             check_invariants=config.check_invariants,
         )

@@ -56,13 +56,13 @@ def _take(instance: EngineInstance, channel: Channel[ToEngine], message: ToEngin
         case Cancel():
             engine.cancel(message.number)
         case OpenVersion():
-            engine.open_version(message.manifest, channel.take_descriptor())
+            engine.open_version(message.manifest, channel.take_descriptor(), pinned=message.pinned)
         case CloseVersion():
-            engine.close_version(message.version_id)
+            engine.versions.close(message.version_id)
         case Evict():
-            engine.evict(message.version_id)
+            engine.versions.evict(message.version_id)
         case Preload():
-            engine.preload(message.version_id)
+            engine.versions.preload(message.version_id)
         case GetState():
             channel.send(instance.state(message.number))
         case _:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from segue.engine.memory.prefix_cache import CachedPage
 from segue.engine.messages import Submit
 from segue.engine.sampling import SamplingRow
 from segue.engine.timeline import Timeline
@@ -33,8 +34,11 @@ _TRANSITIONS: dict[RequestState, frozenset[RequestState]] = {
 class Request:
     """``token_ids`` is the prompt and what was generated; KV covers the first ``computed_tokens`` of them.
 
-    ``pages`` hold that KV in order. ``in_flight`` says that some rows are in a pass that has not ended, ``lost_passes``
-    how many of its passes lost a CPU worker. ``counts`` is there when penalties need it.
+    ``pages`` hold that KV in order; the first are those of ``path``, which the request shares. ``page_keys`` are
+    hashes of its prefixes of whole pages; it has claims on those from ``claimed_from`` on, which it is to compute.
+    ``cached_prompt_tokens`` of the prompt were there when it was first admitted. ``in_flight`` says that some rows are
+    in a pass that has not ended, ``lost_passes`` how many of its passes lost a CPU worker. ``counts`` is there when
+    penalties need it.
     """
 
     submit: Submit
@@ -42,7 +46,11 @@ class Request:
     token_ids: list[int]
     state: RequestState = RequestState.QUEUED
     pages: list[int] = field(default_factory=list)
+    path: list[CachedPage] = field(default_factory=list)
+    page_keys: list[int] = field(default_factory=list)
+    claimed_from: int = 0
     computed_tokens: int = 0
+    cached_prompt_tokens: int = 0
     in_flight: bool = False
     lost_passes: int = 0
     counts: TokenCounts | None = None
@@ -74,6 +82,11 @@ class Request:
         self.token_ids.append(token_id)
         if self.counts is not None:
             self.counts.add(token_id)
+
+    @property
+    def own_pages(self) -> list[int]:
+        """The pages that it shares with nobody."""
+        return self.pages[len(self.path) :]
 
     def move_to(self, state: RequestState) -> None:
         """Change the state. Raises ValueError for a change that the transition table does not have."""

@@ -1,4 +1,4 @@
-"""The requests of an engine: who waits in which order, who holds pages, and how many of them use an adapter."""
+"""The requests of an engine: who waits in which order, who computes, and how many of them use an adapter."""
 
 from __future__ import annotations
 
@@ -43,40 +43,29 @@ class RequestTable:
         self._by_number[request.number] = request
         self._enqueue(request)
 
-    def admit(self, request: Request, pages: tuple[int, ...]) -> None:
-        """Give a queued request its pages."""
+    def admit(self, request: Request) -> None:
+        """A queued request may hold pages and compute."""
         request.move_to(RequestState.ADMITTED)
         self._queue.remove(request)
         self._admitted[request.number] = request
-        request.pages = list(pages)
 
-    def preempt(self, request: Request) -> list[int]:
-        """Send an admitted request back to its place in the queue; returns the pages it held."""
+    def preempt(self, request: Request) -> None:
+        """Send an admitted request, which has given its pages back, to its place in the queue."""
         request.move_to(RequestState.QUEUED)
         del self._admitted[request.number]
-        pages, request.pages = request.pages, []
-        request.computed_tokens = 0
         self._enqueue(request)
-        return pages
 
-    def end(self, request: Request) -> list[int]:
-        """Forget a request; returns the pages it held."""
+    def end(self, request: Request) -> None:
+        """Forget a request, which has given its pages back."""
         if request.state is RequestState.QUEUED:
             self._queue.remove(request)
         request.move_to(RequestState.ENDED)
         self._admitted.pop(request.number, None)
         del self._by_number[request.number]
-        pages, request.pages = request.pages, []
-        request.computed_tokens = 0
-        return pages
 
     def versions_in_use(self) -> set[int]:
         """Adapter versions that admitted requests need on the device."""
         return {request.version_id for request in self._admitted.values() if request.version_id is not None}
-
-    def users(self, version_id: int) -> int:
-        """Requests, queued ones too, that name this adapter version."""
-        return sum(request.version_id == version_id for request in self._by_number.values())
 
     def check(self, page_tokens: int) -> None:
         """Raise AssertionError where the table contradicts itself."""
@@ -84,12 +73,8 @@ class RequestTable:
         assert numbers == sorted(numbers), "the queue is out of order"
         assert set(numbers) | set(self._admitted) == set(self._by_number), "a request is in no list"
         assert not set(numbers) & set(self._admitted), "a request is both queued and admitted"
-        owners: dict[int, int] = {}
         for request in self._by_number.values():
             request.check(page_tokens)
-            for page in request.pages:
-                assert page not in owners, f"page {page} belongs to requests {owners[page]} and {request.number}"
-                owners[page] = request.number
 
     def _enqueue(self, request: Request) -> None:
         bisect.insort(self._queue, request, key=lambda item: item.number)

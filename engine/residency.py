@@ -13,26 +13,32 @@ from segue.types import Tier
 
 
 class Residency:
-    """Satisfies segue.scheduler.batch.AdapterResidency."""
+    """Satisfies segue.scheduler.plan.AdapterResidency. Versions in ``pinned`` are never to be evicted."""
 
     def __init__(self, store: AdapterStore, pool: PagePool, requests: RequestTable) -> None:
         self._store = store
         self._pool = pool
         self._requests = requests
+        self.pinned: set[int] = set()
+
+    @property
+    def free_pages(self) -> int:
+        """Pages that hold nothing."""
+        return self._pool.free_pages
 
     def pages_to_reserve(self, version_id: int) -> int:
         """Pages that the adapter still needs."""
         return 0 if self._store.has_pages(version_id) else self._store.device_pages(version_id)
 
-    def is_landed(self, version_id: int) -> bool:
-        """Whether all layers are on the device."""
-        return self._store.is_landed(version_id)
+    def is_warm(self, version_id: int) -> bool:
+        """Whether all layers are on the device and the read that brought them was verified."""
+        return self._store.is_landed(version_id) and self._store.is_verified(version_id)
 
     def evictable(self) -> Sequence[EvictionCandidate]:
         """Adapters whose pages can be had at once. A request that only waits does not keep its adapter's pages."""
-        in_use = self._requests.versions_in_use()
+        keep = self._requests.versions_in_use() | self.pinned
         return [
-            replace(candidate, users=0) for candidate in self._store.evictable() if candidate.version_id not in in_use
+            replace(candidate, users=0) for candidate in self._store.evictable() if candidate.version_id not in keep
         ]
 
     def tier(self, version_id: int | None) -> Tier:

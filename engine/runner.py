@@ -11,7 +11,6 @@ from segue.engine.forward_pass import ForwardPass, PassState, RequestRows
 from segue.engine.lora.apply import LoraApplier, LoraResources, LoraSegment
 from segue.engine.memory.pool import PagePool
 from segue.engine.models.decoder import DecoderModel
-from segue.engine.request import Request
 
 
 class PassRunner:
@@ -43,13 +42,12 @@ class PassRunner:
         return ForwardPass(ordered, version_id, applier, self._model.forward(batch, self._pool, applier))
 
     @torch.inference_mode()
-    def decode(self, requests: Sequence[Request]) -> ForwardPass:
-        """Run the last token of each request, whose adapters have all landed, to the end."""
-        rows = [RequestRows(request, request.computed_tokens, 1) for request in requests]
+    def run(self, rows: Sequence[RequestRows]) -> ForwardPass:
+        """Run these rows, whose adapters have all landed, to the end."""
         forward_pass = self.start(rows, None, cpu_allowed=False)
         state = forward_pass.advance(None)
         if state is not PassState.DONE:
-            raise RuntimeError(f"a decode step is {state.value}: it must never wait")
+            raise RuntimeError(f"a batch is {state.value}: it must never wait")
         return forward_pass
 
 

@@ -6,8 +6,6 @@ import threading
 import time
 from collections.abc import Callable
 
-_SMOOTHING = 0.3
-
 
 class LinkThrottle:
     """A link of ``bytes_per_second`` that carries one transfer after the other, or one without bound (None).
@@ -57,19 +55,3 @@ class LinkThrottle:
             if left_seconds <= 0:
                 return
             stopped.wait(left_seconds)
-
-
-class RateMeter:
-    """A measured rate in bytes per second, smoothed exponentially over what is observed."""
-
-    def __init__(self, assumed_bytes_per_second: float) -> None:
-        self._bytes_per_second = assumed_bytes_per_second
-
-    def observe(self, size_bytes: int, seconds: float) -> None:
-        """Take one transfer into account; one that took no measurable time says nothing."""
-        if size_bytes > 0 and seconds > 0:
-            self._bytes_per_second += _SMOOTHING * (size_bytes / seconds - self._bytes_per_second)
-
-    def seconds_for(self, size_bytes: int) -> float:
-        """How long ``size_bytes`` bytes will take."""
-        return size_bytes / self._bytes_per_second

@@ -18,7 +18,7 @@ import torch
 
 from segue.engine.lora.events import LayerHost, LayerLanded, LoadFailed, StoreEvent, Verified
 from segue.engine.lora.host_memory import HostExtents
-from segue.engine.lora.link import LinkThrottle, RateMeter
+from segue.engine.lora.link import LinkThrottle
 from segue.engine.lora.states import Adapter, DeviceCopy, HostCopy, LayerState, ReadPhase
 from segue.engine.lora.transfer import (
     Completion,
@@ -32,6 +32,7 @@ from segue.engine.lora.transfer import (
     TransferOps,
 )
 from segue.engine.memory.pool import PagePool
+from segue.engine.rate import RateMeter
 
 # Until the first transfers have been measured.
 _ASSUMED_READ_BYTES_PER_SECOND = 1e9

@@ -80,6 +80,12 @@ class PagePool:
         self._owners.update(dict.fromkeys(pages, owner))
         return pages
 
+    def hand_over(self, page: int, owner: str) -> None:
+        """A page that is taken belongs to ``owner`` from now on. Raises ValueError if it is free."""
+        if page not in self._owners:
+            raise ValueError(f"page {page} is free")
+        self._owners[page] = owner
+
     def free(self, pages: Iterable[int]) -> None:
         """Give pages back; nothing in flight may refer to them. Raises ValueError if one is free already."""
         returned = tuple(pages)

@@ -131,5 +131,5 @@ class EngineHarness:
     def warm(self, adapter: str) -> None:
         """Bring an adapter to the device."""
         version_id = self.open(adapter)
-        self.engine.preload(version_id)
+        self.engine.versions.preload(version_id)
         self.run_until(lambda: self.instance.store.is_landed(version_id))

@@ -21,8 +21,8 @@ from segue.cpu_lora import WorkerEventKind
 from segue.engine.config import HandoffConfig
 from segue.engine.lora.apply import Blocked
 from segue.engine.messages import Submit
-from segue.engine.sampling_params import SamplingParams
 from segue.engine.request import Request, RequestState
+from segue.engine.sampling_params import SamplingParams
 from segue.errors import AdapterRejectedError
 from segue.types import FinishReason, LoraSource, Tier, Timing
 from tests.checkpoints import ALL_TARGETS, load_reference, reference_greedy, write_random_adapter, write_random_model
@@ -126,16 +126,21 @@ def reach_mid_prefill(harness: EngineHarness, prompt: list[int], adapter: str = 
     return number
 
 
+def free_or_cached(harness: EngineHarness) -> int:
+    state = harness.instance.state(0)
+    return state.free_pages + state.cached_pages
+
+
 def assert_nothing_held(harness: EngineHarness, host_free_bytes: int) -> None:
     """Pages are the pool's or an adapter's; after evicting the adapters they and the host bytes are all free."""
     harness.run_until(lambda: not harness.engine.passes and harness.instance.bridge.orphans == 0)
     state = harness.instance.state(0)
     assert (state.kv_pages, state.waiting, state.running, state.prefills) == (0, 0, 0, 0)
-    assert state.free_pages + state.adapter_pages == harness.config.pages
+    assert state.free_pages + state.adapter_pages + state.cached_pages == harness.config.pages
     for version in state.versions:
         assert version.users == 0
-        harness.engine.evict(version.version_id)
-    harness.run_until(lambda: harness.instance.state(0).free_pages == harness.config.pages)
+        harness.engine.versions.evict(version.version_id)
+    harness.run_until(lambda: free_or_cached(harness) == harness.config.pages)
     harness.run_until(lambda: harness.instance.state(0).host_free_bytes == host_free_bytes)
     harness.engine.check()
 
@@ -379,5 +384,5 @@ def test_broken_weights_are_rejected(world: World, tmp_path: Path, spoil: Callab
         write_random_adapter(tmp_path / "third", world.model_dir, seed=2, **ADAPTERS["third"])  # type: ignore[arg-type]
         world.assert_serves(harness, "third")
         world.assert_serves(harness, None)
-        harness.engine.close_version(version)
+        harness.engine.versions.close(version)
         assert_nothing_held(harness, host_free_bytes)

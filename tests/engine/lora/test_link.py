@@ -4,7 +4,8 @@ import threading
 
 import pytest
 
-from segue.engine.lora.link import LinkThrottle, RateMeter
+from segue.engine.lora.link import LinkThrottle
+from segue.engine.rate import RateMeter
 
 
 class FakeClock:

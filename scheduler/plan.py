@@ -1,0 +1,149 @@
+"""What the scheduler sees of an engine before a step, and the plan that it gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from segue.scheduler.eviction import EvictionCandidate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueuedRequest:
+    """A request that holds no pages. ``tokens`` counts its prompt and what it had generated before a preemption."""
+
+    number: int
+    tokens: int
+    version_id: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdmittedRequest:
+    """A request that holds pages. Its KV covers ``computed_tokens`` of its ``tokens``.
+
+    Of its ``pages``, ``own_pages`` come free when it is preempted, and ``sole_pages`` are shared prefixes that no other
+    request uses: they become idle then. ``in_flight``: some of its rows are in a pass that has not ended, so it can
+    neither be given rows nor be preempted.
+    """
+
+    number: int
+    tokens: int
+    computed_tokens: int
+    pages: int
+    own_pages: int
+    sole_pages: int
+    version_id: int | None
+    in_flight: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefixMatch:
+    """Pages of KV that a queued request need not compute.
+
+    The first ``pages`` of its KV are there; ``idle_pages`` of them are used by no request now. The next
+    ``pending_pages`` will be computed by requests that arrived before it.
+    """
+
+    pages: int = 0
+    idle_pages: int = 0
+    pending_pages: int = 0
+
+
+class AdapterResidency(Protocol):
+    """What the scheduler must see of the adapters."""
+
+    def pages_to_reserve(self, version_id: int) -> int:
+        """Pages that the adapter still needs: 0 when it has been given its pages."""
+        ...
+
+    def is_warm(self, version_id: int) -> bool:
+        """Whether all layers are on the device and known to be right."""
+        ...
+
+    def evictable(self) -> Sequence[EvictionCandidate]:
+        """Adapters whose pages no admitted request, copy or step refers to."""
+        ...
+
+
+class PrefixPages(Protocol):
+    """What the scheduler must see of the KV pages that are kept for reuse."""
+
+    @property
+    def idle_pages(self) -> int:
+        """Pages that no request uses; they can be given up in an order of their own."""
+        ...
+
+    def idle_candidates(self, count: int) -> Sequence[EvictionCandidate]:
+        """The first ``count`` of the idle pages in that order, or all; ids below 0 tell them from adapters."""
+        ...
+
+    def match(self, number: int) -> PrefixMatch:
+        """What is there of a queued request's prefix."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerLimits:
+    """Bounds of a step: see EngineConfig for their meaning and units."""
+
+    page_tokens: int
+    max_running: int
+    max_passes: int
+    budget_tokens: int
+    chunk_tokens: int
+    layers_per_step: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Admission:
+    """A request to admit: the first pages of its KV that are there already, the KV pages to give it besides, and the
+    pages to give its adapter (0: it has them or needs none)."""
+
+    number: int
+    version_id: int | None
+    cached_pages: int
+    kv_pages: int
+    adapter_pages: int
+
+
+@dataclass(frozen=True, slots=True)
+class PassRows:
+    """Rows of one request in a pass: its tokens ``start`` to ``start + count``."""
+
+    number: int
+    start: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassPlan:
+    """A pass to start for rows of an adapter that is still loading."""
+
+    rows: tuple[PassRows, ...]
+    version_id: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepPlan:
+    """The decisions of one step.
+
+    Requests in ``preempt`` give their pages back, adapters in ``evict`` theirs, and ``reclaim_pages`` idle pages are
+    given up, after the admitted requests have taken hold of those they share. ``grow`` names requests that get one
+    more page. ``batch`` runs to its end in this step: the rows that decode, then rows of prompts whose adapters are
+    warm. ``layers_per_pass`` is how far each pass advances, None for as far as it can.
+    """
+
+    evict: tuple[int, ...] = ()
+    preempt: tuple[int, ...] = ()
+    reclaim_pages: int = 0
+    grow: tuple[int, ...] = ()
+    admit: tuple[Admission, ...] = ()
+    batch: tuple[PassRows, ...] = ()
+    passes: tuple[PassPlan, ...] = ()
+    layers_per_pass: int | None = None
+
+
+def pages_for(tokens: int, page_tokens: int) -> int:
+    """Pages that the KV of ``tokens`` tokens fills."""
+    return -(-tokens // page_tokens)

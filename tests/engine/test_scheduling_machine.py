@@ -1,0 +1,284 @@
+"""The scheduler's plans carried out on real pages, prefixes and requests, with a model that computes nothing.
+
+FakeModel writes a mark into the pool for every token: a hash of the adapter and of all tokens up to it. Whoever
+computes a token finds the marks of all tokens before it, whatever was shared, given up, preempted or cancelled between.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from segue.engine.kv import KvPages
+from segue.engine.memory.pool import PagePool
+from segue.engine.messages import Submit
+from segue.engine.rate import RateMeter
+from segue.engine.request import Request, RequestState
+from segue.engine.requests import RequestTable
+from segue.engine.sampling_params import SamplingParams
+from segue.scheduler.batch import plan_step
+from segue.scheduler.plan import AdmittedRequest, PassRows, QueuedRequest, StepPlan, pages_for
+from tests.scheduler.fakes import LIMITS, FakeResidency
+
+PAGES = 24
+NEEDS = {0: 3, 1: 5, 2: 8}
+LANDING_STEPS = 3
+PASS_STEPS = 2
+FIRST_TOKENS = tuple(range(10, 22))
+
+
+@dataclass
+class FakeModel:
+    """Marks each token's slot in the pool, and refuses to go on where a mark before it is wrong."""
+
+    pool: PagePool
+
+    def compute(self, request: Request, rows: PassRows) -> None:
+        slots = self.pool.kv(0)
+        mark = hash(("adapter", request.version_id))
+        for position in range(rows.start + rows.count):
+            mark = hash((mark, request.token_ids[position]))
+            page, offset = divmod(position, self.pool.page_tokens)
+            slot = slots[request.pages[page], 0, offset, 0]
+            if position < rows.start:
+                assert int(slot[0]) == mark % (1 << 24), f"request {request.number}, token {position}: foreign KV"
+            else:
+                slot[0] = mark % (1 << 24)
+
+
+@dataclass
+class World:
+    """What an engine does with plans, one pass of each loading adapter ending ``PASS_STEPS`` steps after its start."""
+
+    residency: FakeResidency = field(default_factory=lambda: FakeResidency(needs=NEEDS))
+    landing: dict[int, int] = field(default_factory=dict)
+    adapter_pages: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    flying: list[tuple[int, PassRows]] = field(default_factory=list)
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        self.pool = PagePool(
+            layers=1, pages=PAGES, page_tokens=4, kv_heads=1, head_dim=1, dtype=torch.float32, poison_freed=True
+        )
+        self.requests = RequestTable()
+        self.kv = KvPages(
+            self.pool,
+            self.requests,
+            prefill_rate=RateMeter(100.0),
+            clock=lambda: float(self.steps),
+            prefix_cache=True,
+        )
+        self.model = FakeModel(self.pool)
+
+    def submit(self, number: int, prompt: list[int], max_tokens: int, version_id: int | None) -> None:
+        request = Request.of(
+            Submit(
+                number=number,
+                prompt_token_ids=prompt,
+                max_tokens=max_tokens,
+                arrival_seconds=0.0,
+                sampling=SamplingParams(seed=0),
+                adapter_version_id=version_id,
+            )
+        )
+        self.requests.add(request)
+        self.kv.announce(request)
+
+    def step(self) -> StepPlan:
+        self.steps += 1
+        self._land()
+        self.residency.in_use = self.requests.versions_in_use()
+        running = [item for item in self.requests.admitted if item.state is RequestState.ADMITTED]
+        plan = plan_step(
+            [QueuedRequest(number=r.number, tokens=len(r.token_ids), version_id=r.version_id) for r in self.queue],
+            [self._admitted(request) for request in running],
+            free_pages=self.pool.free_pages,
+            passes_in_flight=len(self.flying),
+            residency=self.residency,
+            prefixes=self.kv,
+            limits=LIMITS,
+        )
+        if running:
+            assert running[0].number not in plan.preempt, "the oldest was preempted"
+        self._check_order(plan)
+        self._give_pages(plan)
+        rows = [*plan.batch, *(item for group in plan.passes for item in group.rows)]
+        assert len({item.number for item in rows}) == len(rows), "a request computes twice in one step"
+        for group in plan.passes:
+            for item in group.rows:
+                self.known(item.number).in_flight = True
+                self.flying.append((self.steps + PASS_STEPS, item))
+        self._commit(plan.batch)
+        self._end_passes()
+        return plan
+
+    @property
+    def queue(self) -> list[Request]:
+        return self.requests.queue
+
+    def known(self, number: int) -> Request:
+        request = self.requests.get(number)
+        assert request is not None
+        return request
+
+    def cancel(self, request: Request) -> None:
+        if request.in_flight:
+            request.move_to(RequestState.ENDING)
+        else:
+            self._end(request)
+
+    def check(self) -> None:
+        self.requests.check(LIMITS.page_tokens)
+        self.pool.check()
+        self.kv.check(self.requests)
+        own = sum(len(request.own_pages) for request in self.requests)
+        adapters = sum(len(pages) for pages in self.adapter_pages.values())
+        assert self.pool.free_pages + own + self.kv.cached_pages + adapters == PAGES
+
+    def _check_order(self, plan: StepPlan) -> None:
+        """Nobody is overtaken but by those who arrived before the one that it waits for has computed."""
+        if not plan.admit:
+            return
+        last = max(item.number for item in plan.admit)
+        passed = [item for item in self.queue if item.number < last and item.number not in plan_numbers(plan)]
+        assert all(self.kv.match(item.number).pending_pages for item in passed)
+
+    def _give_pages(self, plan: StepPlan) -> None:
+        for version_id in plan.evict:
+            assert version_id not in self.requests.versions_in_use(), "an adapter in use is evicted"
+            self.pool.free(self.adapter_pages.pop(version_id))
+            self.residency.resident.discard(version_id)
+            self.residency.warm.discard(version_id)
+        for number in plan.preempt:
+            request = self.known(number)
+            self.kv.release(request)
+            self.requests.preempt(request)
+            self.kv.announce(request)
+        for item in plan.admit:
+            self.kv.hold(self.known(item.number), item.cached_pages)
+        self.kv.reclaim(plan.reclaim_pages)
+        for number in plan.grow:
+            self.kv.allocate(self.known(number), 1)
+        for item in plan.admit:
+            if item.adapter_pages:
+                assert item.version_id is not None
+                self.adapter_pages[item.version_id] = self.pool.allocate(item.adapter_pages, "adapter")
+                self.residency.resident.add(item.version_id)
+                self.landing[item.version_id] = self.steps + LANDING_STEPS
+            self.requests.admit(self.known(item.number))
+            self.kv.allocate(self.known(item.number), item.kv_pages)
+
+    def _commit(self, rows: tuple[PassRows, ...]) -> None:
+        for item in rows:
+            request = self.known(item.number)
+            assert item.start == request.computed_tokens
+            self.model.compute(request, item)
+            request.computed_tokens += item.count
+            self.kv.commit(request)
+            if request.computed_tokens == len(request.token_ids):
+                # Answers of one prompt differ, so that their pages do as well.
+                request.append(100 + (request.number + request.generated_tokens) % 3)
+                if request.generated_tokens == request.submit.max_tokens:
+                    self._end(request)
+
+    def _end_passes(self) -> None:
+        for item in [item for due, item in self.flying if due <= self.steps]:
+            request = self.known(item.number)
+            request.in_flight = False
+            if request.state is RequestState.ENDING:
+                self._end(request)
+            else:
+                self._commit((item,))
+        self.flying = [(due, item) for due, item in self.flying if due > self.steps]
+
+    def _end(self, request: Request) -> None:
+        self.kv.release(request)
+        self.requests.end(request)
+
+    def _land(self) -> None:
+        for version_id in [version_id for version_id, due in self.landing.items() if due <= self.steps]:
+            del self.landing[version_id]
+            self.residency.warm.add(version_id)
+
+    def _admitted(self, request: Request) -> AdmittedRequest:
+        return AdmittedRequest(
+            number=request.number,
+            tokens=len(request.token_ids),
+            computed_tokens=request.computed_tokens,
+            pages=len(request.pages),
+            own_pages=len(request.own_pages),
+            sole_pages=self.kv.sole_pages(request),
+            version_id=request.version_id,
+            in_flight=request.in_flight,
+        )
+
+
+def plan_numbers(plan: StepPlan) -> set[int]:
+    return {item.number for item in plan.admit}
+
+
+class Scheduling(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.world = World()
+        self.number = 0
+
+    @rule(
+        shared=st.integers(0, len(FIRST_TOKENS)),
+        own=st.lists(st.integers(1, 3), min_size=1, max_size=9),
+        max_tokens=st.integers(1, 14),
+        version_id=st.sampled_from([None, 0, 1, 2]),
+        copies=st.integers(1, 3),
+    )
+    def submit(self, shared: int, own: list[int], max_tokens: int, version_id: int | None, copies: int) -> None:
+        prompt = [*FIRST_TOKENS[:shared], *own]
+        adapter_pages = 0 if version_id is None else NEEDS[version_id]
+        if adapter_pages + pages_for(len(prompt) + max_tokens, LIMITS.page_tokens) + 1 <= PAGES:
+            for _ in range(copies):
+                self.number += 1
+                self.world.submit(self.number, prompt, max_tokens, version_id)
+
+    @rule(steps=st.integers(1, 6))
+    def step(self, steps: int) -> None:
+        for _ in range(steps):
+            self.world.step()
+            self.world.check()
+
+    @rule(place=st.integers(0, 30))
+    def cancel(self, place: int) -> None:
+        live = [request for request in self.world.requests if request.state is not RequestState.ENDING]
+        if live:
+            self.world.cancel(live[place % len(live)])
+
+    @rule(version_id=st.sampled_from([0, 1, 2]))
+    def close(self, version_id: int) -> None:
+        if all(request.version_id != version_id for request in self.world.requests):
+            before = self.world.kv.cached_pages
+            self.world.kv.drop_version(version_id)
+            assert self.world.kv.cached_pages <= before
+
+    @invariant()
+    def is_sound(self) -> None:
+        self.world.check()
+
+    def teardown(self) -> None:
+        """Every request ends, and then every page is free, idle or an adapter's."""
+        world = self.world
+        work = sum(len(r.submit.prompt_token_ids) + r.submit.max_tokens + 8 for r in world.requests)
+        for _ in range(2 * work * (1 + len(world.requests))):
+            if not len(world.requests):
+                break
+            world.step()
+            world.check()
+        assert not len(world.requests), "the requests do not end"
+        assert world.kv.idle_pages == world.kv.cached_pages
+        world.kv.reclaim(world.kv.idle_pages)
+        assert world.pool.free_pages + sum(map(len, world.adapter_pages.values())) == PAGES
+
+
+TestScheduling = Scheduling.TestCase
+TestScheduling.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
