@@ -42,6 +42,7 @@ class FakeClock:
     now: float = 1000.0
     pauses: list[float] = field(default_factory=list)
     oversleep_seconds: float = 0.0
+    meanwhile: Callable[[], object] = lambda: None
 
     def __call__(self) -> float:
         return self.now
@@ -49,6 +50,7 @@ class FakeClock:
     def sleep(self, seconds: float) -> None:
         self.pauses.append(seconds)
         self.now += seconds + self.oversleep_seconds
+        self.meanwhile()
 
     async def async_sleep(self, seconds: float) -> None:
         self.sleep(seconds)
@@ -146,14 +148,14 @@ def _abort(context: Any, error: SegueError) -> None:
 
 
 @contextmanager
-def fake_server(*failures: Failure) -> Iterator[FakeServer]:
-    """A FakeServer that listens on a free port of this machine."""
+def fake_server(*failures: Failure, port: int = 0) -> Iterator[FakeServer]:
+    """A FakeServer that listens on a port of this machine, by default a free one."""
     servicer = FakeServer(*failures)
     server = grpc.server(futures.ThreadPoolExecutor(4))
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(servicer, server)
     server_pb2_grpc.add_ServerServiceServicer_to_server(servicer, server)
     adapters_pb2_grpc.add_AdapterServiceServicer_to_server(servicer, server)
-    servicer.target = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    servicer.target = f"127.0.0.1:{server.add_insecure_port(f'127.0.0.1:{port}')}"
     server.start()
     try:
         yield servicer

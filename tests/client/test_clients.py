@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
+import time
 
 import pytest
 
@@ -154,6 +156,24 @@ def test_a_server_that_is_away_is_tried_so_often(driver: Driver) -> None:
         with pytest.raises(EngineUnavailableError):
             driver.ask(f"127.0.0.1:{bound.getsockname()[1]}", setting)
     assert setting.clock.pauses == [1, 2]
+
+
+def test_a_server_that_comes_back_is_found(driver: Driver) -> None:
+    """gRPC connects anew soon enough for the next attempts: by default it would wait for longer than all of them."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        port = bound.getsockname()[1]
+    with contextlib.ExitStack() as servers:
+
+        def start_then_wait() -> None:
+            if len(clock.pauses) == 1:
+                servers.enter_context(fake_server(port=port))
+            time.sleep(0.1)
+
+        clock = FakeClock(meanwhile=start_then_wait)
+        setting = Setting(retry=RetryPolicy(attempts=6), clock=clock)
+        assert driver.ask(f"127.0.0.1:{port}", setting).text == "one two"
+    assert clock.pauses
 
 
 def test_every_unary_call(driver: Driver) -> None:
