@@ -16,7 +16,7 @@ import grpc
 import psutil
 from tokenizers import Tokenizer
 
-from segue import Client
+from segue import Client, RetryPolicy
 from segue.errors import EngineUnavailableError
 from segue.types import Reply
 from segue.v1 import server_pb2, server_pb2_grpc
@@ -62,8 +62,9 @@ class LiveServer:
     log: Path
 
     def client(self) -> Client:
-        """A client with a connection of its own."""
-        return Client(self.address, channel_options=(("grpc.use_local_subchannel_pool", 1),))
+        """A client with a connection of its own, which sends nothing twice."""
+        options = (("grpc.use_local_subchannel_pool", 1),)
+        return Client(self.address, channel_options=options, retry=RetryPolicy(attempts=1))
 
     def descendants(self) -> list[psutil.Process]:
         """The engine, the zygote and the workers."""
@@ -80,11 +81,11 @@ class LiveServer:
             return next(iter(watch))
 
     def is_idle(self) -> bool:
-        """Whether no request is known and every page is free or an adapter's."""
+        """Whether no request is known, and every page is free, an adapter's or kept for prefixes."""
         state = self.state()
         queue, pages = state.queue, state.pages
         busy = queue.waiting or queue.prefilling or queue.decoding or pages.kv
-        return not busy and pages.total > 0 and pages.free + pages.adapter == pages.total
+        return not busy and pages.total > 0 and pages.free + pages.adapter + pages.cached == pages.total
 
     def is_ready(self) -> bool:
         """Whether the engine serves, with all its CPU workers."""
@@ -96,14 +97,16 @@ class LiveServer:
 
 
 @contextmanager
-def live_server(directory: Path, adapters_dir: Path) -> Iterator[LiveServer]:
-    """``segue serve`` of the demo's model, ready with all its CPU workers; killed at the end if it still runs."""
+def live_server(
+    directory: Path, adapters_dir: Path, *, model_dir: Path = MODEL_DIR, config: str = CONFIG
+) -> Iterator[LiveServer]:
+    """``segue serve``, ready with all its CPU workers; killed at the end if it still runs."""
     directory.mkdir()
-    config, address_file, log = directory / "segue.toml", directory / "address", directory / "server.log"
-    config.write_text(CONFIG)
-    command = [sys.executable, "-m", "segue", "serve", "--model", str(MODEL_DIR), "--adapters", str(adapters_dir)]
+    config_file, address_file, log = directory / "segue.toml", directory / "address", directory / "server.log"
+    config_file.write_text(config)
+    command = [sys.executable, "-m", "segue", "serve", "--model", str(model_dir), "--adapters", str(adapters_dir)]
     command += ["--listen", "127.0.0.1:0", "--address-file", str(address_file), "--device", "cpu"]
-    command += ["--config", str(config)]
+    command += ["--config", str(config_file)]
     with (
         log.open("wb") as output,
         subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL) as process,

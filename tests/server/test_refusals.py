@@ -27,8 +27,8 @@ from segue.server.adapters import AdapterDirectory
 from segue.v1 import generation_pb2 as pb
 from segue.v1 import generation_pb2_grpc
 from tests.server.fake_engine import Command
-from tests.server.invalid import INVALID
 from tests.server.rig import Rig, write_adapter
+from tests.server.values import ACCEPTED, INVALID
 
 UNSUPPORTED: dict[str, dict[str, Any]] = {
     "slo.ttft_ms": {"slo": SLO(ttft_ms=100)},
@@ -36,40 +36,6 @@ UNSUPPORTED: dict[str, dict[str, Any]] = {
     "slo.on_miss": {"slo": SLO(reject_on_miss=True)},
     "priority": {"priority": 1},
 }
-
-# The ends of every range, and what lies just inside.
-ACCEPTED: list[dict[str, Any]] = [
-    {"request_id": "x" * 128},
-    {"temperature": 0.0},
-    {"temperature": 1e-30},
-    {"temperature": 1e6},
-    {"top_p": 1e-30},
-    {"top_p": 0.9},
-    {"top_p": 1.0},
-    {"top_k": 0},
-    {"top_k": (1 << 32) - 1},
-    {"min_p": 0.0},
-    {"min_p": 1.0},
-    {"seed": 0},
-    {"seed": (1 << 64) - 1},
-    {"max_tokens": 126},
-    {"min_tokens": 8, "max_tokens": 8},
-    {"stop": []},
-    {"stop": ["x" * 256] * 16},
-    {"stop": ["😀" * 256]},
-    {"stop_token_ids": [399] * 64},
-    {"presence_penalty": -2.0, "frequency_penalty": 2.0},
-    {"presence_penalty": 2.0, "frequency_penalty": -2.0},
-    {"repetition_penalty": 0.001},
-    {"repetition_penalty": 10.0},
-    {"logprobs": 0},
-    {"logprobs": 20},
-    {"logit_bias": {0: -100.0, 399: 100.0}},
-    {"logit_bias": dict.fromkeys(range(400), 0.1)},
-    {"n": 1},
-    {"n": 128},
-    {"priority": 0},
-]
 
 
 @pytest.mark.parametrize(("field", "options"), UNSUPPORTED.items(), ids=list(UNSUPPORTED))

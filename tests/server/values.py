@@ -1,4 +1,4 @@
-"""Values that no server takes, whatever its model: each with the field that the refusal must name."""
+"""Values of requests that every server takes, and such as none takes, whatever its model."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from segue import SLO
 NAN, INFINITY = float("nan"), float("inf")
 NO_TOKEN = (1 << 32) - 1
 
+# Each with the field that the refusal must name.
 INVALID: list[tuple[str, dict[str, Any]]] = [
     ("model", {"model": "another"}),
     ("request_id", {"request_id": "x" * 129}),
@@ -55,4 +56,38 @@ INVALID: list[tuple[str, dict[str, Any]]] = [
     ("slo.ttft_ms", {"slo": SLO(ttft_ms=0)}),
     ("slo.tpot_ms", {"slo": SLO(tpot_ms=NAN)}),
     ("adapter.name", {"adapter": ""}),
+]
+
+# The ends of every range, for a model of at least 400 tokens and a context of at least 128.
+ACCEPTED: list[dict[str, Any]] = [
+    {"request_id": "x" * 128},
+    {"temperature": 0.0},
+    {"temperature": 1e-30},
+    {"temperature": 1e6},
+    {"top_p": 1e-30},
+    {"top_p": 0.9},
+    {"top_p": 1.0},
+    {"top_k": 0},
+    {"top_k": (1 << 32) - 1},
+    {"min_p": 0.0},
+    {"min_p": 1.0},
+    {"seed": 0},
+    {"seed": (1 << 64) - 1},
+    {"max_tokens": 126},
+    {"min_tokens": 8, "max_tokens": 8},
+    {"stop": []},
+    {"stop": ["x" * 256] * 16},
+    {"stop": ["😀" * 256]},
+    {"stop_token_ids": [399] * 64},
+    {"presence_penalty": -2.0, "frequency_penalty": 2.0},
+    {"presence_penalty": 2.0, "frequency_penalty": -2.0},
+    {"repetition_penalty": 0.001},
+    {"repetition_penalty": 10.0},
+    {"logprobs": 0},
+    {"logprobs": 20},
+    {"logit_bias": {0: -100.0, 399: 100.0}},
+    {"logit_bias": dict.fromkeys(range(400), 0.1)},
+    {"n": 1},
+    {"n": 128},
+    {"priority": 0},
 ]
