@@ -108,7 +108,6 @@ def write_random_adapter(
     2 x rank when None. B is sized after rank, alpha and rslora, so that a module's delta always has about ``strength``
     times the spread of the module's own output.
     """
-    base = transformers.AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
     config = peft.LoraConfig(
         r=rank,
         lora_alpha=2 * rank if alpha is None else alpha,  # type: ignore[arg-type]
@@ -119,6 +118,20 @@ def write_random_adapter(
         use_rslora=rslora,
         task_type="CAUSAL_LM",
     )
+    return write_peft_adapter(directory, base_dir, config, seed=seed, dtype=dtype, strength=strength)
+
+
+def write_peft_adapter(
+    directory: Path,
+    base_dir: Path,
+    config: peft.LoraConfig,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    strength: float = 0.4,
+) -> Path:
+    """As ``write_random_adapter``, for any LoRA configuration that PEFT applies to the model in ``base_dir``."""
+    base = transformers.AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32)
     with _known_peft_warnings():
         adapted = peft.get_peft_model(base, config)
     generator = torch.Generator().manual_seed(seed)
