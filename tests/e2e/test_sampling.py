@@ -53,7 +53,7 @@ def client(server: LiveServer) -> Iterator[Client]:
         yield client
 
 
-def ask(client: Client, prompt: list[int] = PROMPT, **options: Any) -> Reply:
+def ask(client: Client, prompt: list[int] = PROMPT, /, **options: Any) -> Reply:
     reply = client.generate(prompt, timeout=60, **options)
     for answer in (reply, *reply.alternatives):
         assert answer.usage.completion_tokens == len(answer.token_ids)

@@ -1,8 +1,7 @@
-"""The real server, driven by the real SDK: answers, refusals, cancels, replaced adapters."""
+"""The real server, driven by the real SDK: answers, cancels, replaced adapters."""
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,15 +10,7 @@ from pathlib import Path
 import pytest
 
 from segue import Client
-from segue.errors import (
-    AdapterNotFoundError,
-    AdapterRejectedError,
-    DeadlineExceededError,
-    InvalidRequestError,
-    SegueError,
-    StatusCode,
-    UnsafePathError,
-)
+from segue.errors import AdapterNotFoundError, DeadlineExceededError
 from segue.types import Reply, Tier
 from tests.e2e.live import ASSETS, LiveServer, Reference, live_server, wait_until
 
@@ -74,51 +65,6 @@ def test_a_burst_of_streams_equals_the_reference(server: LiveServer, reference: 
         assert reply.timing.tier is (Tier.NONE if name is None else Tier.DISK)
     assert any(reply.timing.cpu_layers for reply in replies), "no cold prefill had help of the CPU"
     wait_until(server.is_idle, "every page is free or an adapter's")
-
-
-def refuse_unknown(client: Client) -> None:
-    client.generate(PROMPT, adapter="nobody")
-
-
-def refuse_name_outside(client: Client) -> None:
-    client.generate(PROMPT, adapter="../server")
-
-
-def refuse_path_outside(client: Client) -> None:
-    client.adapters.load("outside", "../../model")
-
-
-def refuse_truncated(client: Client) -> None:
-    client.generate(PROMPT, adapter="cut")
-
-
-def refuse_long_prompt(client: Client) -> None:
-    client.generate("fox " * 4000)
-
-
-@pytest.mark.parametrize(
-    ("refuse", "error", "code"),
-    [
-        (refuse_unknown, AdapterNotFoundError, StatusCode.NOT_FOUND),
-        (refuse_name_outside, UnsafePathError, StatusCode.INVALID_ARGUMENT),
-        (refuse_path_outside, UnsafePathError, StatusCode.INVALID_ARGUMENT),
-        (refuse_truncated, AdapterRejectedError, StatusCode.FAILED_PRECONDITION),
-        (refuse_long_prompt, InvalidRequestError, StatusCode.INVALID_ARGUMENT),
-    ],
-)
-def test_a_refusal_hinders_nobody(
-    server: LiveServer, client: Client, reference: Reference, refuse: object, error: type[SegueError], code: StatusCode
-) -> None:
-    cut = server.adapters_dir / "cut"
-    if not cut.exists():
-        shutil.copytree(ADAPTERS / "yoda", cut)
-        os.truncate(cut / "adapter_model.safetensors", 100_000)
-    assert callable(refuse)
-    with pytest.raises(error) as caught:
-        refuse(client)
-    assert caught.type is error
-    assert caught.value.code is code
-    reference.compare(ask(client, "yoda"), ADAPTERS / "yoda", PROMPT, NEW_TOKENS)
 
 
 def test_cancelled_streams_give_their_pages_back(server: LiveServer, client: Client, reference: Reference) -> None:
