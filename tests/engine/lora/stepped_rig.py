@@ -88,7 +88,9 @@ class FakeSteps:
 
 
 class FakeSteppedReader(ReaderThread):
-    """The real reader, in steps."""
+    """The real reader, in steps. ``job`` is the one under way."""
+
+    job: ReadJob
 
     def __init__(self, steps: FakeSteps, *, report: Callable[[Completion], None], **options: Any) -> None:
         self._steps = steps
@@ -106,12 +108,15 @@ class FakeSteppedReader(ReaderThread):
 
     def _carry_out(self, job: ReadJob) -> None:
         self._steps.pause()
+        self.job = job
         super()._carry_out(job)
         self._steps.job_ended()
 
 
 class FakeSteppedCopier(CopierThread):
-    """The real copier, in steps."""
+    """The real copier, in steps. ``job`` is the one under way."""
+
+    job: CopyJob
 
     def __init__(self, steps: FakeSteps, **options: Any) -> None:
         self._steps = steps
@@ -123,13 +128,17 @@ class FakeSteppedCopier(CopierThread):
 
     def _carry_out(self, job: CopyJob) -> None:
         self._steps.pause()
+        self.job = job
         super()._carry_out(job)
         self._steps.job_ended()
 
 
 @dataclass(kw_only=True)
 class SteppedRig(StoreRig):
-    """``grabbed`` are pages that the test holds itself, as KV would, each full of one value of its own."""
+    """``grabbed`` are pages that the test holds itself, as KV would, each full of one value of its own.
+
+    ``trespasses`` are operations on memory or descriptors that had been given back.
+    """
 
     model: SmallModel = STEPPED_MODEL
     reader: FakeSteps = field(default_factory=FakeSteps)
@@ -137,6 +146,7 @@ class SteppedRig(StoreRig):
     grabbed: dict[int, float] = field(default_factory=dict)
     next_read_fails: bool = False
     next_landing_fails: bool = False
+    trespasses: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         with pytest.MonkeyPatch.context() as patch:
@@ -148,18 +158,35 @@ class SteppedRig(StoreRig):
     def check(self) -> None:
         self.store.check()
         self.pool.check()
+        assert self.trespasses == []
         assert self.pool.free_pages + self.store.device_pages_held + len(self.grabbed) == self.pool.pages
         for page, value in self.grabbed.items():
             assert (self.pool.data[:, page] == value).all(), f"page {page} was written by who does not own it"
 
     def _before_read(self) -> None:
         self.reader.pause()
+        thread = self.store._mover._reader
+        assert isinstance(thread, FakeSteppedReader)
+        if thread.job.copy_offset not in self.store._mover.extents.taken:
+            self.trespasses.append("read into host bytes that are free")
+        try:
+            inode = os.fstat(thread.job.descriptor).st_ino
+        except OSError:
+            inode = -1
+        if inode != thread.job.identity[1]:
+            self.trespasses.append("read from a descriptor that was closed")
         if self.next_read_fails:
             self.next_read_fails = False
             raise OSError(errno.EIO, READ_ERROR)
 
     def _before_land(self) -> None:
         self.copier.pause()
+        thread = self.store._mover._copier
+        assert isinstance(thread, FakeSteppedCopier)
+        if thread.job.copy_offset not in self.store._mover.extents.taken:
+            self.trespasses.append("copied from host bytes that are free")
+        if not set(thread.job.page_table.tolist()) <= self.pool.owned().keys() - self.grabbed.keys():
+            self.trespasses.append("copied to pages that are free")
         if self.next_landing_fails:
             self.next_landing_fails = False
             raise OSError(errno.EIO, LANDING_ERROR)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,22 +12,12 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from hypothesis.vendor.pretty import RepresentationPrinter
-from torch import Tensor
 
-from segue.engine.lora.events import LayerHost, LayerLanded, LoadFailed, StoreEvent, Verified
-from segue.engine.lora.manifest import AdapterManifest, Projection
-from segue.engine.lora.store import HostLayer, LayerState
+from segue.engine.lora.store import LayerState
 from segue.errors import AdapterRejectedError
 from segue.types import Tier
-from tests.engine.lora.stepped_rig import (
-    LANDING_ERROR,
-    READ_ERROR,
-    STEPPED_MODEL,
-    FakeSteps,
-    SteppedRig,
-    write_version,
-)
+from tests.engine.lora.residency_model import Version
+from tests.engine.lora.stepped_rig import STEPPED_MODEL, FakeSteps, SteppedRig, write_version
 from tests.engine.lora.store_rig import assert_same
 
 LAYERS = STEPPED_MODEL.layers
@@ -42,49 +31,6 @@ POOL_PAGES = 9
 MOST_VERSIONS = 4
 MOST_FAULTS = 2
 MOST_ROUNDS = 400
-
-
-@dataclass(eq=False, kw_only=True)
-class Version:
-    """What must hold of one version. ``held`` is what each reader of the host copy has seen there."""
-
-    manifest: AdapterManifest
-    contents: list[dict[tuple[Projection, str], Tensor]]
-    path: Path
-    nan_layer: int | None
-    users: int = 0
-    held: list[dict[int, HostLayer]] = field(default_factory=list)
-    has_pages: bool = False
-    may_lose_pages: bool = False
-    closed: bool = False
-    failed: bool = False
-    spoilt: bool = False
-    stale: bool = False
-    layers_read: int = 0
-    layers_landed: int = 0
-
-    def __repr__(self) -> str:
-        return f"<version {self.number}>"
-
-    def _repr_pretty_(self, printer: RepresentationPrinter, _cycle: bool) -> None:
-        printer.text(repr(self))
-
-    @property
-    def number(self) -> int:
-        return self.manifest.version_id
-
-    @property
-    def leaves(self) -> bool:
-        return self.users == 0 and (self.closed or self.failed)
-
-    @property
-    def is_sound(self) -> bool:
-        return not self.spoilt and self.number % 2 == 0
-
-    @property
-    def takes_new_work(self) -> bool:
-        """Nobody asks for a version that was closed, but those who had it before."""
-        return not self.failed and (self.users > 0 or not self.closed)
 
 
 def rule_on(condition: str, **draws: Any) -> Callable[[Callable[..., None]], Any]:
@@ -185,7 +131,7 @@ class ResidencyMachine(RuleBasedStateMachine):
             self.rig.pool.free(pages)
             return
         self.store.start_copy(version.number, pages)
-        version.has_pages, version.may_lose_pages = True, False
+        version.has_pages, version.may_lose_pages, version.host_is_to_go = True, False, False
 
     @rule_on("takes_new_work")
     def admit(self, version: Version) -> None:
@@ -207,6 +153,22 @@ class ResidencyMachine(RuleBasedStateMachine):
     def evict_host(self, version: Version) -> None:
         self.store.evict_host(version.number)
         version.may_lose_pages = version.has_pages
+        version.host_is_to_go = bool(version.held)
+        assert version.held or not self.is_known(version) or not self.store.is_in_host(version.number, 0)
+
+    @rule_on("takes_new_work", host=st.booleans(), copies=st.booleans())
+    def change_ones_mind(self, version: Version, host: bool, copies: bool) -> None:
+        """An eviction that has to wait, for a reader, a copy or a hold, and a new load before it has come about."""
+        if host:
+            self.evict_host(version)
+        elif version.has_pages:
+            self.evict_device(version)
+        if not self.is_known(version):
+            return
+        self.check_pages(version)
+        self.start_load(version)
+        if copies:
+            self.start_copy(version)
 
     @rule_on("number")
     def hold_host(self, version: Version) -> None:
@@ -220,6 +182,9 @@ class ResidencyMachine(RuleBasedStateMachine):
     def drop_host(self, version: Version) -> None:
         self.store.drop_host(version.number)
         version.held.pop()
+        if not version.held and version.host_is_to_go:
+            assert not self.is_known(version) or not self.store.is_in_host(version.number, 0)
+            version.host_is_to_go = False
 
     # -- the pool's other users ----------------------------------------------------------------------------------------
 
@@ -287,37 +252,9 @@ class ResidencyMachine(RuleBasedStateMachine):
     @rule()
     def drain(self) -> None:
         for event in self.rig.drain():
-            self.on_event(event)
+            (version,) = (version for version in self.known if version.number == event.version_id)
+            version.apply(event)
         self.forget_those_that_left()
-
-    def on_event(self, event: StoreEvent) -> None:
-        (version,) = (version for version in self.known if version.number == event.version_id)
-        match event:
-            case LayerHost(layer=layer):
-                assert not version.failed
-                assert layer in (0, version.layers_read), "layers are read in order"
-                assert layer != version.nan_layer
-                version.layers_read = layer + 1
-            case LayerLanded(layer=layer):
-                assert version.failed or layer in (0, version.layers_landed), "layers land in order"
-                version.layers_landed = layer + 1
-            case Verified():
-                assert not version.failed
-                assert version.layers_read == LAYERS
-                assert version.nan_layer is None
-                assert not version.stale, "a file that had changed before the read began was verified"
-            case LoadFailed(message=message):
-                assert not version.failed, "a version fails once"
-                version.failed = True
-                self.assert_right_failure(version, message)
-
-    def assert_right_failure(self, version: Version, message: str) -> None:
-        if "NaN" in message:
-            assert version.nan_layer is not None
-        elif "truncated" in message or "changed" in message:
-            assert version.spoilt
-        else:
-            assert READ_ERROR in message or LANDING_ERROR in message
 
     @rule()
     def run_until_quiet(self) -> None:
