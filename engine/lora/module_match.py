@@ -20,7 +20,7 @@ from segue.errors import AdapterRejectedError
 MLP = frozenset({Projection.GATE, Projection.UP, Projection.DOWN})
 ALL_LINEAR = "all-linear"
 # A plain key for each module in both patterns takes about 310,000 steps in a model of 80 layers.
-MAX_WORK_STEPS = 3_000_000
+MAX_WORK_STEPS = 2_000_000
 
 Module = tuple[int, Projection]
 """A projection of a layer."""

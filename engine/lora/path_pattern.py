@@ -62,9 +62,11 @@ class _Search:
 
     def ends(self, node: Node, start: int) -> int:
         """Where matches of ``node`` that begin at ``start`` may end."""
+        self._work.spend(1)
+        if isinstance(node, (Text, OneOf, Anchor)):
+            return self._find_ends(node, start)
         known = self._known.get((node, start))
         if known is None:
-            self._work.spend(1)
             known = self._known[node, start] = self._find_ends(node, start)
         return known
 

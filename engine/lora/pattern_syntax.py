@@ -143,7 +143,7 @@ class _Parser:
     def __init__(self, pattern: str, work: PatternWork) -> None:
         self._pattern = pattern
         self._work = work
-        self._known_members: dict[str, frozenset[str]] = {}
+        self._known: dict[str, OneOf] = {}
         self._at = 0
         self._depth = 0
         self._names: set[str] = set()
@@ -181,7 +181,7 @@ class _Parser:
         if character == "(":
             return self._group()
         if character == "[":
-            return OneOf(self._members(self._class_text()))
+            return self._one_of(self._class_text())
         if character in "*+?":
             raise PatternError(f"{character!r} has nothing to repeat")
         if character == "{":
@@ -191,7 +191,7 @@ class _Parser:
         self._at += 1
         if character in "^$":
             return Anchor(_ANCHORS[character])
-        return OneOf(self._members(".")) if character == "." else Text(character)
+        return self._one_of(".") if character == "." else Text(character)
 
     def _escape(self) -> Node:
         escape = self._pattern[self._at : self._at + 2]
@@ -199,7 +199,7 @@ class _Parser:
         if escape in _ANCHORS:
             return Anchor(_ANCHORS[escape])
         if len(escape) == 2 and escape[1] in _KINDS:
-            return OneOf(self._members(escape))
+            return self._one_of(escape)
         if len(escape) < 2 or escape[1].isalnum():
             raise PatternError(f"{escape} is not supported")
         return Text(escape[1])
@@ -275,18 +275,18 @@ class _Parser:
             raise PatternError(f"{following!r} repeats a repeat")
         return Repeat(item, low, high)
 
-    def _members(self, expression: str) -> frozenset[str]:
-        """The ASCII characters that an expression for one character matches, as ``re`` has it."""
-        members = self._known_members.get(expression)
-        if members is None:
+    def _one_of(self, expression: str) -> OneOf:
+        """An expression for one character, with those of ASCII that ``re`` says it matches."""
+        known = self._known.get(expression)
+        if known is None:
             self._work.spend(len(expression) + len(_ASCII))
             try:
                 compiled = re.compile(expression)
             except re.error as error:
                 raise PatternError(f"{expression} is malformed: {error.msg}") from None
-            members = frozenset(character for character in _ASCII if compiled.fullmatch(character))
-            self._known_members[expression] = members
-        return members
+            known = OneOf(frozenset(character for character in _ASCII if compiled.fullmatch(character)))
+            self._known[expression] = known
+        return known
 
 
 def _look(kind: str, body: Node) -> Node:
