@@ -60,6 +60,7 @@ class AnswerStream(Generic[_Call]):
         self._open_call = open_call
         self._delivered = False
         self._cancelled = False
+        self._disconnected = False
         self._ended = False
         self._error: SegueError | None = None
         self._begin()
@@ -89,10 +90,17 @@ class AnswerStream(Generic[_Call]):
             self._cancelled = True
             self._call.cancel()
 
+    def disconnect(self) -> None:
+        """The connection is being closed: the iteration raises RequestCancelledError, unless it has ended."""
+        self._disconnected = True
+        self._call.cancel()
+
     def _begin(self) -> None:
         """Send the request, for the first time or again. Raises the error of the attempt before if time is out."""
-        if self._cancelled:
+        if self._cancelled or self._disconnected:
             self._ended, self._error = True, RequestCancelledError("cancelled before the next attempt")
+            if self._disconnected:
+                raise self._error
             return
         try:
             seconds = self._job.attempts.begin()

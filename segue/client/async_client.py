@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import weakref
 from collections.abc import Awaitable, Coroutine
 from typing import Any, TypeVar
 
@@ -29,6 +31,10 @@ class AsyncClient(BaseClient[Coroutine[Any, Any, Reply], AsyncGenerateStream, Aw
 
     _default_sleep = staticmethod(asyncio.sleep)
 
+    @functools.cached_property
+    def _streams(self) -> weakref.WeakSet[AsyncGenerateStream]:
+        return weakref.WeakSet()
+
     @property
     def adapters(self) -> AsyncAdapters:
         """The adapters of the server."""
@@ -44,6 +50,9 @@ class AsyncClient(BaseClient[Coroutine[Any, Any, Reply], AsyncGenerateStream, Aw
 
     async def close(self) -> None:
         """Close the connection; requests that still run are cancelled."""
+        # Not every version of gRPC does this itself: 1.74 forgets calls that only wait for a response.
+        for stream in list(self._streams):
+            stream.disconnect()
         await self._channel.close()
 
     async def __aenter__(self) -> AsyncClient:
@@ -59,7 +68,9 @@ class AsyncClient(BaseClient[Coroutine[Any, Any, Reply], AsyncGenerateStream, Aw
         return grpc.aio
 
     def _stream(self, job: GenerateJob) -> AsyncGenerateStream:
-        return AsyncGenerateStream(job, self._rpcs.generate, self._sleep)
+        stream = AsyncGenerateStream(job, self._rpcs.generate, self._sleep)
+        self._streams.add(stream)
+        return stream
 
     async def _whole(self, job: GenerateJob) -> Reply:
         async with self._stream(job) as stream:

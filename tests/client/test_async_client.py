@@ -136,6 +136,20 @@ def test_closing_the_client_fails_what_runs(runner: asyncio.Runner, use: Use) ->
         runner.run(run(server))
 
 
+def test_closing_the_client_fails_what_pauses(runner: asyncio.Runner) -> None:
+    async def run(target: str) -> None:
+        async def close(_: float) -> None:
+            await client.close()
+
+        client = AsyncClient(target, sleep=close)
+        with pytest.raises(RequestCancelledError):
+            await client.generate("x")
+
+    with fake_server(Failure(error=UNAVAILABLE)) as server:
+        runner.run(run(server.target))
+    assert len(server.request_ids) == 1
+
+
 def test_what_cannot_be_sent_is_refused_by_the_await(runner: asyncio.Runner) -> None:
     async def run() -> None:
         async with AsyncClient("127.0.0.1:1") as client:
