@@ -17,6 +17,7 @@ from segue.server.engine_life import EngineLife
 from segue.types import AdapterInfo, Tier
 
 _LOG = logging.getLogger(__name__)
+_PIN_POLL_SECONDS = 0.02
 
 
 class PinError(Exception):
@@ -73,19 +74,24 @@ class AdapterDirectory:
         opened.close()
         self._close_retired()
 
-    async def pin(self) -> None:
-        """Hand over every pinned adapter and look what the engine says of them, once for each engine.
+    async def pin(self, wait_seconds: float) -> None:
+        """Hand over every pinned adapter and wait until all are on the device, once for each engine.
 
-        Raises PinError when some are unknown or cannot be served, EngineUnavailableError.
+        Raises PinError when some are unknown, cannot be served or are not there after ``wait_seconds``, and
+        EngineUnavailableError.
         """
         if self._pins_told or not self._pinned:
             return
         self._pins_told = True
         await self._hand_over_pinned()
-        # The engine reports what it refuses after the step in which it was told: before it answers a second question.
-        for _ in range(2):
-            await self._engine.life.state()
+        has_landed = True
+        try:
+            await asyncio.wait_for(self._pinned_landed(), wait_seconds)
+        except TimeoutError:
+            has_landed = False
         problems = await self._hand_over_pinned()
+        if not has_landed:
+            problems.append(f"not all are on the device after {wait_seconds:g} s")
         if problems:
             raise PinError(f"pinned_adapters: {'; '.join(problems)}")
 
@@ -103,6 +109,17 @@ class AdapterDirectory:
             finally:
                 self.release(opened)
         return problems
+
+    async def _pinned_landed(self) -> None:
+        """Wait until every pinned version is on the device, except for those that the engine has dropped."""
+        pinned = {version_id for version_id, manifest in self._in_engine.items() if manifest.name in self._pinned}
+        while True:
+            versions = (await self._engine.life.state()).versions
+            if all(item.tier is Tier.DEVICE for item in versions if item.version_id in pinned):
+                break
+            await asyncio.sleep(_PIN_POLL_SECONDS)
+        # The engine tells why it dropped a version after the step in which it did: before its next answer.
+        await self._engine.life.state()
 
     async def load(self, name: str, path: str, *, preload: bool) -> AdapterInfo:
         """Make ``name`` known, and with ``preload`` bring its weights to the device; raises as AdapterCatalog.load."""

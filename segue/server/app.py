@@ -85,7 +85,7 @@ class Server:
             self._directory = AdapterDirectory(catalog, self._engine, self._executor, pinned)
             self._listen()
             await self._engine.start()
-            await self._directory.pin()
+            await self._directory.pin(self._config.supervision.start_seconds)
             self._add_services(model, tokenizer, self._directory)
             self._follower = asyncio.create_task(self._follow_engine(self._directory), name="engine follower")
             await self._grpc.start()
@@ -166,7 +166,7 @@ class Server:
                 await self._health.set(service, response.SERVING if serving else response.NOT_SERVING)
             if serving:
                 try:
-                    await directory.pin()
+                    await directory.pin(self._config.supervision.start_seconds)
                 except (PinError, EngineUnavailableError) as error:
                     _LOG.error("%s", error)
 

@@ -39,7 +39,8 @@ class ServerConfig:
     """One server.
 
     ``listen`` is ``host:port``; port 0 takes any free one. ``adapters_dir`` is the folder whose subfolders are the
-    adapters. ``pinned_adapters`` names those that are brought to the device at the start and stay there.
+    adapters. ``pinned_adapters`` names those that are brought to the device before the server serves, and
+    stay there.
     ``model_name`` is what clients call the base model; empty takes the model folder's name.
     ``default_max_tokens`` bounds answers to requests that set no ``max_tokens``. ``prepare_threads`` tokenise prompts
     and look adapters up. When the server is told to stop, running requests get ``drain_seconds`` to end.

@@ -29,7 +29,7 @@ from segue.errors import (
     UnsafePathError,
     UnsupportedError,
 )
-from segue.types import Tier
+from segue.types import AdapterInfo, Tier
 from tests.e2e.bad_adapters import MAX_RANK, REJECTED, UNSAFE, write_all
 from tests.e2e.live import ASSETS, CONFIG, LiveServer, Reference, live_server, wait_until
 from tests.server.values import INVALID, NO_TOKEN
@@ -154,6 +154,16 @@ ROWS: dict[str, tuple[Refused, type[SegueError], StatusCode]] = {
 }
 
 
+def test_a_pinned_adapter_stays_on_the_device(client: Client) -> None:
+    def shout() -> AdapterInfo:
+        (found,) = [info for info in client.adapters.list() if info.name == "shout"]
+        return found
+
+    assert (shout().tier, shout().pinned) == (Tier.DEVICE, True)
+    client.generate(PROMPT, adapter="yoda", max_tokens=900, ignore_eos=True, timeout=60)
+    assert shout().tier is Tier.DEVICE
+
+
 @pytest.mark.parametrize(("refused", "error", "code"), ROWS.values(), ids=list(ROWS))
 def test_a_refusal_hinders_nobody(
     server: LiveServer,
@@ -172,17 +182,6 @@ def test_a_refusal_hinders_nobody(
         wait_until(server.is_ready, "a new engine serves")
     reply = client.generate(PROMPT, adapter="yoda", max_tokens=NEW_TOKENS, ignore_eos=True, timeout=60)
     reference.compare(reply, ADAPTERS / "yoda", PROMPT, NEW_TOKENS)
-
-
-def test_a_pinned_adapter_stays_on_the_device(client: Client) -> None:
-    def tier() -> Tier:
-        (shout,) = [info for info in client.adapters.list() if info.name == "shout"]
-        assert shout.pinned
-        return shout.tier
-
-    wait_until(lambda: tier() is Tier.DEVICE, "the pinned adapter has landed")
-    client.generate(PROMPT, adapter="yoda", max_tokens=900, ignore_eos=True, timeout=60)
-    assert tier() is Tier.DEVICE
 
 
 def test_a_refusal_names_each_field_and_when_to_come_again(client: Client) -> None:

@@ -54,7 +54,7 @@ def client(server: LiveServer) -> Iterator[Client]:
 
 
 def ask(client: Client, prompt: list[int] = PROMPT, /, **options: Any) -> Reply:
-    reply = client.generate(prompt, timeout=60, **options)
+    reply: Reply = client.generate(prompt, timeout=60, **options)
     for answer in (reply, *reply.alternatives):
         assert answer.usage.completion_tokens == len(answer.token_ids)
     return reply

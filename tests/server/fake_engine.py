@@ -48,6 +48,7 @@ CONTEXT_TOKENS = 128
 PAGES = 64
 CACHED_TOKENS = 1
 TOO_WIDE_TO_PIN = 32
+NEVER_LANDS_RANK = 13
 
 
 class Command(IntEnum):
@@ -84,6 +85,7 @@ class FakeEngine:
     versions: dict[int, AdapterManifest] = field(default_factory=dict)
     tiers: dict[int, Tier] = field(default_factory=dict)
     steps: int = 0
+    dropped: set[int] = field(default_factory=set)
     unreported: list[VersionFailed] = field(default_factory=list)
     ignores_shutdown: bool = False
 
@@ -126,7 +128,8 @@ class FakeEngine:
                 self.versions[manifest.version_id] = manifest
                 if pinned and manifest.max_rank >= TOO_WIDE_TO_PIN:
                     self.unreported.append(VersionFailed(manifest.version_id, "the pinned adapters do not fit"))
-                elif pinned:
+                    self.dropped.add(manifest.version_id)
+                elif pinned and manifest.max_rank != NEVER_LANDS_RANK:
                     self.tiers[manifest.version_id] = Tier.DEVICE
                 return
             case Submit():
@@ -228,7 +231,7 @@ class FakeEngine:
             steps=self.steps,
             versions=[
                 VersionState(version_id, self.tiers.get(version_id, Tier.DISK), users.count(version_id))
-                for version_id in self.versions
+                for version_id in self.versions.keys() - self.dropped
             ],
         )
 

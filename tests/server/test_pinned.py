@@ -14,7 +14,7 @@ from segue import Client, EngineUnavailableError, Tier
 from segue.config import ConfigError
 from segue.errors import AdapterNotFoundError, AdapterPinnedError, StatusCode
 from segue.server.app import ServerStartError
-from tests.server.fake_engine import TOO_WIDE_TO_PIN, Command
+from tests.server.fake_engine import NEVER_LANDS_RANK, TOO_WIDE_TO_PIN, Command
 from tests.server.rig import LoopThread, Rig, running_server, server_config, wait_until, write_adapter
 
 
@@ -94,6 +94,15 @@ def test_unload_is_the_operators_word_and_load_pins_again(pinning: Rig) -> None:
     assert client.adapters.load("beta").pinned
     client.generate([10], adapter="beta", max_tokens=1)
     assert opened(pinning) == [("beta", True)] * 2
+
+
+def test_the_start_does_not_wait_for_ever(loop: LoopThread, tmp_path: Path) -> None:
+    write_adapter(tmp_path / "adapters" / "late", rank=NEVER_LANDS_RANK)
+    with (
+        pytest.raises(ServerStartError, match=r"^pinned_adapters: not all are on the device after 2 s$"),
+        running_server(loop, tmp_path, pinned_adapters=("alpha", "late"), start_seconds=2.0),
+    ):
+        raise AssertionError("the server must not start")
 
 
 @pytest.mark.parametrize(

@@ -228,7 +228,7 @@ def test_a_stop_string_ends_the_engines_work(slow: Rig) -> None:
     assert reply.token_ids == (10, 20)
     assert reply.text == byte_level_tokenizer().decode([10])
     assert reply.timing.ttft_seconds == 0.4
-    (cancel,) = slow.messages("Cancel")
+    (cancel,) = slow.wait_for("Cancel")
     assert cancel["number"] == slow.messages("Submit")[0]["number"]
 
 
