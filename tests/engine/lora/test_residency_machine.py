@@ -156,9 +156,11 @@ class ResidencyMachine(RuleBasedStateMachine):
         version.host_is_to_go = bool(version.held)
         assert version.held or not self.is_known(version) or not self.store.is_in_host(version.number, 0)
 
-    @rule_on("takes_new_work", host=st.booleans(), copies=st.booleans())
-    def change_ones_mind(self, version: Version, host: bool, copies: bool) -> None:
+    @rule_on("takes_new_work", holds=st.booleans(), host=st.booleans(), copies=st.booleans())
+    def change_ones_mind(self, version: Version, holds: bool, host: bool, copies: bool) -> None:
         """An eviction that has to wait, for a reader, a copy or a hold, and a new load before it has come about."""
+        if holds:
+            self.hold_host(version)
         if host:
             self.evict_host(version)
         elif version.has_pages:
@@ -267,6 +269,8 @@ class ResidencyMachine(RuleBasedStateMachine):
         else:
             raise AssertionError("the store never comes to rest")
         assert not any(version.leaves and not version.held for version in self.known), "a version never leaves"
+        for version in self.known:
+            self.check_pages(version)
         if not any(self.keeps_host_bytes(version) for version in self.known):
             self.assert_complete([version for version in self.known if version.has_pages])
         assert self.store.device_pages_held == sum(
