@@ -2,85 +2,19 @@
 
 from __future__ import annotations
 
-import random
-from dataclasses import dataclass
-from pathlib import Path
-
 import pytest
-import torch
 
 from segue.engine.config import HandoffConfig
 from segue.types import LayerTiming, LoraSource, Tier
-from tests.checkpoints import (
-    ALL_TARGETS,
-    ROPE_LLAMA3,
-    TinyModel,
-    load_reference,
-    reference_greedy,
-    reference_logits,
-    write_random_adapter,
-    write_random_model,
-)
-from tests.engine.harness import Answer, EngineHarness
+from tests.engine.harness import EngineHarness
+from tests.engine.worlds import ADAPTERS, SHAPES, World, build_world, prompts
 
 NEW_TOKENS = 64
-LOGPROB_TOLERANCE = 1e-4
-SHAPES = {
-    "one kv head, tied": TinyModel(kv_heads=1, tied=True),
-    "two kv heads, llama3 rope": TinyModel(kv_heads=2, rope=ROPE_LLAMA3),
-    "three kv heads": TinyModel(hidden_size=96, heads=6, kv_heads=3, layers=4),
-    "mistral with a window": TinyModel(family="mistral", kv_heads=1, extra={"sliding_window": 24}),
-    "qwen2": TinyModel(family="qwen2", tied=True),
-    "qwen3": TinyModel(family="qwen3", layers=4),
-}
-ADAPTERS: dict[str, dict[str, object]] = {
-    "r1": {"rank": 1, "targets": ("q_proj",)},
-    "r2": {"rank": 2, "targets": ("v_proj", "o_proj")},
-    "r3": {"rank": 3, "targets": ("gate_proj", "down_proj")},
-    "r8": {"rank": 8},
-    "r16": {"rank": 16, "targets": ALL_TARGETS},
-    "r24": {"rank": 24, "targets": ("k_proj", "up_proj")},
-    "mixed": {"rank": 4, "targets": ALL_TARGETS, "rank_by_module": {"q_proj": 33, "down_proj": 7, "up_proj": 1}},
-    "r64": {"rank": 64, "targets": ALL_TARGETS},
-}
-
-
-@dataclass(frozen=True)
-class World:
-    """A checkpoint and its adapters on disk, with reference answers made on demand."""
-
-    model_dir: Path
-    adapters_dir: Path
-    layers: int
-
-    def expected(self, adapter: str | None, prompt: list[int]) -> tuple[list[int], torch.Tensor]:
-        """Greedy tokens, and the log probability of each."""
-        reference = load_reference(self.model_dir, None if adapter is None else self.adapters_dir / adapter)
-        tokens = list(reference_greedy(reference, prompt, NEW_TOKENS))
-        logprobs = torch.log_softmax(reference_logits(reference, prompt + tokens), dim=-1)
-        return tokens, logprobs[len(prompt) - 1 : -1].gather(1, torch.tensor(tokens)[:, None])[:, 0]
-
-    def compare(self, adapter: str | None, prompt: list[int], answer: Answer) -> None:
-        assert answer.failed is None
-        tokens, logprobs = self.expected(adapter, prompt)
-        assert answer.tokens == tokens, f"adapter {adapter}"
-        got = torch.tensor([item.logprob for item in answer.logprobs])
-        assert (got - logprobs).abs().max() < LOGPROB_TOLERANCE, f"adapter {adapter}"
 
 
 @pytest.fixture(scope="module", params=SHAPES, ids=str)
 def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> World:
-    shape = SHAPES[request.param]
-    root = tmp_path_factory.mktemp("world")
-    model_dir = write_random_model(root / "model", shape, seed=7)
-    for seed, (name, options) in enumerate(ADAPTERS.items()):
-        write_random_adapter(root / "adapters" / name, model_dir, seed=seed, **options)  # type: ignore[arg-type]
-    return World(model_dir, root / "adapters", shape.layers)
-
-
-def prompts(count: int, seed: int) -> list[list[int]]:
-    generator = random.Random(seed)
-    return [[generator.randrange(3, 256) for _ in range(generator.randint(1, 45))] for _ in range(count)]
+    return build_world(tmp_path_factory.mktemp("world"), SHAPES[request.param])
 
 
 def test_sixteen_requests_at_once_equal_one_by_one(world: World) -> None:
@@ -96,7 +30,7 @@ def test_sixteen_requests_at_once_equal_one_by_one(world: World) -> None:
                 harness.step()
         harness.run()
         for number, (adapter, prompt) in zip(numbers, asked, strict=True):
-            world.compare(adapter, prompt, harness.answers[number])
+            world.compare(adapter, prompt, harness.answers[number], NEW_TOKENS)
         tiers = {adapter: tier_of(harness, number) for number, (adapter, _) in zip(numbers, asked, strict=True)}
         assert tiers["r8"] is Tier.DEVICE
         assert tiers[None] is Tier.NONE
@@ -132,7 +66,7 @@ def test_handover_anywhere_gives_the_same_tokens(world: World, adapter: str, whe
     with EngineHarness(world.model_dir, world.adapters_dir, handoff=handoff, copy_bytes_per_second=4e6) as harness:
         number = harness.submit(prompt, adapter, max_tokens=NEW_TOKENS, logprobs=0)
         harness.run()
-        world.compare(adapter, prompt, harness.answers[number])
+        world.compare(adapter, prompt, harness.answers[number], NEW_TOKENS)
         finished = harness.answers[number].finished
         assert finished is not None
         timing = finished.timing

@@ -1,0 +1,96 @@
+"""Many requests at once in a pool that is too small: chunks of prompts, preemption and shared prefixes are forced."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import pytest
+
+from segue.engine.config import HandoffConfig
+from segue.engine.messages import Finished
+from segue.types import LoraSource
+from tests.engine.harness import EngineHarness
+from tests.engine.worlds import ADAPTERS, FEATURES, HALF_DTYPES, SHAPES, World, build_world
+
+NEW_TOKENS = 32
+REQUESTS = 32
+PAGE_TOKENS = 4
+# What KV may take: about a third of what all requests together would.
+KV_PAGES = 200
+HOT = ("r8", "mixed", "regex", "rslora")
+NAMES = [*ADAPTERS, *FEATURES, *HALF_DTYPES, None, None]
+
+
+@pytest.fixture(scope="module", params=SHAPES, ids=str)
+def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> World:
+    return build_world(tmp_path_factory.mktemp("pressure"), SHAPES[request.param], with_features=True)
+
+
+@dataclass(frozen=True)
+class Asked:
+    adapter: str | None
+    prompt: list[int]
+
+
+def requests() -> list[Asked]:
+    """Every adapter twice, the second time with a prompt that begins as the first one's."""
+    generator = random.Random(8)
+    asked = []
+    for name in NAMES:
+        first = [generator.randrange(3, 256) for _ in range(generator.randint(20, 50))]
+        second = first[: generator.randint(12, 19)] + [generator.randrange(3, 256) for _ in range(9)]
+        asked += [Asked(name, first), Asked(name, second)]
+    generator.shuffle(asked)
+    assert len(asked) >= REQUESTS
+    return asked
+
+
+@pytest.mark.parametrize("mode", ["auto", "fixed"])
+def test_answers_do_not_depend_on_the_crowd(world: World, mode: str) -> None:
+    """``fixed``: every pass of a loading adapter runs on the CPU workers to its last layer."""
+    asked = requests()
+    handoff = HandoffConfig(mode=mode, cpu_layers=world.layers if mode == "fixed" else 0)
+    settings = {
+        "page_tokens": PAGE_TOKENS,
+        "budget_tokens": 24,
+        "chunk_tokens": 5,
+        "max_running": REQUESTS,
+        "copy_bytes_per_second": 20e6,
+        "handoff": handoff,
+    }
+    with EngineHarness(world.model_dir, world.adapters_dir, pages=4000, **settings) as harness:
+        versions = {name: harness.open(name) for name in NAMES if name is not None}
+        adapter_pages = sum(harness.instance.store.device_pages(version_id) for version_id in versions.values())
+    with EngineHarness(world.model_dir, world.adapters_dir, pages=adapter_pages + KV_PAGES, **settings) as harness:
+        for name in HOT:
+            harness.warm(name)
+        numbers = [harness.submit(item.prompt, item.adapter, max_tokens=NEW_TOKENS, logprobs=0) for item in asked]
+        decodes_beside_chunks = 0
+        while not all(harness.answers[number].ended for number in numbers):
+            decodes_beside_chunks += _has_both(harness)
+            harness.step()
+        for number, item in zip(numbers, asked, strict=True):
+            world.compare(item.adapter, item.prompt, harness.answers[number], NEW_TOKENS)
+        ended = [_finished(harness, number) for number in numbers]
+        assert any(item.timing.prefill_attempts > 1 for item in ended), "nobody was preempted"
+        assert sum(item.cached_prompt_tokens > 0 for item in ended) >= 8, "few prefixes were shared"
+        assert decodes_beside_chunks > 10, "no prompt was computed in chunks beside decodes"
+        sources = {layer.source for item in ended for layer in item.timing.layers}
+        assert sources >= {LoraSource.CPU, LoraSource.DEVICE}
+        state = harness.instance.state(0)
+        assert state.free_pages + state.cached_pages + state.adapter_pages == harness.config.pages
+
+
+def _has_both(harness: EngineHarness) -> bool:
+    """Whether some requests decode while another is in the middle of its prompt, outside of any pass."""
+    admitted = [item for item in harness.engine.requests.admitted if not item.in_flight]
+    decode = [item.computed_tokens == len(item.token_ids) - 1 for item in admitted]
+    middle = [0 < item.computed_tokens < len(item.submit.prompt_token_ids) - 1 for item in admitted]
+    return any(decode) and any(middle)
+
+
+def _finished(harness: EngineHarness, number: int) -> Finished:
+    finished = harness.answers[number].finished
+    assert finished is not None
+    return finished

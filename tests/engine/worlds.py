@@ -1,0 +1,110 @@
+"""Checkpoints and adapters for parity tests, with reference answers of transformers and PEFT made on demand."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+
+from tests.checkpoints import (
+    ALL_TARGETS,
+    ROPE_LLAMA3,
+    TinyModel,
+    load_reference,
+    reference_greedy,
+    reference_logits,
+    write_peft_adapter,
+    write_random_adapter,
+    write_random_model,
+)
+from tests.engine.harness import Answer
+
+LOGPROB_TOLERANCE = 1e-4
+SHAPES = {
+    "one kv head, tied": TinyModel(kv_heads=1, tied=True),
+    "two kv heads, llama3 rope": TinyModel(kv_heads=2, rope=ROPE_LLAMA3),
+    "three kv heads": TinyModel(hidden_size=96, heads=6, kv_heads=3, layers=4),
+    "mistral with a window": TinyModel(family="mistral", kv_heads=1, extra={"sliding_window": 24}),
+    "qwen2": TinyModel(family="qwen2", tied=True),
+    "qwen3": TinyModel(family="qwen3", layers=4),
+}
+ADAPTERS: dict[str, dict[str, object]] = {
+    "r1": {"rank": 1, "targets": ("q_proj",)},
+    "r2": {"rank": 2, "targets": ("v_proj", "o_proj")},
+    "r3": {"rank": 3, "targets": ("gate_proj", "down_proj")},
+    "r8": {"rank": 8},
+    "r16": {"rank": 16, "targets": ALL_TARGETS},
+    "r24": {"rank": 24, "targets": ("k_proj", "up_proj")},
+    "mixed": {"rank": 4, "targets": ALL_TARGETS, "rank_by_module": {"q_proj": 33, "down_proj": 7, "up_proj": 1}},
+    "r64": {"rank": 64, "targets": ALL_TARGETS},
+}
+
+
+# Configurations that choose modules, ranks and scales in PEFT's other ways.
+FEATURES: dict[str, dict[str, Any]] = {
+    "regex": {"target_modules": r".*\.[02]\.self_attn\.(q|v)_proj|model\.layers\.1\.mlp\.(?:up|down)_proj"},
+    "all-linear": {"target_modules": "all-linear", "exclude_modules": ["o_proj", "layers.1.mlp.up_proj"]},
+    "rslora": {
+        "target_modules": ["q_proj", "k_proj", "down_proj"],
+        "use_rslora": True,
+        "rank_pattern": {r"layers\.[01]\.self_attn\.(q|k)_proj": 3},
+        "alpha_pattern": {r".*\.2\..*": 5},
+    },
+    "one-layer": {"target_modules": ["k_proj", "gate_proj"], "layers_to_transform": 1},
+    "layers": {"target_modules": ["q_proj", "o_proj"], "layers_to_transform": [0, 2], "layers_pattern": "layers"},
+}
+HALF_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class World:
+    """A checkpoint and its adapters on disk, with reference answers made on demand."""
+
+    model_dir: Path
+    adapters_dir: Path
+    layers: int
+    references: dict[str | None, torch.nn.Module] = field(default_factory=dict)
+
+    def reference(self, adapter: str | None) -> torch.nn.Module:
+        """The model with that adapter, loaded once."""
+        if adapter not in self.references:
+            folder = None if adapter is None else self.adapters_dir / adapter
+            self.references[adapter] = load_reference(self.model_dir, folder)
+        return self.references[adapter]
+
+    def expected(self, adapter: str | None, prompt: list[int], new_tokens: int) -> tuple[list[int], torch.Tensor]:
+        """Greedy tokens, and the log probability of each."""
+        reference = self.reference(adapter)
+        tokens = list(reference_greedy(reference, prompt, new_tokens))
+        logprobs = torch.log_softmax(reference_logits(reference, prompt + tokens), dim=-1)
+        return tokens, logprobs[len(prompt) - 1 : -1].gather(1, torch.tensor(tokens)[:, None])[:, 0]
+
+    def compare(self, adapter: str | None, prompt: list[int], answer: Answer, new_tokens: int) -> None:
+        assert answer.failed is None
+        tokens, logprobs = self.expected(adapter, prompt, new_tokens)
+        assert answer.tokens == tokens, f"adapter {adapter}"
+        got = torch.tensor([item.logprob for item in answer.logprobs])
+        assert (got - logprobs).abs().max() < LOGPROB_TOLERANCE, f"adapter {adapter}"
+
+
+def build_world(root: Path, shape: TinyModel, *, with_features: bool = False) -> World:
+    """Write a model, ADAPTERS and, if asked for, an adapter for each of FEATURES and HALF_DTYPES."""
+    model_dir = write_random_model(root / "model", shape, seed=7)
+    for seed, (name, options) in enumerate(ADAPTERS.items()):
+        write_random_adapter(root / "adapters" / name, model_dir, seed=seed, **options)  # type: ignore[arg-type]
+    if with_features:
+        for seed, (name, feature) in enumerate(FEATURES.items()):
+            config = peft.LoraConfig(r=8, lora_alpha=12, task_type="CAUSAL_LM", **feature)
+            write_peft_adapter(root / "adapters" / name, model_dir, config, seed=seed)
+        for name, dtype in HALF_DTYPES.items():
+            write_random_adapter(root / "adapters" / name, model_dir, rank=5, targets=ALL_TARGETS, dtype=dtype, seed=50)
+    return World(model_dir, root / "adapters", shape.layers)
+
+
+def prompts(count: int, seed: int) -> list[list[int]]:
+    generator = random.Random(seed)
+    return [[generator.randrange(3, 256) for _ in range(generator.randint(1, 45))] for _ in range(count)]
