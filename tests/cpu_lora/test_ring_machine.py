@@ -25,6 +25,9 @@ from segue.cpu_lora.atomics import publish
 from segue.cpu_lora.workers import WorkerLife, WorkerPhase
 from tests.cpu_lora.fake_worker import FakeWorker, mark
 
+# A failure is shrunk for minutes before it is shown.
+pytestmark = pytest.mark.timeout(600)
+
 WORKERS = 3
 SLOTS = 3
 IN_FEATURES = 2

@@ -20,6 +20,9 @@ from tests.engine.lora.residency_model import Version
 from tests.engine.lora.stepped_rig import STEPPED_MODEL, FakeSteps, SteppedRig, write_version
 from tests.engine.lora.store_rig import assert_same
 
+# A failure is shrunk for minutes before it is shown.
+pytestmark = pytest.mark.timeout(600)
+
 LAYERS = STEPPED_MODEL.layers
 # More than one adapter's job takes: one before it, one for each matrix and, of a read, one after each layer.
 MOST_STEPS = 1 + 2 * LAYERS + LAYERS + 3
