@@ -137,6 +137,9 @@ class _Draft:
     def plan_admissions(self, queue: Sequence[QueuedRequest], admitted_count: int) -> None:
         """Admit from the head of the queue until one does not fit."""
         for request in queue[: max(0, self.limits.max_running - admitted_count)]:
+            if request.version_id in self.evict:
+                # What it needs now is known when the eviction has been carried out.
+                return
             match = self.prefixes.match(request.number)
             if self._is_worth_waiting(request, match):
                 continue

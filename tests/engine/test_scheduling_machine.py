@@ -112,6 +112,10 @@ class World:
             for item in group.rows:
                 self.known(item.number).in_flight = True
                 self.flying.append((self.steps + PASS_STEPS, item))
+        for item in plan.batch:
+            version_id = self.known(item.number).version_id
+            assert version_id is None or version_id in self.residency.warm, "a batch would wait for weights"
+        assert all(group.version_id in self.residency.resident for group in plan.passes), "a pass has no weights"
         self._commit(plan.batch)
         self._end_passes()
         return plan
