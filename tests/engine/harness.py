@@ -64,14 +64,14 @@ class EngineHarness:
         for opened in self._opened.values():
             opened.close()
 
-    def open(self, name: str) -> int:
+    def open(self, name: str, *, pinned: bool = False) -> int:
         """The version id of an adapter folder's present content, known to the engine."""
         opened = self.catalog.lookup(name)
         version_id = opened.manifest.version_id
         if version_id not in self._opened:
             assert opened.fileno is not None
             self._opened[version_id] = opened
-            self.engine.open_version(opened.manifest, os.dup(opened.fileno))
+            self.engine.open_version(opened.manifest, os.dup(opened.fileno), pinned=pinned)
             opened.handed_over()
         else:
             opened.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
@@ -80,6 +81,37 @@ def test_answers_do_not_depend_on_the_crowd(world: World, mode: str) -> None:
         assert sources >= {LoraSource.CPU, LoraSource.DEVICE}
         state = harness.instance.state(0)
         assert state.free_pages + state.cached_pages + state.adapter_pages == harness.config.pages
+
+
+SAMPLING: tuple[dict[str, Any], ...] = (
+    {"temperature": 1.0},
+    {"temperature": 0.7, "top_p": 0.9, "top_k": 40},
+    {"temperature": 1.3, "min_p": 0.02, "repetition_penalty": 1.2},
+    {"temperature": 0.9, "presence_penalty": 0.5, "frequency_penalty": 0.3, "logit_bias": {7: 2.0, 9: -4.0}},
+)
+
+
+def test_a_seed_gives_the_same_tokens_alone_and_in_a_crowd(world: World) -> None:
+    asked = requests()
+    sampling = [{"seed": 1000 + place, **SAMPLING[place % len(SAMPLING)]} for place in range(len(asked))]
+    settings = {"page_tokens": PAGE_TOKENS, "budget_tokens": 24, "chunk_tokens": 5, "copy_bytes_per_second": 20e6}
+    with EngineHarness(world.model_dir, world.adapters_dir, pages=4000, prefix_cache=False, **settings) as harness:
+        alone = []
+        for item, options in zip(asked, sampling, strict=True):
+            number = harness.submit(item.prompt, item.adapter, max_tokens=NEW_TOKENS, **options)
+            harness.run()
+            alone.append(harness.answers[number].tokens)
+        adapter_pages = harness.instance.store.device_pages_held
+    with EngineHarness(world.model_dir, world.adapters_dir, pages=adapter_pages + KV_PAGES, **settings) as harness:
+        numbers = [
+            harness.submit(item.prompt, item.adapter, max_tokens=NEW_TOKENS, **options)
+            for item, options in zip(asked, sampling, strict=True)
+        ]
+        harness.run()
+        assert [harness.answers[number].tokens for number in numbers] == alone
+        ended = [_finished(harness, number) for number in numbers]
+        assert any(item.timing.prefill_attempts > 1 for item in ended), "nobody was preempted"
+        assert any(item.cached_prompt_tokens > 0 for item in ended), "no prefix was shared"
 
 
 def _has_both(harness: EngineHarness) -> bool:
