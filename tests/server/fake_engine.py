@@ -119,11 +119,15 @@ class FakeEngine:
             file.write(json.dumps(line) + "\n")
 
     def take(self, message: ToEngine) -> None:
+        more = {}
+        if isinstance(message, OpenVersion):
+            descriptor = self.channel.take_descriptor()
+            more["descriptor_bytes"] = os.fstat(descriptor).st_size
+            os.close(descriptor)
+        # Before anything is answered, so that whoever has the answer finds the message in the log.
+        self.note(message, **more)
         match message:
             case OpenVersion(manifest, pinned):
-                descriptor = self.channel.take_descriptor()
-                self.note(message, descriptor_bytes=os.fstat(descriptor).st_size)
-                os.close(descriptor)
                 assert manifest.version_id not in self.versions
                 self.versions[manifest.version_id] = manifest
                 if pinned and manifest.max_rank >= TOO_WIDE_TO_PIN:
@@ -131,7 +135,6 @@ class FakeEngine:
                     self.dropped.add(manifest.version_id)
                 elif pinned and manifest.max_rank != NEVER_LANDS_RANK:
                     self.tiers[manifest.version_id] = Tier.DEVICE
-                return
             case Submit():
                 self.submit(message)
             case Cancel(number):
@@ -147,7 +150,6 @@ class FakeEngine:
                 self.tiers[version_id] = Tier.DEVICE
             case GetState(number):
                 self.channel.send(self.state(number))
-        self.note(message)
 
     def submit(self, submit: Submit) -> None:
         number, version_id = submit.number, submit.adapter_version_id
