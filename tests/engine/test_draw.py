@@ -22,6 +22,7 @@ from transformers import (
 from segue.engine.draw import filtered_weights, race
 from segue.engine.philox import Place
 from segue.engine.sampling_params import SamplingParams
+from tests.engine.chi_square import chi_square
 
 # Multiples of 1/8: equal logits are common, and unequal ones stay apart when they are divided by a temperature.
 logits_lists = st.lists(
@@ -121,20 +122,6 @@ def test_extreme_temperatures() -> None:
     assert weights_of(logits, [params(temperature=1e-5)]).tolist() == [[1, 0, 0, 0]]
     for temperature in (1e30, 1e300):
         assert weights_of(logits, [params(temperature=temperature)]).tolist() == [[1, 1, 1, 0]]
-
-
-def chi_square(tokens: Tensor, probabilities: Tensor) -> float:
-    """The statistic less its mean, in standard deviations. Tokens expected less than 10 times count as one."""
-    expected = probabilities * len(tokens)
-    counts = torch.bincount(tokens, minlength=len(probabilities)).double()
-    assert not counts[probabilities == 0].any(), "an impossible token was drawn"
-    is_rare = expected < 10
-    expected = torch.cat([expected[~is_rare], expected[is_rare].sum()[None]])
-    counts = torch.cat([counts[~is_rare], counts[is_rare].sum()[None]])
-    used = expected >= 10
-    statistic = float(((counts - expected).square() / expected)[used].sum())
-    freedom = int(used.sum()) - 1
-    return (statistic - freedom) / math.sqrt(2 * freedom)
 
 
 PLACES: dict[str, Callable[[int], Place]] = {

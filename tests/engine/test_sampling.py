@@ -12,11 +12,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import RepetitionPenaltyLogitsProcessor
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from segue.engine.sampling import SamplingRow, UnusableLogitsError, sample
 from segue.engine.sampling_params import SamplingParams
 from segue.engine.token_counts import TokenCounts
+from tests.engine.chi_square import chi_square
 
 VOCAB = 1_000
 
@@ -127,6 +135,38 @@ def test_repetition_penalty_is_that_of_transformers(penalty: float) -> None:
     penalised = row(counts=TokenCounts(prompt, generated), repetition_penalty=penalty)
     assert order_of_choice(logits, penalised) == expected.sort(descending=True, stable=True).indices.tolist()
     assert expected.argsort().tolist() != logits.argsort().tolist()
+
+
+DRAWS = 20_000
+PROCESSED: dict[str, tuple[dict[str, Any], list[Any]]] = {
+    "temperature": ({"temperature": 0.7}, [TemperatureLogitsWarper(0.7)]),
+    "top_k": ({"temperature": 1.3, "top_k": 30}, [TemperatureLogitsWarper(1.3), TopKLogitsWarper(30)]),
+    "top_p": ({"temperature": 1.0, "top_p": 0.8}, [TopPLogitsWarper(0.8)]),
+    "min_p": ({"temperature": 1.5, "min_p": 0.05}, [TemperatureLogitsWarper(1.5), MinPLogitsWarper(0.05)]),
+    "all of them": (
+        {"temperature": 0.9, "top_k": 200, "top_p": 0.9, "repetition_penalty": 1.4},
+        [
+            RepetitionPenaltyLogitsProcessor(1.4),
+            TemperatureLogitsWarper(0.9),
+            TopKLogitsWarper(200),
+            TopPLogitsWarper(0.9),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize(("fields", "processors"), PROCESSED.values(), ids=PROCESSED)
+def test_draws_follow_the_probabilities_of_transformers(fields: dict[str, Any], processors: list[Any]) -> None:
+    logits = random_logits(1, vocab=500, seed=12)
+    prompt = [3, 77, 77, 250, 499]
+    ids: Any = torch.tensor([prompt])
+    processed = LogitsProcessorList(processors)(ids, logits.clone())
+    counts = TokenCounts(prompt)
+    drawn: list[int] = []
+    for start in range(0, DRAWS, 1_000):
+        rows = [row(position=9, counts=counts, sample=start + index, **fields) for index in range(1_000)]
+        drawn += tokens(logits.expand(1_000, -1), rows)
+    assert abs(chi_square(torch.tensor(drawn), processed[0].double().softmax(-1))) < 5
 
 
 def test_presence_and_frequency_penalties_count_the_answer_alone() -> None:
