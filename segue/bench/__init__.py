@@ -1,0 +1,1 @@
+"""Benchmarks: what ``segue bench`` runs, and the one form in which all of them report."""

@@ -1,0 +1,120 @@
+"""An engine in this process that a benchmark advances step by step."""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Self
+
+from segue.engine.config import EngineConfig
+from segue.engine.instance import EngineInstance
+from segue.engine.lora.catalog import AdapterCatalog, OpenedVersion
+from segue.engine.messages import StepOutput, Submit
+from segue.engine.sampling_params import SamplingParams
+
+_MAX_WAIT_SECONDS = 0.01
+
+
+class BenchmarkError(Exception):
+    """The engine did not do what the measurement needs. The message is one line."""
+
+
+class EngineDriver:
+    """Submits requests of token ids to a real engine and times its steps. Requests decode greedily and stop nowhere."""
+
+    def __init__(self, config: EngineConfig, catalog: AdapterCatalog) -> None:
+        """Load the model. Raises as EngineInstance."""
+        self._catalog = catalog
+        self._opened: list[OpenedVersion] = []
+        self._last_number = 0
+        self._running: set[int] = set()
+        self._instance = EngineInstance(config)
+        self._engine = self._instance.engine
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._instance.close()
+        for opened in self._opened:
+            opened.close()
+
+    def load(self, name: str) -> int:
+        """Bring an adapter to the device; its version id. Raises AdapterRejectedError or BenchmarkError."""
+        opened = self._catalog.lookup(name)
+        self._opened.append(opened)
+        version_id = opened.manifest.version_id
+        if opened.fileno is None:
+            raise BenchmarkError(f"adapter {name} is loaded already")
+        self._engine.open_version(opened.manifest, os.dup(opened.fileno))
+        opened.handed_over()
+        self._engine.versions.preload(version_id)
+        store = self._instance.store
+        self._step_until(lambda: store.is_landed(version_id) and store.is_verified(version_id))
+        return version_id
+
+    def submit(self, prompt: Sequence[int], version_id: int | None, *, max_tokens: int) -> int:
+        """Queue a request; its number."""
+        self._last_number += 1
+        self._running.add(self._last_number)
+        self._engine.submit(
+            Submit(
+                number=self._last_number,
+                prompt_token_ids=list(prompt),
+                max_tokens=max_tokens,
+                arrival_seconds=time.monotonic(),
+                sampling=SamplingParams(seed=0),
+                adapter_version_id=version_id,
+            )
+        )
+        return self._last_number
+
+    def run_to_first_tokens(self, numbers: Sequence[int]) -> None:
+        """Step until each of these requests has a token. Raises BenchmarkError."""
+        missing = set(numbers)
+        while missing:
+            missing -= {new.number for new in self._step().tokens}
+
+    def decode_seconds(self) -> float:
+        """The time of one step, in which every running request decodes one token. Raises BenchmarkError if not."""
+        running = set(self._running)
+        start_seconds = time.perf_counter()
+        output, _ = self._engine.step()
+        seconds = time.perf_counter() - start_seconds
+        self._check(output)
+        decoded = {new.number for new in output.tokens}
+        if decoded != running:
+            raise BenchmarkError(f"{len(decoded)} of {len(running)} running requests decoded in a step")
+        return seconds
+
+    def cancel_all(self) -> None:
+        """End every request and let the engine settle."""
+        for number in self._running:
+            self._engine.cancel(number)
+        self._step_until(lambda: not self._running)
+
+    def _step_until(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            self._step()
+
+    def _step(self) -> StepOutput:
+        """One step; a wait for what comes from outside when nothing can go on."""
+        output, failures = self._engine.step()
+        if failures:
+            raise BenchmarkError(f"an adapter cannot be served: {failures[0].message}")
+        self._check(output)
+        if not self._engine.can_go_on:
+            ready, _, _ = select.select([self._instance.wake_fd], [], [], _MAX_WAIT_SECONDS)
+            if ready:
+                os.eventfd_read(self._instance.wake_fd)
+        return output
+
+    def _check(self, output: StepOutput) -> None:
+        if output.failed:
+            raise BenchmarkError(f"a request failed: {output.failed[0].message}")
+        self._running -= {finished.number for finished in output.finished}

@@ -1,0 +1,94 @@
+"""The one JSON form in which all benchmarks report."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import msgspec
+import numpy as np
+
+from segue.bench.machine import Machine, commit, versions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One measure of one case over ``runs`` timings. ``measure`` ends in its unit, which is that of the percentiles.
+
+    ``batch`` requests used ``adapters`` different adapters of these ``ranks``, which had weights for ``targets`` and
+    lay at ``residency`` (a Tier's value). ``prompt`` is in tokens. None, and no ranks, where a case has no such thing.
+    """
+
+    measure: str
+    batch: int
+    adapters: int
+    ranks: tuple[int, ...] = ()
+    targets: str | None = None
+    prompt: int | None = None
+    residency: str | None = None
+    median: float
+    p10: float
+    p90: float
+    runs: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Percentiles:
+    """The middle of some timings and the borders of the lowest and highest tenth, in the timings' unit."""
+
+    median: float
+    p10: float
+    p90: float
+    runs: int
+
+    @classmethod
+    def of(cls, timings: Sequence[float]) -> Self:
+        """Between two timings it is interpolated linearly. Raises ValueError for none."""
+        if not timings:
+            raise ValueError("timings: there must be at least one")
+        p10, median, p90 = (float(value) for value in np.percentile(timings, [10, 50, 90]))
+        return cls(median=median, p10=p10, p90=p90, runs=len(timings))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What a benchmark measured, where, and with what. ``settings`` are the benchmark's own options.
+
+    ``commit`` is None outside of a git checkout and ends in "-dirty" where tracked files were changed.
+    """
+
+    benchmark: str
+    machine: Machine
+    versions: Mapping[str, str]
+    commit: str | None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    rows: tuple[Row, ...]
+
+    @classmethod
+    def here(cls, benchmark: str, settings: Mapping[str, Any], rows: Sequence[Row]) -> Self:
+        """The report of rows that were measured on this machine with this code."""
+        return cls(
+            benchmark=benchmark,
+            machine=Machine.here(),
+            versions=versions(),
+            commit=commit(),
+            settings=settings,
+            rows=tuple(rows),
+        )
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Raises OSError, or msgspec.ValidationError for a file of another form."""
+        return msgspec.json.decode(path.read_bytes(), type=cls)
+
+    def write(self, path: Path) -> None:
+        """Write the file so that readers see it whole or not at all. Raises OSError."""
+        draft = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            draft.write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n")
+            draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)

@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import pytest
+
+from segue.bench.ratios import ratios
+from segue.bench.report import Row
+
+
+def step(batch: int, adapters: int, median: float, measure: str = "decode_step_ms") -> Row:
+    return Row(measure=measure, batch=batch, adapters=adapters, median=median, p10=0.0, p90=99.0, runs=1)
+
+
+def test_ratios_of_known_medians() -> None:
+    rows = [
+        step(1, 0, 2.0, "gemm_ms"),
+        step(1, 0, 4.0),
+        step(16, 0, 4.0, "gemm_ms"),
+        step(16, 0, 8.0),
+        step(16, 8, 12.0),
+        step(1, 0, 50.0, "ttft_ms"),
+        step(1, 1, 60.0, "ttft_ms"),
+    ]
+    assert {ratio.name: ratio.value for ratio in ratios(rows)} == pytest.approx(
+        {
+            "GEMMs alone, base: tokens/s of batch 16 over batch 1": 8.0,
+            "decode step, base: tokens/s of batch 16 over batch 1": 8.0,
+            "batch 16: time per token with 8 adapters over base": 1.5,
+            "batch 1, base: decode step over its GEMMs alone": 2.0,
+            "batch 16, base: decode step over its GEMMs alone": 2.0,
+            "batch 16, 8 adapters: decode step over its GEMMs alone": 3.0,
+        }
+    )
+
+
+def test_no_ratio_without_both_rows() -> None:
+    assert ratios([]) == ()
+    assert ratios([step(16, 8, 12.0)]) == ()
+    assert ratios([step(1, 0, 4.0), step(16, 8, 12.0)]) == ()
