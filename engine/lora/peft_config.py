@@ -11,15 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from segue.engine.lora.keyed_values import KeyedValues, checked_number
 from segue.engine.lora.manifest import Projection
-from segue.engine.lora.module_match import (
-    MAX_WORK_STEPS,
-    checked_number,
-    keyed_values,
-    refused,
-    targeted_modules,
-)
-from segue.engine.lora.pattern_syntax import PatternWork
+from segue.engine.lora.module_match import TargetOptions, module_paths, other_paths
+from segue.engine.lora.path_match import match_paths, refused
 from segue.engine.lora.strict_json import parse_object, quoted
 from segue.errors import AdapterRejectedError
 
@@ -80,24 +75,27 @@ def parse_peft_config(data: bytes, layers: int) -> Mapping[tuple[int, Projection
 
     Options have PEFT's meaning: ``target_modules`` (list, regular expression or "all-linear"), ``exclude_modules``,
     ``layers_to_transform``, ``layers_pattern``, ``rank_pattern``, ``alpha_pattern``, ``use_rslora``. Raises
-    AdapterRejectedError naming the option that is wrong, not served, or takes too much work.
+    AdapterRejectedError naming the option that is wrong, not served, or takes too much time or memory. Blocks while a
+    child process matches regular expressions, if there are any.
     """
     try:
         config = parse_object(data)
     except ValueError as error:
         raise AdapterRejectedError(f"adapter_config.json {error}") from None
     _refuse_other_kinds(config)
-    work = PatternWork(MAX_WORK_STEPS)
-    rank_of = keyed_values(config, "rank_pattern", work)
-    alpha_of = keyed_values(config, "alpha_pattern", work)
+    ranks, alphas = KeyedValues.read(config, "rank_pattern"), KeyedValues.read(config, "alpha_pattern")
+    targets = TargetOptions.read(config, layers)
     default_rank = checked_number(config.get("r"), "r")
     default_alpha = checked_number(config.get("lora_alpha"), "lora_alpha")
     stabilised = config.get("use_rslora") or False
     if not isinstance(stabilised, bool):
         raise refused(f"use_rslora must be true or false, is {quoted(str(stabilised))}")
+    paths = [*module_paths(layers), *other_paths(layers)]
+    # All at once: each call may start a process.
+    found = match_paths([*targets.expressions, *ranks.expressions, *alphas.expressions], paths)
     rules = {}
-    for module, path in targeted_modules(config, layers, work).items():
-        rank, alpha = rank_of(path, default_rank), alpha_of(path, default_alpha)
+    for module, path in targets.resolve(layers, found).items():
+        rank, alpha = ranks.value_of(path, default_rank, found), alphas.value_of(path, default_alpha, found)
         if not isinstance(rank, int) or rank <= 0:
             raise refused(f"the rank of {path} must be a whole number greater than 0, is {rank}")
         rules[module] = ModuleRule(rank=rank, alpha=float(alpha), rank_stabilised=stabilised)

@@ -247,14 +247,20 @@ def test_what_peft_refuses_together_is_refused(options: dict[str, Any], named: s
             {"target_modules": ["q_proj"], "layers_to_transform": 1, "layers_pattern": "h"},
             "with layers_to_transform with layers_pattern means no",
         ),
-        ({"layers_to_transform": 1, "layers_pattern": "h|layers"}, "layers_pattern: .* into a group"),
+        (
+            {"layers_to_transform": 1, "layers_pattern": "h|layers"},
+            "with layers_to_transform with layers_pattern means no",
+        ),
         ({"layers_to_transform": 1, "layers_pattern": "h)|(?:layers"}, "layers_pattern: .* unbalanced"),
-        ({"layers_to_transform": 1, "layers_pattern": "(?P<idx>layers)"}, "layers_pattern: .* twice"),
+        (
+            {"layers_to_transform": 1, "layers_pattern": "(?P<idx>layers)"},
+            "layers_pattern: .* redefinition of group name",
+        ),
         ({"layers_to_transform": 1, "layers_pattern": [1]}, "layers_pattern must be"),
         ({"layers_to_transform": 0.0}, "layers_to_transform must be"),
         ({"rank_pattern": {"(q_proj": 2}}, "rank_pattern: the pattern .* unterminated"),
-        ({"alpha_pattern": {r"(q)\1": 2}}, "alpha_pattern: the pattern .* is not supported"),
-        ({"exclude_modules": "(?i)Q_PROJ"}, "exclude_modules: the pattern .* is not supported"),
+        ({"alpha_pattern": {r"(q)\9": 2}}, "alpha_pattern: the pattern .* invalid group reference"),
+        ({"exclude_modules": ".*(?i)Q_PROJ"}, "exclude_modules: the pattern .* global flags not at the start"),
     ],
 )
 def test_what_cannot_be_served_is_refused_by_name(options: dict[str, Any], named: str) -> None:
