@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import random
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
 
 from segue.engine.config import HandoffConfig
+from segue.engine.forward_pass import PassState
+from segue.engine.lora import transfer
 from segue.engine.lora.checkpoint import WEIGHTS_FILE
 from tests.checkpoints import (
     ALL_TARGETS,
@@ -132,16 +135,29 @@ def test_an_unloaded_adapter_leaves_no_kv_behind(model_dir: Path, adapters_dir: 
         assert harness.answers[number].tokens == expected(model_dir, adapters_dir / "a", PROMPT)
 
 
-def test_nothing_enters_before_the_read_was_verified(model_dir: Path, adapters_dir: Path, tmp_path: Path) -> None:
-    """A weights file that changes while it is read fails its version; the KV computed with it is not kept."""
-    shutil.copytree(adapters_dir / "a", tmp_path / "changing")
-    with EngineHarness(model_dir, tmp_path, copy_bytes_per_second=2e6) as harness:
-        number = harness.submit(PROMPT, "changing", max_tokens=NEW_TOKENS)
-        path = tmp_path / "changing" / WEIGHTS_FILE
-        path.write_bytes(path.read_bytes()[:-100])
-        harness.run()
-        assert harness.answers[number].failed is not None
+def test_nothing_enters_before_the_read_was_verified(
+    model_dir: Path, adapters_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All layers were read and a pass has computed the whole prompt; then the file turns out to have changed."""
+    may_look = threading.Event()
+
+    def fake_check(_descriptor: int, _identity: object) -> bool:
+        assert may_look.wait(60)
+        return False
+
+    monkeypatch.setattr(transfer, "_is_unchanged", fake_check)
+    with EngineHarness(model_dir, adapters_dir, copy_bytes_per_second=2e6) as harness:
+        number = harness.submit(PROMPT, "a", max_tokens=NEW_TOKENS)
+        harness.run_until(lambda: any(item.state is PassState.DONE for item in harness.engine.passes))
+        assert not harness.answers[number].tokens
         assert harness.instance.state(0).cached_pages == 0
+        may_look.set()
+        harness.run()
+        failed = harness.answers[number].failed
+        assert failed is not None
+        assert "changed" in failed.message
+        state = harness.instance.state(0)
+        assert (state.cached_pages, state.kv_pages) == (0, 0)
 
 
 def test_answers_to_one_prompt_compute_it_once(model_dir: Path, adapters_dir: Path) -> None:
