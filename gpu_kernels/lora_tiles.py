@@ -1,0 +1,115 @@
+"""Tile sizes of the LoRA kernels: pure integers, chosen once per model, device and regime.
+
+A *vector* item serves one row and multiplies without tensor cores; a *dot* item serves up to ``rows`` rows through
+``tl.dot``. Both kinds run in one launch, so that any mix of adapters and rows is served by the same two kernels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from enum import Enum
+
+# Elements of one vector tile of a 16-bit dtype: 16 KiB, which 128 threads hold in 32 registers each.
+_VECTOR_TILE_ELEMS = 8192
+_MIN_DOT = 16
+
+
+class Regime(Enum):
+    """DECODE: few rows per segment, so that time is the bytes of the weights. PREFILL: many rows per segment."""
+
+    DECODE = "decode"
+    PREFILL = "prefill"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PointShape:
+    """The GEMM that a LoRA point adds to: x [T, in_features], out [T, sum(out_features)], one module per output."""
+
+    in_features: int
+    out_features: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if self.in_features <= 0:
+            raise ValueError(f"in_features: must be greater than 0, is {self.in_features}")
+        if not self.out_features or min(self.out_features) <= 0:
+            raise ValueError(f"out_features: must name at least one width greater than 0, is {self.out_features}")
+
+    @property
+    def modules(self) -> int:
+        """How many modules share x."""
+        return len(self.out_features)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraTiles:
+    """Sizes of tiles, all powers of two, and of the grids. Work lists fit only the tiles that they were built with.
+
+    ``rows`` x ``ranks`` is the dot tile of shrink, fed ``step`` columns at a time; pages are looked up once for
+    ``span`` columns. ``rows`` x ``columns`` is the dot tile of expand. Vector tiles are [ranks, columns]:
+    ``shrink_vector`` for shrink, ``tall_vector`` for expand, and ``wide_vector`` for expand where no rank of the
+    output tile is larger than its ranks. ``items`` is the number of shrink items that fill the device.
+    """
+
+    chunk_elems: int
+    page_elems: int
+    rows: int
+    ranks: int
+    span: int
+    step: int
+    columns: int
+    shrink_vector: tuple[int, int]
+    wide_vector: tuple[int, int]
+    tall_vector: tuple[int, int]
+    max_splits: int
+    items: int
+    shrink_programs: int
+    expand_programs: int
+    shrink_warps: int
+    expand_warps: int
+    stages: int
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if min(value if isinstance(value, tuple) else (value,)) <= 0:
+                raise ValueError(f"{field.name}: must be greater than 0, is {value}")
+        if self.page_elems % self.chunk_elems:
+            raise ValueError(f"page_elems: {self.page_elems} must be a multiple of chunk_elems {self.chunk_elems}")
+        if self.span % self.step or (self.span > self.step and self.chunk_elems % self.span):
+            raise ValueError(f"span: {self.span} must be {self.step} steps, and whole in a chunk of {self.chunk_elems}")
+
+    @property
+    def page_chunks(self) -> int:
+        """Chunks in one page."""
+        return self.page_elems // self.chunk_elems
+
+
+def choose_tiles(
+    regime: Regime, *, chunk_elems: int, page_elems: int, element_bytes: int, multiprocessors: int
+) -> LoraTiles:
+    """The tiles for a model (its chunk and page), a dtype and a device, measured on Hopper."""
+    vector_elems = _VECTOR_TILE_ELEMS * 2 // element_bytes
+    shrink_columns = min(1024, max(chunk_elems, _MIN_DOT))
+    wide_columns = min(512, max(chunk_elems, _MIN_DOT))
+    tall_columns = min(128, max(chunk_elems, _MIN_DOT))
+    step = min(64 if regime is Regime.PREFILL else 128, max(chunk_elems, _MIN_DOT)) * 2 // element_bytes
+    step = max(step, _MIN_DOT)
+    return LoraTiles(
+        chunk_elems=chunk_elems,
+        page_elems=page_elems,
+        rows=64 if regime is Regime.PREFILL else 16,
+        ranks=64 if regime is Regime.PREFILL else 32,
+        span=max(min(chunk_elems, 512), step),
+        step=step,
+        columns=min(128, max(chunk_elems, _MIN_DOT)),
+        shrink_vector=(max(vector_elems // shrink_columns, 4), shrink_columns),
+        wide_vector=(16, wide_columns),
+        tall_vector=(max(vector_elems // tall_columns, 4), tall_columns),
+        max_splits=16,
+        items=multiprocessors * 4,
+        shrink_programs=multiprocessors * 4,
+        expand_programs=multiprocessors * 4,
+        shrink_warps=4,
+        expand_warps=8 if regime is Regime.PREFILL else 4,
+        stages=3,
+    )
