@@ -55,6 +55,7 @@ def add_lora(
         vector_ranks=tiles.shrink_vector[0], vector_columns=tiles.shrink_vector[1], chunk_elems=tiles.chunk_elems,
         page_chunks=tiles.page_chunks, stages=tiles.stages, header_words=HEADER_WORDS, item_words=SHRINK_WORDS,
         interpreted=knobs.runtime.interpret, dependent_launch=dependent, num_warps=tiles.shrink_warps,
+        maxnreg=tiles.shrink_registers,
     )  # fmt: skip
     expand_kernel[(tiles.expand_programs,)](
         plan, workspace, pool_layer, page_tables, page_tables.stride(0), modules, modules.stride(0), scales,
@@ -62,7 +63,7 @@ def add_lora(
         columns=tiles.columns, wide_ranks=tiles.wide_vector[0], wide_columns=tiles.wide_vector[1],
         tall_ranks=tiles.tall_vector[0], tall_columns=tiles.tall_vector[1], max_splits=tiles.max_splits,
         chunk_elems=tiles.chunk_elems, page_chunks=tiles.page_chunks, dependent_launch=dependent,
-        interpreted=knobs.runtime.interpret, num_warps=tiles.expand_warps,
+        interpreted=knobs.runtime.interpret, num_warps=tiles.expand_warps, maxnreg=tiles.expand_registers,
         **({"launch_pdl": True} if dependent else {}),
     )  # fmt: skip
 

@@ -10,7 +10,7 @@ import triton
 from triton import language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from segue.gpu_kernels.paged_rows import add_product, row_offsets
+from segue.gpu_kernels.paged_rows import add_product, loop_bound, row_offsets
 
 
 @triton.jit
@@ -29,13 +29,13 @@ def _shrink_row(
     columns: tl.constexpr,
     chunk_elems: tl.constexpr,
     page_chunks: tl.constexpr,
+    interpreted: tl.constexpr,
 ) -> None:
     """One row of x at ``x`` times a tile of A, without tensor cores."""
     row_chunks: tl.constexpr = (in_features + chunk_elems - 1) // chunk_elems
     tile = rank_start + tl.arange(0, ranks)  # [ranks]
     total = tl.zeros((ranks,), dtype=tl.float32)  # [ranks]
-    block = first
-    while block < first + count:
+    for block in range(loop_bound(first, interpreted), loop_bound(first + count, interpreted)):
         column = block * columns
         offsets = row_offsets(
             page_table, a_start, tile, tile < rank, row_chunks, column, columns, chunk_elems, page_chunks
@@ -45,7 +45,6 @@ def _shrink_row(
         a = tl.load(pool + offsets, mask=present, other=0.0)  # [ranks, columns]
         value = tl.load(x + place, mask=place < in_features, other=0.0)  # [columns]
         total += tl.sum(a.to(tl.float32) * value.to(tl.float32)[None, :], axis=1)
-        block += 1
     tl.store(partials + tl.arange(0, ranks), total)
 
 
@@ -78,8 +77,7 @@ def _shrink_rows(
     row = tl.arange(0, row_tile)  # [row_tile]
     tile = rank_start + tl.arange(0, ranks)  # [ranks]
     total = tl.zeros((row_tile, ranks), dtype=tl.float32)  # [row_tile, ranks]
-    block = first
-    while block < first + count:
+    for block in range(loop_bound(first, interpreted), loop_bound(first + count, interpreted)):
         column = block * span
         offsets = row_offsets(
             page_table, a_start, tile, tile < rank, row_chunks, column, step, chunk_elems, page_chunks
@@ -91,7 +89,6 @@ def _shrink_rows(
             values = tl.load(x_tile + inner, mask=(row < rows)[:, None] & present[None, :], other=0.0)
             a = tl.load(a_tile + inner, mask=(tile < rank)[:, None] & present[None, :], other=0.0)  # [ranks, step]
             total = add_product(values, tl.trans(a), total, interpreted)
-        block += 1
     target = partials + row[:, None] * partial_stride + tl.arange(0, ranks)[None, :]  # [row_tile, ranks]
     tl.store(target, total, mask=(row < rows)[:, None])
 
@@ -126,8 +123,11 @@ def shrink_kernel(
     if dependent_launch:
         gdc_launch_dependents()
     items = tl.load(plan)
-    index = tl.program_id(0)
-    while index < items:
+    for index in range(
+        loop_bound(tl.program_id(0), interpreted),
+        loop_bound(items, interpreted),
+        loop_bound(tl.num_programs(0), interpreted),
+    ):
         item = plan + header_words + index * item_words
         slot = tl.load(item)
         module = tl.load(item + 1)
@@ -147,7 +147,7 @@ def shrink_kernel(
         if rows == 0:
             _shrink_row(
                 x_rows, pool, page_table, a_start, rank, rank_start, first, count, target,
-                in_features, vector_ranks, vector_columns, chunk_elems, page_chunks,
+                in_features, vector_ranks, vector_columns, chunk_elems, page_chunks, interpreted,
             )  # fmt: skip
         else:
             _shrink_rows(
@@ -155,4 +155,3 @@ def shrink_kernel(
                 partial_stride, in_features, row_tile, ranks, span, step, chunk_elems, page_chunks, stages,
                 interpreted,
             )  # fmt: skip
-        index += tl.num_programs(0)

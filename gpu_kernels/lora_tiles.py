@@ -47,7 +47,8 @@ class LoraTiles:
     ``rows`` x ``ranks`` is the dot tile of shrink, fed ``step`` columns at a time; pages are looked up once for
     ``span`` columns. ``rows`` x ``columns`` is the dot tile of expand. Vector tiles are [ranks, columns]:
     ``shrink_vector`` for shrink, ``tall_vector`` for expand, and ``wide_vector`` for expand where no rank of the
-    output tile is larger than its ranks. ``items`` is the number of shrink items that fill the device.
+    output tile is larger than its ranks. ``items`` and ``expand_items`` are the numbers of items that fill the device;
+    registers are per thread and say how many programs a multiprocessor holds.
     """
 
     chunk_elems: int
@@ -62,10 +63,13 @@ class LoraTiles:
     tall_vector: tuple[int, int]
     max_splits: int
     items: int
+    expand_items: int
     shrink_programs: int
     expand_programs: int
     shrink_warps: int
     expand_warps: int
+    shrink_registers: int
+    expand_registers: int
     stages: int
 
     def __post_init__(self) -> None:
@@ -101,15 +105,18 @@ def choose_tiles(
         ranks=64 if regime is Regime.PREFILL else 32,
         span=max(min(chunk_elems, 512), step),
         step=step,
-        columns=min(128, max(chunk_elems, _MIN_DOT)),
+        columns=min(64 if regime is Regime.PREFILL else 128, max(chunk_elems, _MIN_DOT)),
         shrink_vector=(max(vector_elems // shrink_columns, 4), shrink_columns),
         wide_vector=(16, wide_columns),
         tall_vector=(max(vector_elems // tall_columns, 4), tall_columns),
-        max_splits=16,
-        items=multiprocessors * 4,
-        shrink_programs=multiprocessors * 4,
-        expand_programs=multiprocessors * 4,
+        max_splits=8,
+        items=multiprocessors * (2 if regime is Regime.PREFILL else 4),
+        expand_items=multiprocessors * (2 if regime is Regime.PREFILL else 4),
+        shrink_programs=multiprocessors * (4 if regime is Regime.PREFILL else 5),
+        expand_programs=multiprocessors * (4 if regime is Regime.PREFILL else 5),
         shrink_warps=4,
-        expand_warps=8 if regime is Regime.PREFILL else 4,
+        expand_warps=4,
+        shrink_registers=128 if regime is Regime.PREFILL else 96,
+        expand_registers=128 if regime is Regime.PREFILL else 96,
         stages=3,
     )

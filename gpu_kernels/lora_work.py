@@ -6,9 +6,9 @@ A plan is one int32 array, so that one copy brings it to the device. Its prefix 
   further terms;
 - shrink items of ``SHRINK_WORDS`` words each: slot, module, first rank, first column block | blocks << 16, partial row
   stride, first row, rows (0: a vector item's one row), offset of the partials;
-- expand items of ``EXPAND_WORDS`` words each: kind, module, column block, first row, rows, row within the range,
-  terms, first further term | slot, offset of the partials, partial row stride, elements between splits, splits, scale
-  (float32 bits) of the first term | first column of the module, columns of the module;
+- expand items of ``EXPAND_WORDS`` words each: kind, module, first column block | blocks << 16, first row, rows, row
+  within the range, terms, first further term | slot, offset of the partials, partial row stride, elements between
+  splits, splits, scale (float32 bits) of the first term | first column of the module, columns of the module;
 - further terms of ``EXPAND_WORDS`` words, of which those of the term are used.
 
 Shrink leaves partials [splits, rows, ranks rounded up to tiles] in float32 for each segment and module; expand sums
@@ -35,11 +35,17 @@ Words = NDArray[np.int32]
 
 
 class ExpandKind(IntEnum):
-    """How an output tile is made: by tensor cores, or from one row with tiles of few or of many ranks."""
+    """How an output tile is made.
 
-    DOT = 0
-    WIDE = 1
-    TALL = 2
+    WIDE and TALL are one row of one segment, whose ranks fit one vector tile of few or of many ranks; DOT is several
+    rows of one segment, whose ranks fit one dot tile. ROW and ROWS are one row and several rows in general.
+    """
+
+    WIDE = 0
+    TALL = 1
+    DOT = 2
+    ROW = 3
+    ROWS = 4
 
 
 class PlanCapacity(NamedTuple):
@@ -213,17 +219,14 @@ def _expand_items(
     row, mod = bounds[term_range[first_term]].astype(np.int64), module[first_term]
     rows = bounds[term_range[first_term] + 1] - row
 
-    few = np.where(rank <= tiles.wide_vector[0], ExpandKind.WIDE, ExpandKind.TALL)
-    kind = np.where(rows == 1, few, ExpandKind.DOT)
+    kind = _expand_kinds(rows, rank, term_count, tiles)
     widths = np.asarray(shape.out_features)
-    tile_columns = np.asarray((tiles.columns, tiles.wide_vector[1], tiles.tall_vector[1]))[kind]
-    blocks = -(-widths[mod] // tile_columns)
-    group, place = _unroll(-(-rows // tiles.rows) * blocks)
-    tile_row = place // blocks[group] * tiles.rows
+    group, tile, first, count = _column_blocks(kind, -(-rows // tiles.rows), widths[mod], tiles)
+    tile_row = tile * tiles.rows
     columns = (
         kind[group],
         mod[group],
-        place % blocks[group],
+        first | count << _BLOCKS_SHIFT,
         row[group] + tile_row,
         np.minimum(rows[group] - tile_row, tiles.rows),
         tile_row,
@@ -237,6 +240,36 @@ def _expand_items(
     rest = np.zeros((int(further.sum()), EXPAND_WORDS), dtype=np.int32)
     rest[:, 8:14] = terms[further]
     return items, rest
+
+
+def _expand_kinds(rows: Ints, rank: Ints, terms: Ints, tiles: LoraTiles) -> Ints:
+    """Each group's ExpandKind; ``rank`` is the largest of its terms."""
+    one_row = np.where(rank <= tiles.wide_vector[0], ExpandKind.WIDE, ExpandKind.TALL)
+    one_row = np.where((terms > 1) | (rank > tiles.tall_vector[0]), ExpandKind.ROW, one_row)
+    more = np.where((terms > 1) | (rank > tiles.ranks), ExpandKind.ROWS, ExpandKind.DOT)
+    return np.where(rows == 1, one_row, more)
+
+
+def _column_blocks(kind: Ints, row_tiles: Ints, widths: Ints, tiles: LoraTiles) -> tuple[Ints, Ints, Ints, Ints]:
+    """Group, row tile, first column block and number of blocks of every expand item.
+
+    An item has several blocks where there are more tiles than fill the device, but never crosses a chunk.
+    """
+    tile_columns = np.asarray(
+        (tiles.wide_vector[1], tiles.tall_vector[1], tiles.columns, tiles.tall_vector[1], tiles.columns)
+    )[kind]
+    blocks = -(-widths // tile_columns)
+    chunk_blocks = np.where(kind >= ExpandKind.ROW, 1, np.maximum(tiles.chunk_elems // tile_columns, 1))
+    item_blocks = max(int((row_tiles * blocks).sum()) // tiles.expand_items, 1)
+    pieces = -(-chunk_blocks // item_blocks)
+    row_items = -(-blocks // chunk_blocks) * pieces
+    group, place = _unroll(row_tiles * row_items)
+    chunk, piece = np.divmod(place % row_items[group], pieces[group])
+    first = chunk * chunk_blocks[group] + piece * chunk_blocks[group] // pieces[group]
+    stop = chunk * chunk_blocks[group] + (piece + 1) * chunk_blocks[group] // pieces[group]
+    count = np.minimum(stop, blocks[group]) - first
+    kept = count > 0
+    return group[kept], (place // row_items[group])[kept], first[kept], count[kept]
 
 
 def _term_words(

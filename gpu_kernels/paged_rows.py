@@ -1,4 +1,4 @@
-"""What the kernels share: addresses of matrix rows that lie in pages, and the product of two tiles."""
+"""What the kernels share: addresses of matrix rows that lie in pages, bounds of loops, and products of tiles."""
 
 from __future__ import annotations
 
@@ -40,6 +40,14 @@ def row_offsets(
     # Without these hints the compiler loads element by element: a page number may be anything.
     run: tl.constexpr = min(block, chunk_elems)
     return tl.max_contiguous(tl.multiple_of(offsets, [1, run]), [1, run])
+
+
+@triton.jit
+def loop_bound(value: tl.tensor, interpreted: tl.constexpr) -> tl.tensor:
+    """``value`` as a bound of ``range``: numpy 2.4 and later refuse what the interpreter makes of a scalar."""
+    if interpreted:
+        return value.handle.data.item()
+    return value
 
 
 @triton.jit
