@@ -1,0 +1,95 @@
+"""Landing on a GPU: one launch writes one layer of an adapter from a staging buffer into its pages.
+
+The meaning is ``landing.land_rows`` for A as it is and for B transposed, for every module of the layer. Both sides are
+read and written in runs of consecutive elements: B goes through a tile.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+from triton import knobs
+from triton import language as tl
+
+from segue.gpu_kernels.paged_rows import loop_bound, row_offsets
+
+# Words of a module's row in the table: source of A, source of B, rank, in_features, out_features, first chunk of A,
+# first chunk of B.
+LANDING_WORDS = 7
+_TILE_ROWS, _TILE_COLUMNS = 32, 64
+_PROGRAMS_PER_MATRIX = 64
+
+
+@triton.jit
+def landing_kernel(
+    staging: tl.tensor,
+    table: tl.tensor,
+    pool: tl.tensor,
+    page_table: tl.tensor,
+    tile_rows: tl.constexpr,
+    tile_columns: tl.constexpr,
+    chunk_elems: tl.constexpr,
+    page_chunks: tl.constexpr,
+    table_words: tl.constexpr,
+    interpreted: tl.constexpr,
+) -> None:
+    """Program (p, 2 m) writes some of A of module m, program (p, 2 m + 1) of B."""
+    entry = table + tl.program_id(1) // 2 * table_words
+    is_b = tl.program_id(1) % 2
+    source = staging + tl.load(entry + is_b)
+    rank = tl.load(entry + 2).to(tl.int32)
+    width = tl.load(entry + 3 + is_b).to(tl.int32)
+    start_chunk = tl.load(entry + 5 + is_b).to(tl.int32)
+    row_chunks = (width + chunk_elems - 1) // chunk_elems
+    row_tiles = (rank + tile_rows - 1) // tile_rows
+    tiles = row_tiles * ((width + tile_columns - 1) // tile_columns)
+    for tile in range(
+        loop_bound(tl.program_id(0), interpreted),
+        loop_bound(tiles, interpreted),
+        loop_bound(tl.num_programs(0), interpreted),
+    ):
+        column = tile // row_tiles * tile_columns
+        rows = tile % row_tiles * tile_rows + tl.arange(0, tile_rows)  # [tile_rows]
+        columns = column + tl.arange(0, tile_columns)  # [tile_columns]
+        inside = (rows < rank)[:, None] & (columns < width)[None, :]  # [tile_rows, tile_columns]
+        if is_b == 1:
+            read = source + columns[:, None].to(tl.int64) * rank + rows[None, :]  # [tile_columns, tile_rows]
+            values = tl.trans(tl.load(read, mask=tl.trans(inside)))  # [tile_rows, tile_columns]
+        else:
+            values = tl.load(source + rows[:, None].to(tl.int64) * width + columns[None, :], mask=inside)
+        target = row_offsets(
+            page_table, start_chunk, rows, rows < rank, row_chunks, column, tile_columns, chunk_elems, page_chunks
+        )  # [tile_rows, tile_columns]
+        tl.store(pool + target, values, mask=inside)
+
+
+def land_layer(staging: Tensor, table: Tensor, pool_layer: Tensor, page_table: Tensor, chunk_elems: int) -> None:
+    """Write a layer of an adapter into its pages.
+
+    ``staging`` [elements] of the pool's dtype holds the layer in checkpoint order: A [rank, in_features] and B
+    [out_features, rank] of each module. ``table`` is int64 [modules, 7]: element offsets of A and B in ``staging``,
+    rank, in_features, out_features, and the first chunks of A and B in the layer's stream. ``pool_layer`` is
+    [pages, page_elems], contiguous, and ``page_table`` int32 or int64 [n]. Only the matrices' own elements are
+    written. What the table says is not checked. Raises ValueError for a wrong shape, dtype or device.
+    """
+    tensors = (staging, table, pool_layer, page_table)
+    if not staging.is_cuda and not knobs.runtime.interpret:
+        raise ValueError(f"staging: the kernel needs a CUDA device, it is on {staging.device}; see landing.land_rows")
+    if any(tensor.device != staging.device for tensor in tensors):
+        raise ValueError(f"every tensor must be on one device, they are on {[str(t.device) for t in tensors]}")
+    if any(not tensor.is_contiguous() for tensor in tensors) or staging.dtype != pool_layer.dtype:
+        raise ValueError(f"tensors must be contiguous, staging of the pool's dtype: {staging.dtype, pool_layer.dtype}")
+    if table.dim() != 2 or table.shape[1] != LANDING_WORDS or table.dtype != torch.int64:
+        raise ValueError(f"table: must be int64 [modules, {LANDING_WORDS}], is {table.dtype} {list(table.shape)}")
+    if pool_layer.dim() != 2 or pool_layer.shape[1] % chunk_elems:
+        raise ValueError(
+            f"pool_layer: {list(pool_layer.shape)} must be [pages, a multiple of chunk_elems {chunk_elems}]"
+        )
+    if not len(table):
+        return
+    landing_kernel[(_PROGRAMS_PER_MATRIX if staging.is_cuda else 2, 2 * len(table))](
+        staging, table, pool_layer, page_table, tile_rows=_TILE_ROWS, tile_columns=_TILE_COLUMNS,
+        chunk_elems=chunk_elems, page_chunks=pool_layer.shape[1] // chunk_elems, table_words=LANDING_WORDS,
+        interpreted=knobs.runtime.interpret, num_warps=4,
+    )  # fmt: skip

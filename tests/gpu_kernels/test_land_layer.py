@@ -1,0 +1,65 @@
+"""The landing kernel against the torch reference, bit for bit: interpreted without a GPU, compiled with one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from segue.gpu_kernels.land_layer import LANDING_WORDS, land_layer
+from segue.gpu_kernels.landing import land_rows
+from segue.gpu_kernels.paged_lora import row_stride
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GEOMETRIES = {  # kv_heads: (page_elems, chunk_elems, (in, out) of each module)
+    1: (512, 8, ((72, 72), (72, 24), (40, 72))),
+    3: (1536, 32, ((96, 96), (96, 32), (80, 96))),
+    8: (4096, 1024, ((1280, 1024), (1024, 256), (96, 1280))),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kv_heads", [1, 3, 8])
+@pytest.mark.parametrize("ranks", [(1, 8, 16), (24, 0, 64), (100, 33, 7)])
+def test_a_layer_lands_as_its_matrices_do(ranks: tuple[int, ...], kv_heads: int, dtype: torch.dtype) -> None:
+    page_elems, chunk_elems, widths = GEOMETRIES[kv_heads]
+    staging = torch.randn(200_000).repeat(6).to(dtype)
+    starts = []
+    end = 0
+    source = 5
+    for rank, (columns, out) in zip(ranks, widths, strict=True):
+        b_start = end + rank * row_stride(columns, chunk_elems)
+        starts.append((source, source + rank * columns, rank, columns, out, end // chunk_elems, b_start // chunk_elems))
+        source += rank * (columns + out) + 3
+        end = b_start + rank * row_stride(out, chunk_elems)
+    pages = -(-end // page_elems)
+    page_table = torch.randperm(pages + 3, generator=torch.Generator().manual_seed(0))[:pages]
+    expected = torch.full((pages + 3, page_elems), torch.nan, dtype=dtype)
+    for a, b, rank, columns, out, a_chunk, b_chunk in starts:
+        down, up = staging[a : a + rank * columns].view(rank, columns), staging[b : b + out * rank].view(out, rank)
+        if rank:
+            land_rows(down, expected, page_table, a_chunk * chunk_elems, chunk_elems)
+            land_rows(up, expected, page_table, b_chunk * chunk_elems, chunk_elems, transpose=True)
+
+    pool = torch.full_like(expected, torch.nan).to(DEVICE)
+    table = torch.tensor(starts)
+    land_layer(staging.to(DEVICE), table.to(DEVICE), pool, page_table.to(DEVICE), chunk_elems)
+    torch.testing.assert_close(pool.cpu(), expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_layer_without_modules() -> None:
+    pool = torch.full((2, 512), torch.nan, device=DEVICE)
+    table = torch.zeros(0, LANDING_WORDS, dtype=torch.int64, device=DEVICE)
+    land_layer(torch.zeros(4, device=DEVICE), table, pool, torch.zeros(1, dtype=torch.int64, device=DEVICE), 8)
+    assert pool.isnan().all()
+
+
+def test_wrong_arguments_are_refused() -> None:
+    staging, pool = torch.zeros(8, device=DEVICE), torch.zeros(2, 512, device=DEVICE)
+    pages = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    table = torch.zeros(1, LANDING_WORDS, dtype=torch.int64, device=DEVICE)
+    with pytest.raises(ValueError, match="pool's dtype"):
+        land_layer(staging.half(), table, pool, pages, 8)
+    with pytest.raises(ValueError, match="table: must be"):
+        land_layer(staging, table[:, :6].contiguous(), pool, pages, 8)
+    with pytest.raises(ValueError, match="a multiple of chunk_elems"):
+        land_layer(staging, table, pool, pages, 48)
