@@ -48,23 +48,21 @@ def add_lora(
     """
     _check(x, out, pool_layer, page_tables, modules, scales, plan, workspace, shape, tiles)
     dependent = dependent_launch and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
-    align = gcd(16, *shape.out_features)
     shrink_kernel[(tiles.shrink_programs,)](
         plan, workspace, x, x.stride(0), pool_layer, page_tables, page_tables.stride(0), modules, modules.stride(0),
         in_features=shape.in_features, row_tile=tiles.rows, ranks=tiles.ranks, span=tiles.span, step=tiles.step,
-        vector_ranks=tiles.shrink_vector[0], vector_columns=tiles.shrink_vector[1], chunk_elems=tiles.chunk_elems,
-        page_chunks=tiles.page_chunks, stages=tiles.stages, header_words=HEADER_WORDS, item_words=SHRINK_WORDS,
-        interpreted=knobs.runtime.interpret, dependent_launch=dependent, num_warps=tiles.shrink_warps,
-        maxnreg=tiles.shrink_registers,
+        vector_ranks=tiles.vector[0], vector_columns=tiles.vector[1], chunk_elems=tiles.chunk_elems,
+        page_chunks=tiles.page_chunks, stages=tiles.stages, vector_stages=tiles.vector_stages,
+        header_words=HEADER_WORDS, item_words=SHRINK_WORDS, dependent_launch=dependent,
+        interpreted=knobs.runtime.interpret, num_warps=tiles.shrink_warps, maxnreg=tiles.shrink_registers,
     )  # fmt: skip
     expand_kernel[(tiles.expand_programs,)](
         plan, workspace, pool_layer, page_tables, page_tables.stride(0), modules, modules.stride(0), scales,
-        scales.stride(0), out, out.stride(0), out_align=align, row_tile=tiles.rows, ranks=tiles.ranks,
-        columns=tiles.columns, wide_ranks=tiles.wide_vector[0], wide_columns=tiles.wide_vector[1],
-        tall_ranks=tiles.tall_vector[0], tall_columns=tiles.tall_vector[1], max_splits=tiles.max_splits,
+        scales.stride(0), out, out.stride(0), out_align=gcd(16, *shape.out_features), row_tile=tiles.rows,
+        wide_ranks=tiles.wide[0], wide_columns=tiles.wide[1], tall_ranks=tiles.tall[0], tall_columns=tiles.tall[1],
         chunk_elems=tiles.chunk_elems, page_chunks=tiles.page_chunks, dependent_launch=dependent,
-        interpreted=knobs.runtime.interpret, num_warps=tiles.expand_warps, maxnreg=tiles.expand_registers,
-        **({"launch_pdl": True} if dependent else {}),
+        interpreted=knobs.runtime.interpret, num_warps=tiles.expand_warps, num_stages=tiles.expand_stages,
+        maxnreg=tiles.expand_registers, **({"launch_pdl": True} if dependent else {}),
     )  # fmt: skip
 
 

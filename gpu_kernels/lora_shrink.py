@@ -29,13 +29,16 @@ def _shrink_row(
     columns: tl.constexpr,
     chunk_elems: tl.constexpr,
     page_chunks: tl.constexpr,
+    vector_stages: tl.constexpr,
     interpreted: tl.constexpr,
 ) -> None:
     """One row of x at ``x`` times a tile of A, without tensor cores."""
     row_chunks: tl.constexpr = (in_features + chunk_elems - 1) // chunk_elems
     tile = rank_start + tl.arange(0, ranks)  # [ranks]
     total = tl.zeros((ranks,), dtype=tl.float32)  # [ranks]
-    for block in range(loop_bound(first, interpreted), loop_bound(first + count, interpreted)):
+    for block in tl.range(
+        loop_bound(first, interpreted), loop_bound(first + count, interpreted), num_stages=vector_stages
+    ):
         column = block * columns
         offsets = row_offsets(
             page_table, a_start, tile, tile < rank, row_chunks, column, columns, chunk_elems, page_chunks
@@ -114,6 +117,7 @@ def shrink_kernel(
     chunk_elems: tl.constexpr,
     page_chunks: tl.constexpr,
     stages: tl.constexpr,
+    vector_stages: tl.constexpr,
     interpreted: tl.constexpr,
     header_words: tl.constexpr,
     item_words: tl.constexpr,
@@ -147,7 +151,8 @@ def shrink_kernel(
         if rows == 0:
             _shrink_row(
                 x_rows, pool, page_table, a_start, rank, rank_start, first, count, target,
-                in_features, vector_ranks, vector_columns, chunk_elems, page_chunks, interpreted,
+                in_features, vector_ranks, vector_columns, chunk_elems, page_chunks, vector_stages,
+                interpreted,
             )  # fmt: skip
         else:
             _shrink_rows(

@@ -1,7 +1,7 @@
 """Tile sizes of the LoRA kernels: pure integers, chosen once per model, device and regime.
 
-A *vector* item serves one row and multiplies without tensor cores; a *dot* item serves up to ``rows`` rows through
-``tl.dot``. Both kinds run in one launch, so that any mix of adapters and rows is served by the same two kernels.
+An item of shrink serves one row without tensor cores or up to ``rows`` rows with them. Both kinds run in one launch, so
+that any mix of adapters and rows is served by the same two kernels.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ class PointShape:
 class LoraTiles:
     """Sizes of tiles, all powers of two, and of the grids. Work lists fit only the tiles that they were built with.
 
-    ``rows`` x ``ranks`` is the dot tile of shrink, fed ``step`` columns at a time; pages are looked up once for
-    ``span`` columns. ``rows`` x ``columns`` is the dot tile of expand. Vector tiles are [ranks, columns]:
-    ``shrink_vector`` for shrink, ``tall_vector`` for expand, and ``wide_vector`` for expand where no rank of the
-    output tile is larger than its ranks. ``items`` and ``expand_items`` are the numbers of items that fill the device;
-    registers are per thread and say how many programs a multiprocessor holds.
+    Shrink: ``rows`` x ``ranks`` is the dot tile, fed ``step`` columns at a time; pages are looked up once for ``span``
+    columns. ``vector`` is the tile [ranks, columns] of an item of one row, which multiplies without tensor cores.
+    Partials have at most ``max_splits`` splits. Expand: ``rows`` rows times a tile [ranks, columns], ``tall``, or
+    ``wide`` where the segment has few ranks. ``shrink_items`` and ``expand_items`` are the numbers of items that fill
+    the device; registers are per thread and say how many programs a multiprocessor holds.
     """
 
     chunk_elems: int
@@ -57,12 +57,11 @@ class LoraTiles:
     ranks: int
     span: int
     step: int
-    columns: int
-    shrink_vector: tuple[int, int]
-    wide_vector: tuple[int, int]
-    tall_vector: tuple[int, int]
+    vector: tuple[int, int]
+    wide: tuple[int, int]
+    tall: tuple[int, int]
     max_splits: int
-    items: int
+    shrink_items: int
     expand_items: int
     shrink_programs: int
     expand_programs: int
@@ -71,6 +70,8 @@ class LoraTiles:
     shrink_registers: int
     expand_registers: int
     stages: int
+    vector_stages: int
+    expand_stages: int
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -92,31 +93,31 @@ def choose_tiles(
     regime: Regime, *, chunk_elems: int, page_elems: int, element_bytes: int, multiprocessors: int
 ) -> LoraTiles:
     """The tiles for a model (its chunk and page), a dtype and a device, measured on Hopper."""
-    vector_elems = _VECTOR_TILE_ELEMS * 2 // element_bytes
-    shrink_columns = min(1024, max(chunk_elems, _MIN_DOT))
-    wide_columns = min(512, max(chunk_elems, _MIN_DOT))
-    tall_columns = min(128, max(chunk_elems, _MIN_DOT))
-    step = min(64 if regime is Regime.PREFILL else 128, max(chunk_elems, _MIN_DOT)) * 2 // element_bytes
-    step = max(step, _MIN_DOT)
+    widest = max(chunk_elems, _MIN_DOT)
+    prefill = regime is Regime.PREFILL
+    vector_columns = min(1024, widest)
+    step = max(min(64 if prefill else 128, widest) * 2 // element_bytes, _MIN_DOT)
+    programs = 3 if prefill else 5
     return LoraTiles(
         chunk_elems=chunk_elems,
         page_elems=page_elems,
-        rows=64 if regime is Regime.PREFILL else 16,
-        ranks=64 if regime is Regime.PREFILL else 32,
+        rows=64 if prefill else 16,
+        ranks=64 if prefill else 32,
         span=max(min(chunk_elems, 512), step),
         step=step,
-        columns=min(64 if regime is Regime.PREFILL else 128, max(chunk_elems, _MIN_DOT)),
-        shrink_vector=(max(vector_elems // shrink_columns, 4), shrink_columns),
-        wide_vector=(16, wide_columns),
-        tall_vector=(max(vector_elems // tall_columns, 4), tall_columns),
+        vector=(max(_VECTOR_TILE_ELEMS * 2 // element_bytes // vector_columns, 4), vector_columns),
+        wide=(16, min(64 if prefill else 256, widest)),
+        tall=(64, min(64 if prefill else 128, widest)),
         max_splits=8,
-        items=multiprocessors * (2 if regime is Regime.PREFILL else 4),
-        expand_items=multiprocessors * (2 if regime is Regime.PREFILL else 4),
-        shrink_programs=multiprocessors * (4 if regime is Regime.PREFILL else 5),
-        expand_programs=multiprocessors * (4 if regime is Regime.PREFILL else 5),
+        shrink_items=multiprocessors * (2 if prefill else 4),
+        expand_items=multiprocessors * (2 if prefill else 4),
+        shrink_programs=multiprocessors * programs,
+        expand_programs=multiprocessors * programs,
         shrink_warps=4,
         expand_warps=4,
-        shrink_registers=128 if regime is Regime.PREFILL else 96,
-        expand_registers=128 if regime is Regime.PREFILL else 96,
+        shrink_registers=168 if prefill else 96,
+        expand_registers=168 if prefill else 96,
         stages=3,
+        vector_stages=1,
+        expand_stages=1,
     )

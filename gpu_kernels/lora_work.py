@@ -37,15 +37,13 @@ Words = NDArray[np.int32]
 class ExpandKind(IntEnum):
     """How an output tile is made.
 
-    WIDE and TALL are one row of one segment, whose ranks fit one vector tile of few or of many ranks; DOT is several
-    rows of one segment, whose ranks fit one dot tile. ROW and ROWS are one row and several rows in general.
+    WIDE and TALL are rows of one segment, whose ranks fit one tile of few or of many ranks. ANY is rows of any number
+    of segments and ranks.
     """
 
     WIDE = 0
     TALL = 1
-    DOT = 2
-    ROW = 3
-    ROWS = 4
+    ANY = 2
 
 
 class PlanCapacity(NamedTuple):
@@ -72,7 +70,7 @@ def plan_capacity(
     shape: PointShape, tiles: LoraTiles, *, max_segments: int, max_rows: int, max_rank: int
 ) -> PlanCapacity:
     """The largest plan of ``max_segments`` segments that together hold ``max_rows`` rows."""
-    vector_ranks, vector_columns = tiles.shrink_vector
+    vector_ranks, vector_columns = tiles.vector
     single = min(max_segments, max_rows)
     row_tiles = max_rows // tiles.rows + min(max_segments, max_rows // 2)
     modules = shape.modules
@@ -80,7 +78,7 @@ def plan_capacity(
         single * _tiles(max_rank, vector_ranks) * min(_tiles(shape.in_features, vector_columns), tiles.max_splits)
         + row_tiles * _tiles(max_rank, tiles.ranks) * min(_tiles(shape.in_features, tiles.span), tiles.max_splits)
     )
-    narrowest = min(tiles.columns, tiles.wide_vector[1], tiles.tall_vector[1])
+    narrowest = min(tiles.wide[1], tiles.tall[1])
     # A segment's two ends cut the rows into at most one more range each.
     expand_tiles = single + row_tiles + 2 * max_segments
     expand = expand_tiles * sum(_tiles(width, narrowest) for width in shape.out_features)
@@ -143,7 +141,7 @@ def _pairs(segments: Ints, ranks: NDArray[np.int32], shape: PointShape, tiles: L
     tile_ranks, row_tiles, blocks = _shrink_tiles(rows, shape, tiles)
     rank_tiles = -(-rank // tile_ranks)
     all_blocks = int((rank_tiles * row_tiles * blocks).sum())
-    item_blocks = np.maximum(-(-blocks // tiles.max_splits), min(all_blocks // tiles.items, shape.in_features))
+    item_blocks = np.maximum(-(-blocks // tiles.max_splits), min(all_blocks // tiles.shrink_items, shape.in_features))
     splits = -(-blocks // np.clip(item_blocks, 1, blocks))
     stride = rank_tiles * tile_ranks
     sizes = splits * rows * stride
@@ -155,7 +153,7 @@ def _pairs(segments: Ints, ranks: NDArray[np.int32], shape: PointShape, tiles: L
 def _shrink_tiles(rows: Ints, shape: PointShape, tiles: LoraTiles) -> tuple[Ints, Ints, Ints]:
     """Each pair's ranks in a tile, row tiles, and column blocks."""
     single = rows == 1
-    vector_ranks, vector_columns = tiles.shrink_vector
+    vector_ranks, vector_columns = tiles.vector
     tile_ranks = np.where(single, vector_ranks, tiles.ranks)
     row_tiles = np.where(single, 1, -(-rows // tiles.rows))
     blocks = np.where(single, _tiles(shape.in_features, vector_columns), _tiles(shape.in_features, tiles.span))
@@ -219,7 +217,7 @@ def _expand_items(
     row, mod = bounds[term_range[first_term]].astype(np.int64), module[first_term]
     rows = bounds[term_range[first_term] + 1] - row
 
-    kind = _expand_kinds(rows, rank, term_count, tiles)
+    kind = _expand_kinds(rank, term_count, tiles)
     widths = np.asarray(shape.out_features)
     group, tile, first, count = _column_blocks(kind, -(-rows // tiles.rows), widths[mod], tiles)
     tile_row = tile * tiles.rows
@@ -242,12 +240,10 @@ def _expand_items(
     return items, rest
 
 
-def _expand_kinds(rows: Ints, rank: Ints, terms: Ints, tiles: LoraTiles) -> Ints:
+def _expand_kinds(rank: Ints, terms: Ints, tiles: LoraTiles) -> Ints:
     """Each group's ExpandKind; ``rank`` is the largest of its terms."""
-    one_row = np.where(rank <= tiles.wide_vector[0], ExpandKind.WIDE, ExpandKind.TALL)
-    one_row = np.where((terms > 1) | (rank > tiles.tall_vector[0]), ExpandKind.ROW, one_row)
-    more = np.where((terms > 1) | (rank > tiles.ranks), ExpandKind.ROWS, ExpandKind.DOT)
-    return np.where(rows == 1, one_row, more)
+    kind = np.where(rank <= tiles.wide[0], ExpandKind.WIDE, ExpandKind.TALL)
+    return np.where((terms > 1) | (rank > tiles.tall[0]), ExpandKind.ANY, kind)
 
 
 def _column_blocks(kind: Ints, row_tiles: Ints, widths: Ints, tiles: LoraTiles) -> tuple[Ints, Ints, Ints, Ints]:
@@ -255,11 +251,9 @@ def _column_blocks(kind: Ints, row_tiles: Ints, widths: Ints, tiles: LoraTiles) 
 
     An item has several blocks where there are more tiles than fill the device, but never crosses a chunk.
     """
-    tile_columns = np.asarray(
-        (tiles.wide_vector[1], tiles.tall_vector[1], tiles.columns, tiles.tall_vector[1], tiles.columns)
-    )[kind]
+    tile_columns = np.asarray((tiles.wide[1], tiles.tall[1], tiles.tall[1]))[kind]
     blocks = -(-widths // tile_columns)
-    chunk_blocks = np.where(kind >= ExpandKind.ROW, 1, np.maximum(tiles.chunk_elems // tile_columns, 1))
+    chunk_blocks = np.where(kind == ExpandKind.ANY, 1, np.maximum(tiles.chunk_elems // tile_columns, 1))
     item_blocks = max(int((row_tiles * blocks).sum()) // tiles.expand_items, 1)
     pieces = -(-chunk_blocks // item_blocks)
     row_items = -(-blocks // chunk_blocks) * pieces
