@@ -94,15 +94,16 @@ def _expand_one(
     s = _sum_partials(partials, item, tl.load(item + 5), rows, 0, row_tile, ranks, interpreted)
     # Scaled before it is rounded: what a 16-bit dtype holds of the product stays in its range.
     left = (s * scale).to(b.dtype)  # [row_tile, ranks]
-    total = add_product(left, b, base.to(tl.float32), interpreted)  # [row_tile, columns]
-    tl.store(target, total.to(base.dtype), mask=inside)
-    for ahead in range(columns, loop_bound((blocks >> 16) * columns, interpreted), columns):
-        present = ahead + place < width  # [columns]
-        inside = (row < rows)[:, None] & present[None, :]  # [row_tile, columns]
-        b = tl.load(source + ahead, mask=(tile < rank)[:, None] & present[None, :], other=0.0)  # [ranks, columns]
-        base = tl.load(target + ahead, mask=inside, other=0.0)  # [row_tile, columns]
+    for done in range(0, loop_bound((blocks >> 16) * columns, interpreted), columns):
+        # The next block's weights are on their way while this one is added.
+        present = (done + columns + place < width) & (done + columns < (blocks >> 16) * columns)  # [columns]
+        next_b = tl.load(source + done + columns, mask=(tile < rank)[:, None] & present[None, :], other=0.0)
+        next_base = tl.load(target + done + columns, mask=(row < rows)[:, None] & present[None, :], other=0.0)
         total = add_product(left, b, base.to(tl.float32), interpreted)  # [row_tile, columns]
-        tl.store(target + ahead, total.to(base.dtype), mask=inside)
+        inside = (row < rows)[:, None] & (done + place < width)[None, :]  # [row_tile, columns]
+        tl.store(target + done, total.to(base.dtype), mask=inside)
+        b = next_b
+        base = next_base
 
 
 @triton.jit

@@ -47,8 +47,8 @@ class LoraTiles:
     Shrink: ``rows`` x ``ranks`` is the dot tile, fed ``step`` columns at a time; pages are looked up once for ``span``
     columns. ``vector`` is the tile [ranks, columns] of an item of one row, which multiplies without tensor cores.
     Partials have at most ``max_splits`` splits. Expand: ``rows`` rows times a tile [ranks, columns], ``tall``, or
-    ``wide`` where the segment has few ranks. ``shrink_items`` and ``expand_items`` are the numbers of items that fill
-    the device; registers are per thread and say how many programs a multiprocessor holds.
+    ``wide`` where the segment has few ranks. A grid of programs takes
+    one item after the other; registers are per thread and say how many programs a multiprocessor holds.
     """
 
     chunk_elems: int
@@ -61,8 +61,6 @@ class LoraTiles:
     wide: tuple[int, int]
     tall: tuple[int, int]
     max_splits: int
-    shrink_items: int
-    expand_items: int
     shrink_programs: int
     expand_programs: int
     shrink_warps: int
@@ -97,7 +95,6 @@ def choose_tiles(
     prefill = regime is Regime.PREFILL
     vector_columns = min(1024, widest)
     step = max(min(64 if prefill else 128, widest) * 2 // element_bytes, _MIN_DOT)
-    programs = 3 if prefill else 5
     return LoraTiles(
         chunk_elems=chunk_elems,
         page_elems=page_elems,
@@ -109,14 +106,12 @@ def choose_tiles(
         wide=(16, min(64 if prefill else 256, widest)),
         tall=(64, min(64 if prefill else 128, widest)),
         max_splits=8,
-        shrink_items=multiprocessors * (2 if prefill else 4),
-        expand_items=multiprocessors * (2 if prefill else 4),
-        shrink_programs=multiprocessors * programs,
-        expand_programs=multiprocessors * programs,
+        shrink_programs=multiprocessors * (3 if prefill else 6),
+        expand_programs=multiprocessors * (3 if prefill else 4),
         shrink_warps=4,
         expand_warps=4,
-        shrink_registers=168 if prefill else 96,
-        expand_registers=168 if prefill else 96,
+        shrink_registers=168 if prefill else 80,
+        expand_registers=168 if prefill else 128,
         stages=3,
         vector_stages=1,
         expand_stages=1,

@@ -17,6 +17,7 @@ them in the order of the splits, then the terms of its output tile in the order 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -133,16 +134,22 @@ def plan_point(
 
 
 def _pairs(segments: Ints, ranks: NDArray[np.int32], shape: PointShape, tiles: LoraTiles) -> _Pairs:
-    """The pairs, and how their columns are split: into as many items as fill the device, but no more."""
+    """The pairs, and how their columns are split: into as many items as the grid is through with first."""
     present = ranks[segments[:, 2]] > 0
     segment, module = np.nonzero(present)
     rank = ranks[segments[segment, 2], module].astype(np.int64)
     rows = (segments[:, 1] - segments[:, 0])[segment]
     tile_ranks, row_tiles, blocks = _shrink_tiles(rows, shape, tiles)
     rank_tiles = -(-rank // tile_ranks)
-    all_blocks = int((rank_tiles * row_tiles * blocks).sum())
-    item_blocks = np.maximum(-(-blocks // tiles.max_splits), min(all_blocks // tiles.shrink_items, shape.in_features))
-    splits = -(-blocks // np.clip(item_blocks, 1, blocks))
+    if len(segment):
+        least = -(-int(blocks.max()) // tiles.max_splits)
+        blocks_each = _balance(
+            lambda most: int((rank_tiles * row_tiles * -(-blocks // most)).sum()),
+            range(least, int(blocks.max()) + 1),
+            tiles.shrink_programs,
+        )
+        blocks = -(-blocks // blocks_each)
+    splits = blocks
     stride = rank_tiles * tile_ranks
     sizes = splits * rows * stride
     number = np.full(present.shape, -1, dtype=np.int64)
@@ -220,6 +227,9 @@ def _expand_items(
     kind = _expand_kinds(rank, term_count, tiles)
     widths = np.asarray(shape.out_features)
     group, tile, first, count = _column_blocks(kind, -(-rows // tiles.rows), widths[mod], tiles)
+    # Large items first, so that programs that get one item more than others get a small one.
+    order = np.argsort(-rank[group] * count, kind="stable")
+    group, tile, first, count = group[order], tile[order], first[order], count[order]
     tile_row = tile * tiles.rows
     columns = (
         kind[group],
@@ -249,12 +259,17 @@ def _expand_kinds(rank: Ints, terms: Ints, tiles: LoraTiles) -> Ints:
 def _column_blocks(kind: Ints, row_tiles: Ints, widths: Ints, tiles: LoraTiles) -> tuple[Ints, Ints, Ints, Ints]:
     """Group, row tile, first column block and number of blocks of every expand item.
 
-    An item has several blocks where there are more tiles than fill the device, but never crosses a chunk.
+    An item may have several blocks, but never crosses a chunk.
     """
     tile_columns = np.asarray((tiles.wide[1], tiles.tall[1], tiles.tall[1]))[kind]
     blocks = -(-widths // tile_columns)
     chunk_blocks = np.where(kind == ExpandKind.ANY, 1, np.maximum(tiles.chunk_elems // tile_columns, 1))
-    item_blocks = max(int((row_tiles * blocks).sum()) // tiles.expand_items, 1)
+    chunks = row_tiles * -(-blocks // chunk_blocks)
+    item_blocks = _balance(
+        lambda most: int((chunks * -(-chunk_blocks // most)).sum()),
+        range(1, int(chunk_blocks.max(initial=1)) + 1),
+        tiles.expand_programs,
+    )
     pieces = -(-chunk_blocks // item_blocks)
     row_items = -(-blocks // chunk_blocks) * pieces
     group, place = _unroll(row_tiles * row_items)
@@ -264,6 +279,15 @@ def _column_blocks(kind: Ints, row_tiles: Ints, widths: Ints, tiles: LoraTiles) 
     count = np.minimum(stop, blocks[group]) - first
     kept = count > 0
     return group[kept], (place // row_items[group])[kept], first[kept], count[kept]
+
+
+def _balance(items: Callable[[int], int], choices: range, programs: int) -> int:
+    """The blocks per item of which a grid of ``programs`` is through with all items first.
+
+    ``items(blocks)`` is how many items there are. Programs take one item after the other, and starting one takes as
+    long as half a block.
+    """
+    return min(choices, key=lambda blocks: -(-items(blocks) // programs) * (2 * blocks + 1))
 
 
 def _term_words(
