@@ -51,8 +51,8 @@ def make_adapters(
     generator = torch.Generator().manual_seed(seed)
     elements = [_stream_elements(shape, slot, chunk_elems) for slot in ranks]
     pages = [-(-count // page_elems) for count in elements]
-    pool = torch.full((sum(pages) + 3, page_elems), torch.nan, dtype=dtype)
-    order = torch.randperm(len(pool), generator=generator)
+    pool = torch.full((sum(pages) + 3, page_elems), torch.nan, dtype=dtype, device=device)
+    order = torch.randperm(len(pool), generator=generator).to(device)
     tables = torch.full((len(ranks), max(pages)), 2**30, dtype=torch.int32)
     modules = torch.zeros(len(ranks), shape.modules, 3, dtype=torch.int32)
     a: list[list[Tensor]] = []
@@ -64,8 +64,9 @@ def make_adapters(
         a.append([])
         b.append([])
         for module, (rank, width) in enumerate(zip(slot_ranks, shape.out_features, strict=True)):
-            down = (torch.randn(rank, shape.in_features, generator=generator) * shape.in_features**-0.5).to(dtype)
-            up = torch.randn(width, rank, generator=generator).to(dtype)
+            down = torch.randn(rank, shape.in_features, generator=generator) * shape.in_features**-0.5
+            down = down.to(device, dtype)
+            up = torch.randn(width, rank, generator=generator).to(device, dtype)
             b_start = end + rank * row_stride(shape.in_features, chunk_elems)
             modules[slot, module] = torch.tensor((rank, end // chunk_elems, b_start // chunk_elems))
             if rank:
@@ -76,7 +77,7 @@ def make_adapters(
             b[slot].append(up.double())
     return Adapters(
         shape=shape,
-        pool_layer=pool.to(device),
+        pool_layer=pool,
         page_tables=tables.to(device),
         modules=modules.to(device),
         scales=torch.rand(len(ranks), shape.modules, generator=generator).to(device) + 0.5,
@@ -139,13 +140,13 @@ def exact(
     *,
     segment_scales: list[float] | None = None,
 ) -> Tensor:
-    """``base`` plus the deltas, in float64 on the CPU."""
-    out = base.double().cpu()
+    """``base`` plus the deltas, in float64."""
+    out = base.double()
     for number, (start, stop, slot) in enumerate(segments):
         column = 0
         for module, width in enumerate(adapters.shape.out_features):
             scale = float(adapters.scales[slot, module]) * (1.0 if segment_scales is None else segment_scales[number])
-            delta = x[start:stop].double().cpu() @ adapters.a[slot][module].T @ adapters.b[slot][module].T
+            delta = x[start:stop].double() @ adapters.a[slot][module].T @ adapters.b[slot][module].T
             out[start:stop, column : column + width] += scale * delta
             column += width
     return out
@@ -153,5 +154,5 @@ def exact(
 
 def relative_rms(result: Tensor, expected: Tensor) -> float:
     """Root mean square error over the root mean square of what is expected; NaN anywhere gives NaN."""
-    error = (result.double().cpu() - expected).square().mean().sqrt()
+    error = (result.double() - expected).square().mean().sqrt()
     return float(error / expected.square().mean().sqrt())

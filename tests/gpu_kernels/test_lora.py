@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -77,8 +78,10 @@ def ragged(lengths: list[int]) -> tuple[Segments, int]:
     return segments, row + 1
 
 
-def adapters_of_rank(geometry: Geometry, rank: int, dtype: torch.dtype) -> Adapters:
+@lru_cache(maxsize=8)
+def adapters_of_rank(kv_heads: int, rank: int, dtype: torch.dtype) -> Adapters:
     """The first adapter has ``rank`` everywhere, others less of it, and some do not target every module."""
+    geometry = GEOMETRIES[kv_heads]
     small, half = min(rank, 8), max(rank // 2, 1)
     ranks = [(rank, rank, rank), (half, small, rank), (small, 0, half), (0, rank, 0), (0, 0, 0), (rank, small, 1)]
     return make_adapters(
@@ -100,7 +103,7 @@ def check(
     regime: Regime,
 ) -> None:
     geometry = GEOMETRIES[kv_heads]
-    adapters = adapters_of_rank(geometry, rank, dtype)
+    adapters = adapters_of_rank(kv_heads, rank, dtype)
     segments, rows = ragged(popularity(batch))
     generator = torch.Generator().manual_seed(batch)
     x = torch.randn(rows, geometry.shape.in_features, generator=generator).to(dtype).to(DEVICE)
@@ -166,7 +169,7 @@ def test_whole_grid_against_float64(
 def test_rows_with_several_segments(regime: Regime) -> None:
     """An adapter and minus a merged one, on the same rows, and segments that overlap in part."""
     geometry = GEOMETRIES[3]
-    adapters = adapters_of_rank(geometry, 24, F32)
+    adapters = adapters_of_rank(3, 24, F32)
     segments = [(0, 1, 1), (0, 1, 0), (1, 20, 0), (1, 20, 2), (3, 9, 5), (19, 22, 1)]
     scales = [1.0, -1.0, 1.0, -1.0, 0.5, 2.0]
     x, base = torch.randn(24, 96, device=DEVICE), torch.randn(24, 160, device=DEVICE)
@@ -178,7 +181,7 @@ def test_rows_with_several_segments(regime: Regime) -> None:
 def test_layer_ranks_below_the_plan() -> None:
     """One plan serves every layer: a layer's smaller rank is read from its table, and what lies behind it is not."""
     geometry = GEOMETRIES[3]
-    adapters = adapters_of_rank(geometry, 24, F32)
+    adapters = adapters_of_rank(3, 24, F32)
     planned = replace(adapters, ranks=np.where(adapters.ranks > 0, 40, 0).astype(np.int32))
     segments = [(0, 1, 0), (1, 2, 1), (2, 20, 2), (20, 22, 5)]
     x, base = torch.randn(22, 96, device=DEVICE), torch.randn(22, 160, device=DEVICE)
@@ -189,7 +192,7 @@ def test_layer_ranks_below_the_plan() -> None:
 def test_strided_rows() -> None:
     """x and out may be slices of columns of wider tensors."""
     geometry = GEOMETRIES[3]
-    adapters = adapters_of_rank(geometry, 16, F32)
+    adapters = adapters_of_rank(3, 16, F32)
     x = torch.full((20, 128), torch.nan, device=DEVICE)
     x[:, 16:112] = torch.randn(20, 96)
     base = torch.full((20, 192), torch.nan, device=DEVICE)
@@ -203,7 +206,7 @@ def test_strided_rows() -> None:
 
 def test_no_segments() -> None:
     geometry = GEOMETRIES[3]
-    adapters = adapters_of_rank(geometry, 8, F32)
+    adapters = adapters_of_rank(3, 8, F32)
     x, base = torch.randn(5, 96, device=DEVICE), torch.randn(5, 160, device=DEVICE)
     result = run_batch(adapters, x, base, [], tiles_for(geometry, F32, Regime.DECODE))
     assert torch.equal(result, base)
