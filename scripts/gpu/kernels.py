@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 import triton
 
+from segue.gpu_kernels.land_layer import land_layer
 from segue.gpu_kernels.lora import add_lora
 from segue.gpu_kernels.lora_tiles import LoraTiles, PointShape, Regime, choose_tiles
 from segue.gpu_kernels.lora_work import plan_capacity, plan_point
@@ -143,6 +145,34 @@ def time_point(case: Case, shape: PointShape, tiles: LoraTiles, runs: int) -> li
                 tiles=tiles,
             )
 
+    return [seconds * 1e6 / count for seconds in replay_seconds(step, runs)]
+
+
+def time_landing(rank: int, runs: int) -> tuple[list[float], int]:
+    """Microseconds to land one layer of q, k, v and o at ``rank``, and the bytes read and written."""
+    widths = [(shape.in_features, width) for shape in POINTS.values() for width in shape.out_features]
+    rows = []
+    end = 0
+    for columns, out in widths:
+        middle = end + rank * columns
+        rows.append((end, middle, rank, columns, out, end // CHUNK_ELEMS, middle // CHUNK_ELEMS))
+        end = middle + rank * out
+    table = torch.tensor(rows).cuda()
+    pages = -(-end // PAGE_ELEMS)
+    count = int(ROTATED_BYTES / (2 * end * DTYPE.itemsize))
+    staging = [torch.randn(end, device="cuda", dtype=DTYPE) for _ in range(count)]
+    pools = [torch.empty(pages, PAGE_ELEMS, device="cuda", dtype=DTYPE) for _ in range(count)]
+    page_table = torch.randperm(pages).cuda()
+
+    def step() -> None:
+        for source, pool in zip(staging, pools, strict=True):
+            land_layer(source, table, pool, page_table, CHUNK_ELEMS)
+
+    return [seconds * 1e6 / count for seconds in replay_seconds(step, runs)], 2 * end * DTYPE.itemsize
+
+
+def replay_seconds(step: Callable[[], None], runs: int) -> list[float]:
+    """How long each of ``runs`` replays of a CUDA graph of ``step`` takes."""
     step()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -156,7 +186,7 @@ def time_point(case: Case, shape: PointShape, tiles: LoraTiles, runs: int) -> li
         graph.replay()
         event.record()
     torch.cuda.synchronize()
-    return [before.elapsed_time(after) * 1e3 / count for before, after in pairwise(events)]
+    return [before.elapsed_time(after) * 1e-3 for before, after in pairwise(events)]
 
 
 def timing_event() -> torch.cuda.Event:
@@ -178,19 +208,17 @@ def copy_bandwidth() -> float:
     return 2 * source.numel() * DTYPE.itemsize / sorted(seconds)[len(seconds) // 2]
 
 
-def measure(case: Case, point: str, bandwidth: float, runs: int, tiles: LoraTiles) -> dict[str, Any]:
-    """One row of the report."""
-    times = time_point(case, POINTS[point], tiles, runs)
+def report_row(measure: str, case: str, point: str, times: list[float], size: int, bandwidth: float) -> dict[str, Any]:
+    """One row of the report; ``times`` in microseconds."""
     deciles = quantiles(times, n=10)
-    size = call_bytes(case, POINTS[point])
     return {
-        "measure": "lora_us",
-        "case": case.name,
+        "measure": measure,
+        "case": case,
         "point": point,
         "median": round(deciles[4], 2),
         "p10": round(deciles[0], 2),
         "p90": round(deciles[8], 2),
-        "runs": runs,
+        "runs": len(times),
         "bytes": size,
         "bytes_over_bandwidth_us": round(size / bandwidth * 1e6, 2),
     }
@@ -230,11 +258,24 @@ def main() -> None:
     rows = []
     for case in CASES:
         tiles = default_tiles(case.regime)
-        pair = [measure(case, point, bandwidth, options.runs, tiles) for point in POINTS]
+        pair = [
+            report_row(
+                "lora_us",
+                case.name,
+                point,
+                time_point(case, shape, tiles, options.runs),
+                call_bytes(case, shape),
+                bandwidth,
+            )
+            for point, shape in POINTS.items()
+        ]
         rows += pair
         figures = " + ".join(f"{row['median']:6.1f}" for row in pair)
         floors = " + ".join(f"{row['bytes_over_bandwidth_us']:5.1f}" for row in pair)
         print(f"{case.name:36s} {figures} us   bytes {floors} us", flush=True)
+    times, size = time_landing(64, options.runs)
+    rows.append(report_row("land_us", "one layer, q, k, v and o, rank 64", "qkv+o", times, size, bandwidth))
+    print(f"landing one layer, rank 64: {rows[-1]['median']} us   bytes {rows[-1]['bytes_over_bandwidth_us']} us")
     report = {"machine": machine, "versions": versions, "commit": options.commit, "rows": rows}
     options.out.write_text(json.dumps(report, indent=1) + "\n")
 
