@@ -15,8 +15,13 @@ _MIN_DOT = 16
 
 
 class Regime(Enum):
-    """DECODE: few rows per segment, so that time is the bytes of the weights. PREFILL: many rows per segment."""
+    """What batches the tiles are for; every batch is served by all of them.
 
+    FEW: about 16 rows at most, so that latency counts. DECODE: more, with few rows per segment, so that time is the
+    bytes of the weights. PREFILL: many rows per segment.
+    """
+
+    FEW = "few"
     DECODE = "decode"
     PREFILL = "prefill"
 
@@ -93,7 +98,7 @@ def choose_tiles(
     """The tiles for a model (its chunk and page), a dtype and a device, measured on Hopper."""
     widest = max(chunk_elems, _MIN_DOT)
     prefill = regime is Regime.PREFILL
-    vector_columns = min(1024, widest)
+    vector_columns = min(256 if regime is Regime.DECODE else 1024, widest)
     step = max(min(64 if prefill else 128, widest) * 2 // element_bytes, _MIN_DOT)
     return LoraTiles(
         chunk_elems=chunk_elems,
@@ -107,11 +112,11 @@ def choose_tiles(
         tall=(64, min(64 if prefill else 128, widest)),
         max_splits=8,
         shrink_programs=multiprocessors * (3 if prefill else 5),
-        expand_programs=multiprocessors * (3 if prefill else 3),
+        expand_programs=multiprocessors * 3,
         shrink_warps=4,
         expand_warps=4,
         shrink_registers=168 if prefill else 96,
-        expand_registers=168 if prefill else 168,
+        expand_registers=168,
         stages=3,
         vector_stages=1,
         expand_stages=1,

@@ -45,8 +45,8 @@ class Case:
 
 
 CASES = (
-    Case("1 token, rank 64", Regime.DECODE, (1,), (64,)),
-    Case("8 distinct, mixed 8..64", Regime.DECODE, (1,) * 8, MIXED * 2),
+    Case("1 token, rank 64", Regime.FEW, (1,), (64,)),
+    Case("8 distinct, mixed 8..64", Regime.FEW, (1,) * 8, MIXED * 2),
     Case("32 distinct, mixed", Regime.DECODE, (1,) * 32, MIXED * 8),
     Case("32 distinct, rank 64", Regime.DECODE, (1,) * 32, (64,) * 32),
     Case("128 distinct, mixed", Regime.DECODE, (1,) * 128, MIXED * 32),

@@ -124,7 +124,7 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 @pytest.mark.parametrize(
     ("kv_heads", "rank", "batch", "popularity", "dtype", "regime"),
     [
-        (1, 1, 1, identical, F32, Regime.DECODE),
+        (1, 1, 1, identical, F32, Regime.FEW),
         (1, 8, 17, zipf, BF16, Regime.DECODE),
         (1, 256, 2, distinct, F32, Regime.DECODE),
         (1, 24, 63, uniform, F16, Regime.PREFILL),
@@ -134,7 +134,8 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
         (3, 128, 63, uniform, F32, Regime.PREFILL),
         (3, 256, 129, zipf, BF16, Regime.PREFILL),
         (3, 1, 129, distinct, F16, Regime.DECODE),
-        (8, 8, 2, distinct, BF16, Regime.DECODE),
+        (8, 8, 2, distinct, BF16, Regime.FEW),
+        (8, 24, 2, distinct, BF16, Regime.DECODE),
         (8, 64, 17, zipf, F32, Regime.DECODE),
         (8, 24, 129, uniform, BF16, Regime.PREFILL),
         (8, 16, 1, identical, F16, Regime.PREFILL),
