@@ -62,10 +62,7 @@ def _expand_one(
     dependent_launch: tl.constexpr,
     interpreted: tl.constexpr,
 ) -> None:
-    """Rows of one segment of at most ``ranks`` ranks, over the item's column blocks.
-
-    The first block's weights are on their way before shrink has ended.
-    """
+    """Rows of one segment of at most ``ranks`` ranks, over the item's column blocks."""
     module = tl.load(item + 1)
     blocks = tl.load(item + 2)
     rows = tl.load(item + 4)
@@ -90,7 +87,7 @@ def _expand_one(
     base = tl.load(target, mask=inside, other=0.0)  # [row_tile, columns]
     scale = tl.load(item + 13).to(tl.float32, bitcast=True) * tl.load(scales + slot * scale_stride + module)
     if dependent_launch:
-        gdc_wait()
+        gdc_wait()  # Shrink's partials are there from here on; weights were on their way before.
     s = _sum_partials(partials, item, tl.load(item + 5), rows, 0, row_tile, ranks, interpreted)
     # Scaled before it is rounded: what a 16-bit dtype holds of the product stays in its range.
     left = (s * scale).to(b.dtype)  # [row_tile, ranks]

@@ -145,18 +145,15 @@ def shrink_kernel(
         rank = tl.load(entry)
         a_start = tl.load(entry + 1)
         page_table = page_tables + slot.to(tl.int64) * page_table_stride
-        first = blocks & 0xFFFF
-        count = blocks >> 16
         x_rows = x + row_start.to(tl.int64) * x_stride
         if rows == 0:
             _shrink_row(
-                x_rows, pool, page_table, a_start, rank, rank_start, first, count, target,
-                in_features, vector_ranks, vector_columns, chunk_elems, page_chunks, vector_stages,
-                interpreted,
+                x_rows, pool, page_table, a_start, rank, rank_start, blocks & 0xFFFF, blocks >> 16, target,
+                in_features, vector_ranks, vector_columns, chunk_elems, page_chunks, vector_stages, interpreted,
             )  # fmt: skip
         else:
             _shrink_rows(
-                x_rows, x_stride, rows, pool, page_table, a_start, rank, rank_start, first, count, target,
-                partial_stride, in_features, row_tile, ranks, span, step, chunk_elems, page_chunks, stages,
+                x_rows, x_stride, rows, pool, page_table, a_start, rank, rank_start, blocks & 0xFFFF, blocks >> 16,
+                target, partial_stride, in_features, row_tile, ranks, span, step, chunk_elems, page_chunks, stages,
                 interpreted,
             )  # fmt: skip
