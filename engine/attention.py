@@ -1,4 +1,4 @@
-"""Attention over paged KV in torch: what the CPU device runs.
+"""Attention over paged KV in torch: what the CPU device runs, and CUDA where no kernel serves the shape.
 
 Slots without a token may hold NaN, and 0 * NaN is NaN: such a slot is either never gathered or replaced before it meets
 a sum. Pages that lie before the window of every row are not read.
@@ -7,13 +7,15 @@ a sum. Pages that lie before the window of every row are not read.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from segue.engine.batch import RowBatch, SequenceRows
+from segue.engine.memory.pool import PagePool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,11 +34,25 @@ class DecodeGroup:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillRows:
+    """Rows ``row_start`` to ``row_stop`` are one sequence's, from position ``first_position`` on.
+
+    ``pages`` [n] has the pages that hold a token which any of the rows sees; they begin at position ``page_position``.
+    """
+
+    row_start: int
+    row_stop: int
+    first_position: int
+    page_position: int
+    pages: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionPlan:
     """How a batch's attention is computed: the same for every layer of one window, so it is made once for a pass."""
 
     decodes: tuple[DecodeGroup, ...]
-    prefills: tuple[SequenceRows, ...]
+    prefills: tuple[PrefillRows, ...]
     window: int | None
 
     @classmethod
@@ -52,9 +68,80 @@ class AttentionPlan:
                 groups.setdefault((pages - 1).bit_length(), []).append(sequence)
         return cls(
             decodes=tuple(_decode_group(members, page_tokens, window) for members in groups.values()),
-            prefills=tuple(sequence for sequence in batch.sequences if sequence.rows > 1),
+            prefills=tuple(
+                _prefill_rows(sequence, page_tokens, window) for sequence in batch.sequences if sequence.rows > 1
+            ),
             window=window,
         )
+
+    def to(self, device: torch.device) -> AttentionPlan:
+        """The same with its tensors on ``device``."""
+        if device.type == "cpu":
+            return self
+        names = ("rows", "page_tables", "hidden", "hidden_slots")
+        decodes = (
+            replace(group, **{name: getattr(group, name).to(device) for name in names}) for group in self.decodes
+        )
+        prefills = (replace(rows, pages=rows.pages.to(device)) for rows in self.prefills)
+        return replace(self, decodes=tuple(decodes), prefills=tuple(prefills))
+
+
+class AttentionStep(Protocol):
+    """Attention of one batch, through all layers."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Store keys and values [rows, kv_heads, head_dim] and attend with ``q`` [rows, heads, head_dim]: the same."""
+        ...
+
+    def close(self) -> None:
+        """The batch has ended, or was given up."""
+        ...
+
+
+class AttentionBackend(Protocol):
+    """What attends over the pool's pages."""
+
+    def begin(self, batch: RowBatch) -> AttentionStep:
+        """Plan a batch, whose tensors are on the CPU."""
+        ...
+
+
+class TorchAttention:
+    """In torch, on any device, in any dtype and for any shape. ``windows`` has each layer's, as in AttentionPlan."""
+
+    def __init__(self, pool: PagePool, windows: Sequence[int | None]) -> None:
+        self._pool = pool
+        self._windows = tuple(windows)
+
+    def begin(self, batch: RowBatch) -> TorchAttentionStep:
+        device = self._pool.data.device
+        plans = {
+            window: AttentionPlan.of(batch, self._pool.page_tokens, window).to(device) for window in set(self._windows)
+        }
+        on_device = batch.to(device)
+        return TorchAttentionStep(
+            self._pool, [plans[window] for window in self._windows], on_device.slot_pages, on_device.slot_offsets
+        )
+
+
+class TorchAttentionStep:
+    """See AttentionStep. ``plans`` has one for each layer."""
+
+    def __init__(
+        self, pool: PagePool, plans: Sequence[AttentionPlan], slot_pages: Tensor, slot_offsets: Tensor
+    ) -> None:
+        self._pool = pool
+        self._plans = plans
+        self._slot_pages = slot_pages
+        self._slot_offsets = slot_offsets
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        kv = self._pool.kv(layer)
+        write_kv(kv, self._slot_pages, self._slot_offsets, k, v)
+        return paged_attention(q, kv, self._plans[layer])
+
+    def close(self) -> None:
+        """It holds nothing."""
 
 
 def write_kv(kv: Tensor, slot_pages: Tensor, slot_offsets: Tensor, k: Tensor, v: Tensor) -> None:
@@ -73,9 +160,9 @@ def paged_attention(q: Tensor, kv: Tensor, plan: AttentionPlan) -> Tensor:
     out = torch.empty_like(q)
     for group in plan.decodes:
         out[group.rows] = _decode(q[group.rows], kv, group)
-    for sequence in plan.prefills:
-        rows = slice(sequence.row_start, sequence.row_stop)
-        out[rows] = _prefill(q[rows], kv, sequence, plan.window)
+    for item in plan.prefills:
+        rows = slice(item.row_start, item.row_stop)
+        out[rows] = _prefill(q[rows], kv, item, plan.window)
     return out
 
 
@@ -131,18 +218,27 @@ def _decode(q: Tensor, kv: Tensor, group: DecodeGroup) -> Tensor:
     return out.view(sequences, heads, head_dim).to(q.dtype)
 
 
-def _prefill(q: Tensor, kv: Tensor, sequence: SequenceRows, window: int | None) -> Tensor:
-    """The rows of one sequence: q [rows, heads, head_dim] to [rows, heads, head_dim]."""
-    total, page_tokens = sequence.total_tokens, kv.shape[2]
+def _prefill_rows(sequence: SequenceRows, page_tokens: int, window: int | None) -> PrefillRows:
     visible = _visible_pages(sequence, page_tokens, window)
-    start = visible.start * page_tokens
-    pages = sequence.page_table[visible.start : visible.stop]
-    k, v = (_read(kv, pages, half)[: total - start].transpose(0, 1)[None] for half in (0, 1))
+    return PrefillRows(
+        row_start=sequence.row_start,
+        row_stop=sequence.row_stop,
+        first_position=sequence.context_tokens,
+        page_position=visible.start * page_tokens,
+        pages=sequence.page_table[visible.start : visible.stop],
+    )
+
+
+def _prefill(q: Tensor, kv: Tensor, rows: PrefillRows, window: int | None) -> Tensor:
+    """The rows of one sequence: q [rows, heads, head_dim] to [rows, heads, head_dim]."""
+    total = rows.first_position + len(q)
+    seen = total - rows.page_position
+    k, v = (_read(kv, rows.pages, half)[:seen].transpose(0, 1)[None] for half in (0, 1))
     mask = None
-    if sequence.context_tokens or (window is not None and window < total):
-        # Row i is at position context_tokens + i, column j of K at start + j.
-        own = sequence.context_tokens - start
-        mask = torch.ones(sequence.rows, total - start, dtype=torch.bool, device=q.device).tril_(own)
+    if rows.first_position or (window is not None and window < total):
+        # Row i is at position first_position + i, column j of K at page_position + j.
+        own = rows.first_position - rows.page_position
+        mask = torch.ones(len(q), seen, dtype=torch.bool, device=q.device).tril_(own)
         if window is not None:
             mask.triu_(own + 1 - window)
     out = functional.scaled_dot_product_attention(

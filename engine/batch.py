@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -59,6 +59,14 @@ class RowBatch:
     slot_pages: Tensor
     slot_offsets: Tensor
     logit_rows: Tensor
+
+    def to(self, device: torch.device) -> RowBatch:
+        """The same with its tensors on ``device``; the sequences' page tables stay where plans are made."""
+        if device.type == "cpu":
+            return self
+        names = ("token_ids", "positions", "slot_pages", "slot_offsets", "logit_rows")
+        moved = {name: getattr(self, name).pin_memory().to(device, non_blocking=True) for name in names}
+        return replace(self, **moved)
 
 
 def build_batch(sequences: Sequence[SequenceInput], page_tokens: int) -> RowBatch:

@@ -8,6 +8,13 @@ from enum import Enum
 from segue.config import require, require_positive
 
 
+class LoadFormat(Enum):
+    """Where the model's weights come from: its folder, or chance (``DUMMY``, for benchmarks)."""
+
+    SAFETENSORS = "safetensors"
+    DUMMY = "dummy"
+
+
 class HandoffMode(Enum):
     """How a layer's source is chosen while its adapter is loading.
 
@@ -55,6 +62,7 @@ class EngineConfig:
     """
 
     model_dir: str
+    load_format: str = LoadFormat.SAFETENSORS.value
     device: str = "cpu"
     dtype: str = "float32"
     page_tokens: int = 16
@@ -80,7 +88,9 @@ class EngineConfig:
     handoff: HandoffConfig = field(default_factory=HandoffConfig)
 
     def __post_init__(self) -> None:
-        require(self.device == "cpu", "device", f"must be 'cpu', is {self.device!r}")
+        require(self.device in ("cpu", "cuda"), "device", f"must be 'cpu' or 'cuda', is {self.device!r}")
+        formats = [item.value for item in LoadFormat]
+        require(self.load_format in formats, "load_format", f"must be one of {', '.join(formats)}")
         known = ("float32", "bfloat16", "float16")
         require(self.dtype in known, "dtype", f"must be one of {', '.join(known)}, is {self.dtype!r}")
         require_positive(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from segue.engine.forward_pass import ForwardPass, PassState, RequestRows
+from segue.engine.forward_pass import ForwardPass, PassResult, PassState, RequestRows
 from segue.engine.kv import KvPages
 from segue.engine.lora.bridge import CpuBridge
 from segue.engine.lora.manifest import AdapterManifest
@@ -286,7 +286,7 @@ class Engine:
                 self._progressed = True
             elif item.state is PassState.DONE and self._is_verified(item):
                 self._leave(item)
-                self._commit(item)
+                self._commit(item.result)
                 self._progressed = True
 
     def _is_verified(self, item: ForwardPass) -> bool:
@@ -301,14 +301,14 @@ class Engine:
             if rows.request.state is RequestState.ENDING:
                 self._release(rows.request)
 
-    def _commit(self, item: ForwardPass) -> None:
+    def _commit(self, item: PassResult) -> None:
         """Take the KV of a pass as computed, and the next token of each request that has all of it."""
         wanted = []
         for index, rows in enumerate(item.rows):
             request = rows.request
             if request.state is not RequestState.ADMITTED:
                 continue
-            records = item.applier.records.get(request.version_id) if request.version_id is not None else None
+            records = item.records.get(request.version_id) if request.version_id is not None else None
             request.timeline.record_pass(records or [])
             request.computed_tokens = rows.start + rows.count
             self._kv.commit(request)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
 from torch import Tensor
 
 from segue.cpu_lora import Job
+from segue.engine.attention import AttentionStep
 from segue.engine.lora.apply import Blocked, LoraApplier
 from segue.engine.lora.bridge import WorkerLostError
 from segue.engine.request import Request
+from segue.engine.timeline import LayerRecord
 
 
 class PassState(Enum):
@@ -32,11 +34,20 @@ class RequestRows:
     count: int
 
 
+@dataclass(frozen=True, slots=True)
+class PassResult:
+    """What a pass brought: logits float32 [len(rows), vocab], and by adapter version what ran each layer, if known."""
+
+    rows: tuple[RequestRows, ...]
+    logits: Tensor
+    records: Mapping[int, list[LayerRecord]]
+
+
 class ForwardPass:
     """Rows of one or more requests on their way through the layers. Drive it inside ``torch.inference_mode()``.
 
     ``run`` is the model's generator; it yields between layers and whenever ``applier`` is blocked, and returns logits
-    [len(rows), vocab], one row for the last token of each request's rows.
+    [len(rows), vocab], one row for the last token of each request's rows. ``attention`` is closed with the pass.
     """
 
     def __init__(
@@ -44,6 +55,7 @@ class ForwardPass:
         rows: tuple[RequestRows, ...],
         version_id: int | None,
         applier: LoraApplier,
+        attention: AttentionStep,
         run: Generator[None, None, Tensor],
     ) -> None:
         """``version_id`` is the adapter that was still loading at the start, None for a warm pass."""
@@ -51,19 +63,20 @@ class ForwardPass:
         self.version_id = version_id
         self.state = PassState.RESTING
         self._applier = applier
+        self._attention = attention
         self._run = run
         self._logits: Tensor | None = None
 
     @property
-    def logits(self) -> Tensor:
-        """float32 [len(rows), vocab] of a DONE pass."""
-        if self._logits is None:
-            raise ValueError(f"the pass is {self.state.value}: it has no logits")
-        return self._logits
-
-    @property
     def applier(self) -> LoraApplier:
         return self._applier
+
+    @property
+    def result(self) -> PassResult:
+        """What a DONE pass brought."""
+        if self._logits is None:
+            raise ValueError(f"the pass is {self.state.value}: it has no result")
+        return PassResult(self.rows, self._logits, self._applier.records)
 
     @property
     def job(self) -> Job | None:
@@ -78,9 +91,11 @@ class ForwardPass:
                 next(self._run)
             except StopIteration as end:
                 self._logits = end.value
+                self._attention.close()
                 self.state = PassState.DONE
             except WorkerLostError:
                 self._applier.close()
+                self._attention.close()
                 self.state = PassState.LOST
             else:
                 blocked = self._applier.blocked is not Blocked.NOTHING
@@ -92,5 +107,7 @@ class ForwardPass:
 
     def close(self) -> None:
         """Give the pass up wherever it rests."""
+        if self.state in (PassState.RESTING, PassState.BLOCKED):
+            self._attention.close()
         self._run.close()
         self._applier.close()

@@ -10,11 +10,16 @@ from typing import Self
 
 import torch
 
+from segue.config import ConfigError
 from segue.cpu_lora import CpuLoraConfig, JobRing, SharedLayout, SharedMemory, WorkerEvent, WorkerEventKind, WorkerPool
-from segue.engine.config import EngineConfig, HandoffConfig, HandoffMode
+from segue.engine.attention import TorchAttention
+from segue.engine.backend import Backend
+from segue.engine.config import EngineConfig, HandoffConfig, HandoffMode, LoadFormat
 from segue.engine.core import Engine
+from segue.engine.device import device_streams
 from segue.engine.lora.apply import LoraResources
 from segue.engine.lora.bridge import CpuBridge
+from segue.engine.lora.device_lora import TorchDeviceLora
 from segue.engine.lora.manifest import Projection
 from segue.engine.lora.points import POINT_PROJECTIONS
 from segue.engine.lora.store import AdapterStore
@@ -43,13 +48,15 @@ class EngineInstance:
         self._model_config = ModelConfig.load(Path(config.model_dir))
         self._context_tokens = config.max_context_tokens or self._model_config.max_position_embeddings
         dtype = _DTYPES[config.dtype]
-        model = DecoderModel.load(Path(config.model_dir), self._model_config, dtype=dtype)
+        streams = self._streams = device_streams(config.device)
+        model = self._load_model(dtype, streams.device)
         self.wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._worker_restarts = 0
         cpu_config = _cpu_config(config, self._model_config, dtype.itemsize)
         self._memory = SharedMemory.create(SharedLayout.plan(cpu_config))
         self._memory.allocate_store(config.host_store_bytes)
-        self._pool = self._page_pool(dtype)
+        streams.register_host(self._memory.address, self._memory.size_bytes)
+        self._pool = self._page_pool(dtype, streams.device)
         self.workers = WorkerPool(cpu_config, self._memory, on_event=self._on_worker_event)
         self.workers.start()
         shapes = dict(self._model_config.projection_shapes())
@@ -59,18 +66,22 @@ class EngineInstance:
             pool=self._pool,
             chunk_elems=chunk_elems,
             copy_bytes_per_second=config.copy_bytes_per_second,
+            streams=streams,
             wake=self._wake,
         )
-        self.bridge = CpuBridge(self.workers, JobRing(self.workers), self.store.link)
+        self.bridge = CpuBridge(self.workers, JobRing(self.workers), self.store.link, streams.device)
+        backend = self._backend(model, chunk_elems)
         resources = LoraResources(
             store=self.store,
             bridge=self.bridge,
             policy=handoff_policy(config.handoff),
+            device_lora=backend.lora,
             shapes=shapes,
-            chunk_elems=chunk_elems,
+            dtype=dtype,
             clock=time.monotonic,
         )
-        self.engine = self._engine(model, resources)
+        runner = PassRunner(model, self._pool, backend.attention, resources, backend.decodes)
+        self.engine = self._engine(runner)
 
     @classmethod
     def build(cls, config: EngineConfig) -> EngineInstance:
@@ -88,6 +99,7 @@ class EngineInstance:
         """Stop threads and processes and give all memory back."""
         self.workers.close()
         self.store.close()
+        self._streams.unregister_host(self._memory.address)
         self._memory.close()
         os.close(self.wake_fd)
 
@@ -127,7 +139,7 @@ class EngineInstance:
             versions=self.engine.versions.states(),
         )
 
-    def _page_pool(self, dtype: torch.dtype) -> PagePool:
+    def _page_pool(self, dtype: torch.dtype, device: torch.device) -> PagePool:
         return PagePool(
             layers=self._model_config.layers,
             pages=self.config.pages,
@@ -135,13 +147,43 @@ class EngineInstance:
             kv_heads=self._model_config.kv_heads,
             head_dim=self._model_config.head_dim,
             dtype=dtype,
+            device=device,
             poison_freed=self.config.poison_freed_pages,
         )
 
-    def _engine(self, model: DecoderModel, resources: LoraResources) -> Engine:
+    def _load_model(self, dtype: torch.dtype, device: torch.device) -> DecoderModel:
+        if LoadFormat(self.config.load_format) is LoadFormat.DUMMY:
+            return DecoderModel.random(self._model_config, dtype, device)
+        return DecoderModel.load(Path(self.config.model_dir), self._model_config, dtype, device)
+
+    def _backend(self, model: DecoderModel, chunk_elems: int) -> Backend:
+        if self.config.device == "cuda":
+            try:
+                from segue.engine.cuda.backend import cuda_backend
+            except ImportError as error:
+                raise ConfigError(f"device: 'cuda' needs the packages flashinfer-python and triton: {error}") from error
+            return cuda_backend(
+                self.config,
+                model,
+                self._pool,
+                self.store,
+                chunk_elems=chunk_elems,
+                context_tokens=self._context_tokens,
+            )
+        return Backend(
+            lora=TorchDeviceLora(
+                self.store,
+                [self._pool.layer(layer) for layer in range(self._model_config.layers)],
+                dict(self._model_config.projection_shapes()),
+                chunk_elems,
+            ),
+            attention=TorchAttention(self._pool, self._model_config.sliding_windows),
+        )
+
+    def _engine(self, runner: PassRunner) -> Engine:
         config = self.config
         return Engine(
-            runner=PassRunner(model, self._pool, resources),
+            runner=runner,
             pool=self._pool,
             store=self.store,
             bridge=self.bridge,

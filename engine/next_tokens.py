@@ -18,7 +18,8 @@ def next_tokens(logits: Tensor, wanted: Sequence[tuple[int, Request]]) -> list[S
     tokens: list[SampledToken | None] = [None] * len(wanted)
     left = list(range(len(wanted)))
     while left:
-        rows = logits[[wanted[place][0] for place in left]]
+        indices = [wanted[place][0] for place in left]
+        rows = logits if indices == list(range(len(logits))) else logits[indices]
         try:
             drawn = sample(rows, [wanted[place][1].sampling_row() for place in left])
         except UnusableLogitsError as error:

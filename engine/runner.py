@@ -3,30 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
+from segue.engine.attention import AttentionBackend
 from segue.engine.batch import SequenceInput, build_batch
-from segue.engine.forward_pass import ForwardPass, PassState, RequestRows
-from segue.engine.lora.apply import LoraApplier, LoraResources, LoraSegment
+from segue.engine.forward_pass import ForwardPass, PassResult, PassState, RequestRows
+from segue.engine.lora.apply import LoraApplier, LoraResources
+from segue.engine.lora.device_lora import LoraSegment
 from segue.engine.memory.pool import PagePool
 from segue.engine.models.decoder import DecoderModel
+
+
+class DecodeRunner(Protocol):
+    """Runs decode batches faster than pass by pass."""
+
+    def run(self, rows: Sequence[RequestRows], segments: Sequence[LoraSegment]) -> Tensor:
+        """Logits float32 [len(rows), vocab] of one row for each request."""
+        ...
 
 
 class PassRunner:
     """Starts passes. It decides nothing: which rows, and when they advance, comes from the scheduler's plan."""
 
-    def __init__(self, model: DecoderModel, pool: PagePool, resources: LoraResources) -> None:
+    def __init__(
+        self,
+        model: DecoderModel,
+        pool: PagePool,
+        attention: AttentionBackend,
+        resources: LoraResources,
+        decodes: DecodeRunner | None = None,
+    ) -> None:
+        """``decodes`` runs batches of which every row decodes; without it they run as all others."""
+        self._decodes = decodes
         self._model = model
         self._pool = pool
+        self._attention = attention
         self._resources = resources
-        self._layer_pages = [pool.layer(layer) for layer in range(model.config.layers)]
 
     def start(self, rows: Sequence[RequestRows], version_id: int | None, *, cpu_allowed: bool) -> ForwardPass:
         """A pass over these rows that has not run yet. ``version_id`` is the adapter still loading, if one is."""
-        ordered = tuple(
-            sorted(rows, key=lambda item: -1 if item.request.version_id is None else item.request.version_id)
-        )
+        ordered = _by_version(rows)
         batch = build_batch(
             [
                 SequenceInput(
@@ -38,17 +57,26 @@ class PassRunner:
             ],
             page_tokens=self._pool.page_tokens,
         )
-        applier = LoraApplier(_segments(ordered), self._layer_pages, self._resources, cpu_allowed=cpu_allowed)
-        return ForwardPass(ordered, version_id, applier, self._model.forward(batch, self._pool, applier))
+        applier = LoraApplier(_segments(ordered), self._resources, cpu_allowed=cpu_allowed)
+        attention = self._attention.begin(batch)
+        run = self._model.forward(batch.to(self._model.device), attention, applier)
+        return ForwardPass(ordered, version_id, applier, attention, run)
 
     @torch.inference_mode()
-    def run(self, rows: Sequence[RequestRows]) -> ForwardPass:
+    def run(self, rows: Sequence[RequestRows]) -> PassResult:
         """Run these rows, whose adapters have all landed, to the end."""
+        if self._decodes is not None and all(item.count == 1 for item in rows):
+            ordered = _by_version(rows)
+            return PassResult(ordered, self._decodes.run(ordered, _segments(ordered)), {})
         forward_pass = self.start(rows, None, cpu_allowed=False)
         state = forward_pass.advance(None)
         if state is not PassState.DONE:
             raise RuntimeError(f"a batch is {state.value}: it must never wait")
-        return forward_pass
+        return forward_pass.result
+
+
+def _by_version(rows: Sequence[RequestRows]) -> tuple[RequestRows, ...]:
+    return tuple(sorted(rows, key=lambda item: -1 if item.request.version_id is None else item.request.version_id))
 
 
 def _segments(rows: Sequence[RequestRows]) -> tuple[LoraSegment, ...]:

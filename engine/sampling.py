@@ -77,8 +77,13 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
     if not rows:
         return []
     best, chosen = logits.max(dim=-1)
-    _check(best, range(len(rows)))
     changed = [index for index, row in enumerate(rows) if _is_changed(row)]
+    if not changed:
+        # One copy for both: a token id is exact in float64.
+        greatest, token_ids = torch.stack((best.double(), chosen.double())).tolist()
+        _check(greatest, range(len(rows)))
+        return _with_logprobs(logits, rows, [int(token_id) for token_id in token_ids])
+    _check(best.tolist(), range(len(rows)))
     problems: dict[int, str] = {}
     for part in _chunks(changed, logits):
         try:
@@ -87,7 +92,10 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow]) -> list[SampledToken]:
             problems |= error.problems
     if problems:
         raise UnusableLogitsError(problems)
-    token_ids = chosen.tolist()
+    return _with_logprobs(logits, rows, chosen.tolist())
+
+
+def _with_logprobs(logits: Tensor, rows: Sequence[SamplingRow], token_ids: Sequence[int]) -> list[SampledToken]:
     logprobs = _logprobs(logits, rows, token_ids)
     return [SampledToken(token_id, logprobs.get(index)) for index, token_id in enumerate(token_ids)]
 
@@ -109,7 +117,7 @@ def _choose(logits: Tensor, batch: Sequence[SamplingRow], indices: Sequence[int]
     _add_biases(logits, rows)
     _apply_penalties(logits, rows)
     best, chosen = logits.max(dim=-1)
-    _check(best, indices)
+    _check(best.tolist(), indices)
     drawn = [index for index, row in enumerate(rows) if not row.params.is_greedy]
     if not drawn:
         return chosen
@@ -121,10 +129,10 @@ def _choose(logits: Tensor, batch: Sequence[SamplingRow], indices: Sequence[int]
     return chosen
 
 
-def _check(best: Tensor, indices: Sequence[int]) -> None:
-    """Raise UnusableLogitsError unless the greatest logit of each row, ``best`` [rows], is a number to choose by."""
+def _check(best: Sequence[float], indices: Sequence[int]) -> None:
+    """Raise UnusableLogitsError unless the greatest logit of each row is a number to choose by."""
     problems = {}
-    for index, logit in zip(indices, best.tolist(), strict=True):
+    for index, logit in zip(indices, best, strict=True):
         if logit == -math.inf:
             problems[index] = "every token is banned"
         elif not math.isfinite(logit):

@@ -15,24 +15,15 @@ from torch import Tensor
 
 from segue.cpu_lora import DeltaTask, Job, JobState
 from segue.engine.lora.bridge import CpuBridge, PostedJob, WorkerLostError, element_type
+from segue.engine.lora.device_lora import DeviceLora, LoraSegment
 from segue.engine.lora.manifest import Projection
 from segue.engine.lora.points import POINT_PROJECTIONS, LoraPoint
 from segue.engine.lora.store import AdapterStore, HostModule, LayerState
 from segue.engine.timeline import LayerRecord
-from segue.gpu_kernels.paged_lora import lora_expand_add, lora_shrink
 from segue.scheduler.handoff import HandoffPolicy, LayerSource, LayerView
 from segue.types import LoraSource
 
 _REPORTED = {LayerSource.DEVICE: LoraSource.DEVICE, LayerSource.CPU: LoraSource.CPU}
-
-
-@dataclass(frozen=True, slots=True)
-class LoraSegment:
-    """Rows ``row_start`` to ``row_stop`` of a pass belong to requests of one adapter version."""
-
-    row_start: int
-    row_stop: int
-    version_id: int
 
 
 class Blocked(Enum):
@@ -61,13 +52,14 @@ class _CpuPart:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraResources:
-    """What appliers share: the adapters, the workers, the policy, and each projection's (in, out) features."""
+    """What appliers share: the adapters, what computes deltas, the policy, and each projection's (in, out) features."""
 
     store: AdapterStore
     bridge: CpuBridge
+    device_lora: DeviceLora
     policy: HandoffPolicy
     shapes: dict[Projection, tuple[int, int]]
-    chunk_elems: int
+    dtype: torch.dtype
     clock: Callable[[], float]
 
 
@@ -78,15 +70,12 @@ class LoraApplier:
     never waits. ``close`` must be called when the pass is given up before its end.
     """
 
-    def __init__(
-        self, segments: tuple[LoraSegment, ...], pool: list[Tensor], resources: LoraResources, *, cpu_allowed: bool
-    ) -> None:
-        """``pool[i]`` is layer i's pages [pages, page_elems]."""
+    def __init__(self, segments: tuple[LoraSegment, ...], resources: LoraResources, *, cpu_allowed: bool) -> None:
         self.blocked = Blocked.NOTHING
         self.records: dict[int, list[LayerRecord]] = {}
         self._segments = segments
-        self._pool = pool
         self._resources = resources
+        self._device = resources.device_lora.begin(segments)
         self._cpu_allowed = cpu_allowed
         self._versions = tuple(dict.fromkeys(segment.version_id for segment in segments))
         store = resources.store
@@ -128,9 +117,9 @@ class LoraApplier:
 
         Raises WorkerLostError when a worker was lost.
         """
-        for segment in self._segments:
-            if self._sources[segment.version_id] is LayerSource.DEVICE:
-                self._add_from_device(segment, layer, point, x, out)
+        on_device = {version_id for version_id in self._versions if self._sources[version_id] is LayerSource.DEVICE}
+        if on_device:
+            self._device.add(layer, point, x, out, on_device)
         part = self._part
         if part is None:
             return
@@ -231,7 +220,7 @@ class LoraApplier:
             a_offset_bytes=module.a_offset_bytes,
             b_offset_bytes=module.b_offset_bytes,
             scale=module.scale,
-            dtype=element_type(self._pool[0].dtype),
+            dtype=element_type(self._resources.dtype),
         )
 
     def _post(self, part: _CpuPart, x: Tensor) -> None:
@@ -253,25 +242,6 @@ class LoraApplier:
         finally:
             self._resources.bridge.release(job)
             self._part = None
-
-    def _add_from_device(self, segment: LoraSegment, layer: int, point: LoraPoint, x: Tensor, out: Tensor) -> None:
-        view = self._resources.store.device_view(segment.version_id, layer)
-        modules = {module.projection: module for module in view.modules}
-        chunk_elems = self._resources.chunk_elems
-        column = 0
-        for projection in POINT_PROJECTIONS[point]:
-            width = self._resources.shapes[projection][1]
-            module = modules.get(projection)
-            if module is not None:
-                rows = slice(segment.row_start, segment.row_stop)
-                shrunk = lora_shrink(
-                    x[rows], self._pool[layer], view.page_table, module.a_start, module.rank, chunk_elems
-                )
-                target = out[rows, column : column + width]
-                lora_expand_add(
-                    shrunk, self._pool[layer], view.page_table, module.b_start, target, module.scale, chunk_elems
-                )
-            column += width
 
     def _drop_held(self) -> None:
         for version_id in self._held:

@@ -47,7 +47,9 @@ class _Orphan:
 class CpuBridge:
     """Posts jobs to the workers and takes their deltas. Used from the engine's loop thread alone."""
 
-    def __init__(self, pool: WorkerPool, ring: JobRing, link: ChargedLink) -> None:
+    def __init__(self, pool: WorkerPool, ring: JobRing, link: ChargedLink, device: torch.device) -> None:
+        """``device`` is where rows come from and deltas go."""
+        self._device = device
         self._pool = pool
         self._ring = ring
         self._link = link
@@ -80,13 +82,13 @@ class CpuBridge:
         return self._ring.wait(jobs, timeout_seconds)
 
     def take(self, job: Job) -> Tensor:
-        """The deltas [T, delta_width] of a complete job, in memory that ``release`` gives back.
+        """The deltas [T, delta_width] of a complete job on the device, which for the CPU ``release`` gives back.
 
         Raises WorkerLostError when a worker was lost.
         """
         if job.poll() is not JobState.DONE:
             raise WorkerLostError
-        return _to_torch(job.deltas)
+        return _to_torch(job.deltas).to(self._device)
 
     def release(self, job: Job) -> None:
         """Give a complete job's slot back."""
@@ -111,7 +113,7 @@ class CpuBridge:
 
 def _to_numpy(x: Tensor) -> NDArray[np.generic]:
     """The rows as the workers take them: bfloat16 travels as its bits."""
-    x = x.contiguous()
+    x = x.contiguous().cpu()
     if x.dtype is torch.bfloat16:
         bits: NDArray[np.generic] = x.view(torch.int16).numpy().view(np.uint16)
         return bits

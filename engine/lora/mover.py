@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from segue.engine.device import DeviceStreams
 from segue.engine.lora.events import LayerHost, LayerLanded, LoadFailed, StoreEvent, Verified
 from segue.engine.lora.host_memory import HostExtents
 from segue.engine.lora.link import LinkThrottle
@@ -59,11 +60,13 @@ class WeightMover:
         pool: PagePool,
         chunk_elems: int,
         link: LinkThrottle,
+        streams: DeviceStreams,
         wake: Callable[[], None],
         ops: TransferOps,
     ) -> None:
         self.extents = HostExtents(len(memory.store))
         self._pool = pool
+        self._streams = streams
         self._wake = wake
         self._leaving_hosts: list[HostCopy] = []
         self._leaving_devices: list[DeviceCopy] = []
@@ -82,7 +85,13 @@ class WeightMover:
             report=self._report,
         )
         self._copier = CopierThread(
-            host=host, pool_layer=pool.layer, chunk_elems=chunk_elems, link=link, land=ops.land, report=self._report
+            host=host,
+            pool_layer=pool.layer,
+            chunk_elems=chunk_elems,
+            link=link,
+            land=ops.land,
+            streams=streams,
+            report=self._report,
         )
 
     @property
@@ -144,6 +153,7 @@ class WeightMover:
                 copy_offset=host.offset,
                 page_table=device.page_table,
                 cancelled=device.cancelled,
+                behind=device.behind,
             )
             adapter.move_layer(layer, LayerState.LANDING)
             device.enqueued += 1

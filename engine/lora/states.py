@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
+import torch
 from torch import Tensor
 
 from segue.engine.lora.host_plan import HostModule, HostPlan
@@ -74,10 +75,14 @@ class HostCopy:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class DeviceCopy:
-    """Pages of the pool. Layers are enqueued and land in order; ``copies`` of them are under way."""
+    """Pages of the pool. Layers are enqueued and land in order; ``copies`` of them are under way.
+
+    ``behind`` marks the work on the device that may still use the pages as what they were before.
+    """
 
     pages: tuple[int, ...]
     page_table: Tensor
+    behind: torch.cuda.Event | None
     landed_seconds: list[float | None]
     enqueued: int = 0
     copies: int = 0

@@ -12,7 +12,9 @@ from bisect import bisect_left
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
+from segue.engine.device import CpuStreams, DeviceStreams
 from segue.engine.lora.events import LayerHost, LayerLanded, LoadFailed, StoreEvent, Verified
 from segue.engine.lora.host_plan import HostModule, HostPlan, host_modules
 from segue.engine.lora.link import LinkThrottle
@@ -46,7 +48,8 @@ class AdapterStore:
     """The adapter versions of one engine.
 
     ``wake`` is called on one of the store's threads whenever ``drain`` has something to apply. ``link`` is throttled to
-    ``copy_bytes_per_second``; others may charge it too. An unknown version raises KeyError where nothing else is said.
+    ``copy_bytes_per_second``; others may charge it too. Without ``streams`` the device is the CPU. An unknown version
+    raises KeyError where nothing else is said.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class AdapterStore:
         wake: Callable[[], None],
         copy_bytes_per_second: float | None = None,
         ops: TransferOps | None = None,
+        streams: DeviceStreams | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.link = LinkThrottle(copy_bytes_per_second)
@@ -66,8 +70,15 @@ class AdapterStore:
         self._clock = clock
         self._adapters: dict[int, Adapter] = {}
         self._waiting: dict[int, Adapter] = {}
+        self._streams = streams or CpuStreams()
         self._mover = WeightMover(
-            memory=memory, pool=pool, chunk_elems=chunk_elems, link=self.link, wake=wake, ops=ops or TransferOps()
+            memory=memory,
+            pool=pool,
+            chunk_elems=chunk_elems,
+            link=self.link,
+            streams=self._streams,
+            wake=wake,
+            ops=ops or TransferOps(),
         )
 
     # -- versions and their users ------------------------------------------------------------------------------------
@@ -168,6 +179,7 @@ class AdapterStore:
         adapter.device = DeviceCopy(
             pages=pages,
             page_table=torch.tensor(pages, dtype=torch.int64, device=self._pool.data.device),
+            behind=self._streams.fence(),
             landed_seconds=[None] * len(adapter.layers),
         )
         adapter.evict_host_when_dropped = False
@@ -199,8 +211,9 @@ class AdapterStore:
         return self._adapters[version_id].layout.pages
 
     def has_pages(self, version_id: int) -> bool:
-        """Whether the version has been given its pages."""
-        return self._adapters[version_id].device is not None
+        """Whether the version has been given its pages; an unknown one has not."""
+        adapter = self._adapters.get(version_id)
+        return adapter is not None and adapter.device is not None
 
     def layer_state(self, version_id: int, layer: int) -> LayerState:
         """Where a layer is."""
@@ -239,6 +252,20 @@ class AdapterStore:
         if adapter.device is None or adapter.layers[layer] is not LayerState.LANDED:
             raise ValueError(f"layer {layer} of adapter version {version_id} is not on the device")
         return DeviceLayer(adapter.device.page_table, adapter.layout.layers[layer])
+
+    def device_layout(self, version_id: int) -> AdapterLayout:
+        """Where the version's matrices lie in its pages."""
+        return self._adapters[version_id].layout
+
+    def page_table(self, version_id: int) -> Tensor:
+        """The pages that the version has been given, int64 [pages]; another tensor each time that it is given pages.
+
+        Raises ValueError when it has none.
+        """
+        device = self._adapters[version_id].device
+        if device is None:
+            raise ValueError(f"adapter version {version_id} has no pages")
+        return device.page_table
 
     def host_view(self, version_id: int, layer: int) -> HostLayer:
         """A layer's matrices in the host store. Raises ValueError unless it is there."""

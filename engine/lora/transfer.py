@@ -19,6 +19,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from segue.engine.device import DeviceStreams
 from segue.engine.lora.adapter_path import FileIdentity, identity_of
 from segue.engine.lora.host_plan import HostPlan, PlannedLayer, PlannedTensor
 from segue.engine.lora.link import LinkThrottle
@@ -73,7 +74,10 @@ class ReadJob:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class CopyJob:
-    """Copy one layer from host memory at ``copy_offset`` to its pages. ``cancelled`` skips it if not begun."""
+    """Copy one layer from host memory at ``copy_offset`` to its pages. ``cancelled`` skips it if not begun.
+
+    ``behind`` marks the work that may still use the pages as what they were before.
+    """
 
     version_id: int
     layer: int
@@ -82,6 +86,7 @@ class CopyJob:
     copy_offset: int
     page_table: Tensor
     cancelled: threading.Event
+    behind: torch.cuda.Event | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -233,7 +238,8 @@ class ReaderThread(_JobThread[ReadJob]):
 class CopierThread(_JobThread[CopyJob]):
     """Copies layers to the device through a staging buffer and writes them into their pages.
 
-    ``pool_layer(i)`` is layer i's pages [pages, page_elems]; ``link`` says when each copy's bytes have gone through.
+    ``pool_layer(i)`` is layer i's pages [pages, page_elems]; ``link`` says when each copy's bytes have gone through. A
+    layer has landed on the device, for every stream of it, when its end is reported.
     """
 
     def __init__(
@@ -244,14 +250,16 @@ class CopierThread(_JobThread[CopyJob]):
         chunk_elems: int,
         link: LinkThrottle,
         land: LandInto,
+        streams: DeviceStreams,
         report: Callable[[Completion], None],
     ) -> None:
         self._host = host
+        self._streams = streams
         self._pool_layer = pool_layer
         self._chunk_elems = chunk_elems
         self._link = link
         self._land = land
-        self._staging = torch.empty(0, dtype=torch.uint8)
+        self._staging = torch.empty(0, dtype=torch.uint8, device=streams.device)
         super().__init__("segue-lora-copier", report)
 
     def _carry_out(self, job: CopyJob) -> None:
@@ -270,13 +278,14 @@ class CopierThread(_JobThread[CopyJob]):
         end_seconds = self._link.book(job.planned.host_bytes)
         pages = self._pool_layer(job.layer)
         size = job.planned.host_bytes
-        if self._staging.numel() < size or self._staging.device != pages.device:
+        if self._staging.numel() < size:
             self._staging = torch.empty(size, dtype=torch.uint8, device=pages.device)
         start = job.copy_offset + job.planned.host_start
-        self._staging[:size].copy_(self._host[start : start + size])
-        for module, layout in zip(job.planned.modules, job.layouts, strict=True):
-            self._land_matrix(job, module.a, layout.a_start, pages, transpose=False)
-            self._land_matrix(job, module.b, layout.b_start, pages, transpose=True)
+        with self._streams.copies(job.behind):
+            self._staging[:size].copy_(self._host[start : start + size], non_blocking=True)
+            for module, layout in zip(job.planned.modules, job.layouts, strict=True):
+                self._land_matrix(job, module.a, layout.a_start, pages, transpose=False)
+                self._land_matrix(job, module.b, layout.b_start, pages, transpose=True)
         self._link.wait_until(end_seconds, self._stopped)
 
     def _land_matrix(self, job: CopyJob, tensor: PlannedTensor, start: int, pages: Tensor, *, transpose: bool) -> None:

@@ -17,7 +17,8 @@ from segue.engine.memory.pages import PageAllocator
 class PagePool:
     """The pages of one device.
 
-    ``data`` is [layers, pages, page_elems] with ``page_elems = 2 * page_tokens * kv_heads * head_dim``. Pages are not
+    ``data`` is [layers, pages + 1, page_elems] with ``page_elems = 2 * page_tokens * kv_heads * head_dim``. The page
+    behind the last, ``padding_page``, is never given out: rows that only fill a batch up write there. Pages are not
     cleared: a fresh page holds anything, NaN included, so readers must keep unwritten elements out of their results.
     ``poison_freed`` fills fresh and freed pages with NaN, so that a test sees whoever reads them.
     """
@@ -48,7 +49,7 @@ class PagePool:
         self.poison_freed = poison_freed
         self._allocator = PageAllocator(pages)
         self._owners: dict[int, str] = {}
-        self.data = torch.empty(layers, pages, self.page_elems, dtype=dtype, device=device)
+        self.data = torch.empty(layers, pages + 1, self.page_elems, dtype=dtype, device=device)
         if poison_freed:
             self.data.fill_(torch.nan)
 
@@ -62,17 +63,22 @@ class PagePool:
         """The element type of the pages."""
         return self.data.dtype
 
+    @property
+    def padding_page(self) -> int:
+        """The page for rows that nobody asked for."""
+        return self.pages
+
     def token_pages(self, tokens: int) -> int:
         """How many pages the KV of ``tokens`` tokens takes."""
         return -(-tokens // self.page_tokens)
 
     def layer(self, layer: int) -> Tensor:
-        """One layer's pages: a view [pages, page_elems]."""
+        """One layer's pages: a view [pages + 1, page_elems]."""
         return self.data[layer]
 
     def kv(self, layer: int) -> Tensor:
-        """One layer's pages as keys (index 0) and values (1): a view [pages, 2, page_tokens, kv_heads, head_dim]."""
-        return self.data[layer].view(self.pages, 2, self.page_tokens, self.kv_heads, self.head_dim)
+        """One layer's keys (index 0) and values (1): a view [pages + 1, 2, page_tokens, kv_heads, head_dim]."""
+        return self.data[layer].view(-1, 2, self.page_tokens, self.kv_heads, self.head_dim)
 
     def allocate(self, count: int, owner: str) -> tuple[int, ...]:
         """Take ``count`` pages for ``owner``, all or none. Raises OutOfPagesError."""

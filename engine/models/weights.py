@@ -78,6 +78,18 @@ def load_weights(
     return weights
 
 
+def random_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> ModelWeights:
+    """Weights of the model's shape that keep the scale of what goes through them; for benchmarks."""
+    weights = _allocate(config, dtype, device)
+    generator = torch.Generator(device).manual_seed(0)
+    for name, tensor in _destinations(config, weights).items():
+        if "norm" in name:
+            tensor.fill_(1.0)
+        else:
+            tensor.normal_(0.0, 1.0 if "embed" in name else tensor.shape[-1] ** -0.5, generator=generator)
+    return weights
+
+
 def _allocate(config: ModelConfig, dtype: torch.dtype, device: torch.device | str) -> ModelWeights:
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)

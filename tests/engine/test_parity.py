@@ -17,10 +17,11 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return build_world(tmp_path_factory.mktemp("world"), SHAPES[request.param])
 
 
-def test_sixteen_requests_at_once_equal_one_by_one(world: World) -> None:
+def test_sixteen_requests_at_once_equal_one_by_one(world: World, device: str) -> None:
     adapters = [*ADAPTERS, None, None, None, "r8", "r64", "r64", "r1", "mixed"]
     asked = list(zip(adapters, prompts(len(adapters), seed=3), strict=True))
-    with EngineHarness(world.model_dir, world.adapters_dir, copy_bytes_per_second=2e6, budget_tokens=32) as harness:
+    settings = {"device": device, "copy_bytes_per_second": 2e6, "budget_tokens": 32}
+    with EngineHarness(world.model_dir, world.adapters_dir, **settings) as harness:
         harness.warm("r8")
         harness.warm("mixed")
         numbers = []
@@ -53,7 +54,7 @@ def layers_of(harness: EngineHarness, number: int) -> tuple[LayerTiming, ...]:
 
 @pytest.mark.parametrize("adapter", ["r3", "r8", "r64"])
 @pytest.mark.parametrize("where", ["layer 0", "the middle", "the last layer", "never"])
-def test_handover_anywhere_gives_the_same_tokens(world: World, adapter: str, where: str) -> None:
+def test_handover_anywhere_gives_the_same_tokens(world: World, adapter: str, where: str, device: str) -> None:
     cpu_layers = {
         "layer 0": 0,
         "the middle": world.layers // 2,
@@ -63,7 +64,8 @@ def test_handover_anywhere_gives_the_same_tokens(world: World, adapter: str, whe
     forced = cpu_layers[where]
     (prompt,) = prompts(1, seed=len(adapter) + forced)
     handoff = HandoffConfig(mode="fixed", cpu_layers=forced)
-    with EngineHarness(world.model_dir, world.adapters_dir, handoff=handoff, copy_bytes_per_second=4e6) as harness:
+    settings = {"device": device, "handoff": handoff, "copy_bytes_per_second": 4e6}
+    with EngineHarness(world.model_dir, world.adapters_dir, **settings) as harness:
         number = harness.submit(prompt, adapter, max_tokens=NEW_TOKENS, logprobs=0)
         harness.run()
         world.compare(adapter, prompt, harness.answers[number], NEW_TOKENS)

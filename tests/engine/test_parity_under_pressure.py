@@ -48,11 +48,12 @@ def requests() -> list[Asked]:
 
 
 @pytest.mark.parametrize("mode", ["auto", "fixed"])
-def test_answers_do_not_depend_on_the_crowd(world: World, mode: str) -> None:
+def test_answers_do_not_depend_on_the_crowd(world: World, mode: str, device: str) -> None:
     """``fixed``: every pass of a loading adapter runs on the CPU workers to its last layer."""
     asked = requests()
     handoff = HandoffConfig(mode=mode, cpu_layers=world.layers if mode == "fixed" else 0)
     settings = {
+        "device": device,
         "page_tokens": PAGE_TOKENS,
         "budget_tokens": 24,
         "chunk_tokens": 5,
@@ -91,10 +92,16 @@ SAMPLING: tuple[dict[str, Any], ...] = (
 )
 
 
-def test_a_seed_gives_the_same_tokens_alone_and_in_a_crowd(world: World) -> None:
+def test_a_seed_gives_the_same_tokens_alone_and_in_a_crowd(world: World, device: str) -> None:
     asked = requests()
     sampling = [{"seed": 1000 + place, **SAMPLING[place % len(SAMPLING)]} for place in range(len(asked))]
-    settings = {"page_tokens": PAGE_TOKENS, "budget_tokens": 24, "chunk_tokens": 5, "copy_bytes_per_second": 20e6}
+    settings = {
+        "device": device,
+        "page_tokens": PAGE_TOKENS,
+        "budget_tokens": 24,
+        "chunk_tokens": 5,
+        "copy_bytes_per_second": 20e6,
+    }
     with EngineHarness(world.model_dir, world.adapters_dir, pages=4000, prefix_cache=False, **settings) as harness:
         alone = []
         for item, options in zip(asked, sampling, strict=True):

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from segue.engine.attention import TorchAttention
 from segue.engine.batch import SequenceInput, build_batch
 from segue.engine.lora.points import LoraHook, NullLora
 from segue.engine.memory.pool import PagePool
@@ -54,11 +55,16 @@ class Runner:
             )
             for sequence, rows, logit_tokens in parts
         ]
-        batch = build_batch(inputs, self.pool.page_tokens)
-        logits = self.drive(self.model.forward(batch, self.pool, lora or NullLora()))
+        logits = self.drive(self.forward(inputs, lora))
         for sequence, rows, _ in parts:
             sequence.cached += rows
         return logits
+
+    def forward(self, inputs: Sequence[SequenceInput], lora: LoraHook | None = None) -> Generator[None, None, Tensor]:
+        """A pass over these rows that has not begun."""
+        batch = build_batch(inputs, self.pool.page_tokens)
+        attention = TorchAttention(self.pool, self.model.config.sliding_windows).begin(batch)
+        return self.model.forward(batch, attention, lora or NullLora())
 
     def drive(self, forward: Generator[None, None, Tensor]) -> Tensor:
         """Advance a pass to its end, each step in its own inference mode, and count its yields."""

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from segue.engine.batch import SequenceInput, build_batch
-from segue.engine.lora.points import NullLora
+from segue.engine.batch import SequenceInput
 from tests.checkpoints import (
     ROPE_DEFAULT,
     ROPE_LINEAR,
@@ -137,11 +136,7 @@ def test_passes_interleave_at_their_yields(plain: Path) -> None:
     prompts = [random_tokens(50, seed=seed) for seed in range(2)]
     sequences = [runner.add(prompt, 50) for prompt in prompts]
     passes = [
-        runner.model.forward(
-            build_batch([SequenceInput(token_ids=prompt, context_tokens=0, pages=sequence.pages)], 16),
-            runner.pool,
-            NullLora(),
-        )
+        runner.forward([SequenceInput(token_ids=prompt, context_tokens=0, pages=sequence.pages)])
         for prompt, sequence in zip(prompts, sequences, strict=True)
     ]
     with torch.inference_mode():

@@ -1,0 +1,210 @@
+"""Attention over the pool's pages through FlashInfer (Ye et al., 2025, arXiv:2501.01005)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from flashinfer.decode import BatchDecodeWithPagedKVCacheWrapper, fast_decode_plan
+from flashinfer.page import append_paged_kv_cache
+from flashinfer.prefill import BatchPrefillWithPagedKVCacheWrapper
+from torch import Tensor
+
+from segue.engine.batch import RowBatch
+from segue.engine.cuda.decode_inputs import DecodeInputs
+from segue.engine.memory.pool import PagePool
+
+SERVED_HEAD_DIMS = (64, 128, 256)
+SERVED_DTYPES = (torch.float16, torch.bfloat16)
+_WORKSPACE_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PageIndices:
+    """Where each sequence's KV lies, int32: ``indices[indptr[i] : indptr[i + 1]]`` are the pages of sequence i, and its
+    last one holds ``last_page_tokens[i]`` tokens."""
+
+    indptr: Tensor
+    indices: Tensor
+    last_page_tokens: Tensor
+
+    @classmethod
+    def of(cls, tables: Sequence[Tensor], total_tokens: Sequence[int], page_tokens: int) -> PageIndices:
+        """``tables`` may be longer than the sequences' KV."""
+        pages = torch.tensor([-(-tokens // page_tokens) for tokens in total_tokens], dtype=torch.int32)
+        used = [table[:count] for table, count in zip(tables, pages.tolist(), strict=True)]
+        return cls(
+            indptr=torch.nn.functional.pad(pages.cumsum(0, dtype=torch.int32), (1, 0)),
+            indices=torch.cat(used).to(torch.int32),
+            last_page_tokens=torch.tensor([(tokens - 1) % page_tokens + 1 for tokens in total_tokens]).int(),
+        )
+
+    def to(self, device: torch.device) -> PageIndices:
+        """The same on ``device``."""
+        return PageIndices(
+            indptr=self.indptr.to(device),
+            indices=self.indices.to(device),
+            last_page_tokens=self.last_page_tokens.to(device),
+        )
+
+
+class FlashInferAttention:
+    """See AttentionBackend. Serves 16-bit dtypes and head dims of 64, 128 or 256.
+
+    A batch that is under way keeps its plan in wrappers of its own, which serve a later batch when it is closed.
+    """
+
+    def __init__(self, pool: PagePool, windows: Sequence[int | None], heads: int) -> None:
+        self._pool = pool
+        self._heads = heads
+        self._windows = tuple(windows)
+        # Partial results of one launch after the other, all on one stream: every wrapper may use the same.
+        self._workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=pool.data.device)
+        self._idle: list[dict[int | None, BatchPrefillWithPagedKVCacheWrapper]] = []
+
+    def begin(self, batch: RowBatch) -> FlashInferStep:
+        """Plan a batch of any rows."""
+        device = self._pool.data.device
+        wrappers = self._idle.pop() if self._idle else self._new_wrappers()
+        pages = PageIndices.of(
+            [item.page_table for item in batch.sequences],
+            [item.total_tokens for item in batch.sequences],
+            self._pool.page_tokens,
+        )
+        rows = torch.tensor([item.rows for item in batch.sequences], dtype=torch.int32)
+        row_indptr = torch.nn.functional.pad(rows.cumsum(0, dtype=torch.int32), (1, 0))
+        for window, wrapper in wrappers.items():
+            wrapper.plan(
+                row_indptr,
+                pages.indptr,
+                pages.indices,
+                pages.last_page_tokens,
+                self._heads,
+                self._pool.kv_heads,
+                self._pool.head_dim,
+                self._pool.page_tokens,
+                causal=True,
+                window_left=window_left(window),
+                q_data_type=self._pool.dtype,
+                kv_data_type=self._pool.dtype,
+            )
+        return FlashInferStep(
+            pool=self._pool,
+            wrappers=[wrappers[window] for window in self._windows],
+            pages=pages.to(device),
+            sequence_of_row=torch.repeat_interleave(torch.arange(len(rows)), rows).int().to(device),
+            positions=batch.positions.int().to(device),
+            give_back=lambda: self._idle.append(wrappers),
+        )
+
+    def begin_decodes(self, inputs: DecodeInputs) -> DecodeStep:
+        """A step of sequences with one row each, to be captured in a graph and planned for each run."""
+        return DecodeStep(self._pool, self._windows, self._heads, self._workspace, inputs)
+
+    def _new_wrappers(self) -> dict[int | None, BatchPrefillWithPagedKVCacheWrapper]:
+        return {
+            window: BatchPrefillWithPagedKVCacheWrapper(self._workspace, "NHD", backend="fa2")
+            for window in set(self._windows)
+        }
+
+
+class FlashInferStep:
+    """See AttentionStep."""
+
+    def __init__(
+        self,
+        *,
+        pool: PagePool,
+        wrappers: Sequence[BatchPrefillWithPagedKVCacheWrapper],
+        pages: PageIndices,
+        sequence_of_row: Tensor,
+        positions: Tensor,
+        give_back: Callable[[], None],
+    ) -> None:
+        """``wrappers`` has one for each layer, planned. ``sequence_of_row`` and ``positions`` are int32 [rows]."""
+        self._pool = pool
+        self._wrappers = wrappers
+        self._pages = pages
+        self._sequence_of_row = sequence_of_row
+        self._positions = positions
+        self._give_back = give_back
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        kv = self._pool.kv(layer)
+        pages = self._pages
+        append_paged_kv_cache(
+            k, v, self._sequence_of_row, self._positions, kv, pages.indices, pages.indptr, pages.last_page_tokens
+        )
+        out: Tensor = self._wrappers[layer].run(q, kv)
+        return out
+
+    def close(self) -> None:
+        self._give_back()
+
+
+class DecodeStep:
+    """See AttentionStep; for CUDA graphs. All that changes from run to run lies in ``inputs``."""
+
+    def __init__(
+        self, pool: PagePool, windows: Sequence[int | None], heads: int, workspace: Tensor, inputs: DecodeInputs
+    ) -> None:
+        self._pool = pool
+        self._windows = tuple(windows)
+        self._heads = heads
+        self._inputs = inputs
+        self._rows = torch.arange(inputs.rows, dtype=torch.int32, device=pool.data.device)
+        self._wrappers = {
+            window: BatchDecodeWithPagedKVCacheWrapper(
+                workspace,
+                "NHD",
+                use_cuda_graph=True,
+                use_tensor_cores=True,
+                paged_kv_indptr_buffer=inputs.on_device.indptr,
+                paged_kv_indices_buffer=inputs.on_device.indices,
+                paged_kv_last_page_len_buffer=inputs.on_device.last_page_tokens,
+            )
+            for window in set(windows)
+        }
+        self._is_new = True
+
+    def plan(self) -> None:
+        """Divide the work of the inputs, which are filled and on their way to the device."""
+        host = self._inputs.host
+        for window, wrapper in self._wrappers.items():
+            arguments = (
+                host.indptr,
+                host.indices[: int(host.indptr[-1])],
+                host.last_page_tokens,
+                self._heads,
+                self._pool.kv_heads,
+                self._pool.head_dim,
+                self._pool.page_tokens,
+            )
+            dtypes = {"q_data_type": self._pool.dtype, "kv_data_type": self._pool.dtype}
+            if self._is_new:
+                wrapper.plan(*arguments, window_left=window_left(window), **dtypes)
+            else:
+                # The same without its own copies of the inputs to the device.
+                fast_decode_plan(
+                    wrapper,
+                    *arguments,
+                    window_left=window_left(window),
+                    global_override_indptr_cpu=host.indptr,
+                    **dtypes,
+                )
+        self._is_new = False
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        kv, at = self._pool.kv(layer), self._inputs.on_device
+        append_paged_kv_cache(k, v, self._rows, at.positions, kv, at.indices, at.indptr, at.last_page_tokens)
+        out: Tensor = self._wrappers[self._windows[layer]].run(q, kv)
+        return out
+
+    def close(self) -> None:
+        """It is used again."""
+
+
+def window_left(window: int | None) -> int:
+    """FlashInfer's name for a window: how many tokens before itself a row sees; -1 for all."""
+    return -1 if window is None else window - 1

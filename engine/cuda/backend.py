@@ -1,0 +1,47 @@
+"""What an engine on CUDA computes with, put together from the model's shape and dtype."""
+
+from __future__ import annotations
+
+from segue.engine.attention import TorchAttention
+from segue.engine.backend import Backend
+from segue.engine.config import EngineConfig
+from segue.engine.cuda.attention import SERVED_DTYPES, SERVED_HEAD_DIMS, FlashInferAttention
+from segue.engine.cuda.decode_graph import DecodeGraphs
+from segue.engine.cuda.lora import KernelLora, LoraSizes
+from segue.engine.cuda.ops import FlashInferOps
+from segue.engine.lora.store import AdapterStore
+from segue.engine.memory.pool import PagePool
+from segue.engine.models.decoder import DecoderModel
+
+_MAX_TABLE_ROWS = 4096
+
+
+def cuda_backend(
+    config: EngineConfig,
+    model: DecoderModel,
+    pool: PagePool,
+    store: AdapterStore,
+    *,
+    chunk_elems: int,
+    context_tokens: int,
+) -> Backend:
+    """FlashInfer and CUDA graphs where they serve the dtype and the head dim, else torch, pass by pass.
+
+    Has the model's small operations run in FlashInfer as well.
+    """
+    shapes = dict(model.config.projection_shapes())
+    widths = sum(-(-width // chunk_elems) * chunk_elems for shape in shapes.values() for width in shape)
+    sizes = LoraSizes(
+        adapters=min(config.pages, _MAX_TABLE_ROWS),
+        adapter_pages=-(-config.max_lora_rank * widths // pool.page_elems),
+        max_rank=config.max_lora_rank,
+        max_rows=max(config.budget_tokens, config.chunk_tokens + config.max_running),
+    )
+    lora = KernelLora(store, pool, sizes, shapes, chunk_elems)
+    windows = model.config.sliding_windows
+    if pool.dtype not in SERVED_DTYPES or pool.head_dim not in SERVED_HEAD_DIMS:
+        return Backend(lora=lora, attention=TorchAttention(pool, windows))
+    model.use(FlashInferOps(model.config, model.device, context_tokens))
+    attention = FlashInferAttention(pool, windows, model.config.heads)
+    graphs = DecodeGraphs(model, pool, attention, lora, max_rows=config.max_running, context_tokens=context_tokens)
+    return Backend(lora=lora, attention=attention, decodes=graphs)

@@ -1,0 +1,266 @@
+"""LoRA on CUDA: what the kernels must know of each adapter, on the device, and the work of each batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from segue.engine.lora.device_lora import LoraSegment
+from segue.engine.lora.manifest import Projection
+from segue.engine.lora.points import POINT_PROJECTIONS, LoraPoint
+from segue.engine.lora.store import AdapterStore
+from segue.engine.memory.adapter_layout import AdapterLayout
+from segue.engine.memory.pool import PagePool
+from segue.gpu_kernels.lora import add_lora
+from segue.gpu_kernels.lora_tiles import LoraTiles, PointShape, Regime, choose_tiles
+from segue.gpu_kernels.lora_work import plan_capacity, plan_point
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraSizes:
+    """What bounds the tables and the work: adapters on the device at once, pages and rank of each, rows of a batch."""
+
+    adapters: int
+    adapter_pages: int
+    max_rank: int
+    max_rows: int
+
+
+class AdapterTables:
+    """Each adapter on the device has a row in tables of fixed size, which the kernels read.
+
+    ``page_tables`` is int32 [adapters, adapter_pages]. For each LoRA point, ``modules`` is int32 [layers, adapters,
+    modules, (rank, first chunk of A, first chunk of B)], ``scales`` float32 [layers, adapters, modules], and ``ranks``
+    int32 [adapters, modules], in host memory, the largest over the layers. A row is written when a batch first names
+    the adapter with its present pages, in the order of the engine's stream, so that nothing under way sees it change.
+    """
+
+    def __init__(self, store: AdapterStore, sizes: LoraSizes, *, layers: int, chunk_elems: int, device: torch.device):
+        self._store = store
+        self._chunk_elems = chunk_elems
+        self._rows: dict[int, int] = {}
+        self._written: dict[int, Tensor] = {}
+        self._free = list(range(sizes.adapters - 1, -1, -1))
+        self.page_tables = torch.zeros(sizes.adapters, sizes.adapter_pages, dtype=torch.int32, device=device)
+        counts = {point: len(projections) for point, projections in POINT_PROJECTIONS.items()}
+        self.modules = {
+            point: torch.zeros(layers, sizes.adapters, count, 3, dtype=torch.int32, device=device)
+            for point, count in counts.items()
+        }
+        self.scales = {
+            point: torch.zeros(layers, sizes.adapters, count, device=device) for point, count in counts.items()
+        }
+        self.ranks: dict[LoraPoint, NDArray[np.int32]] = {
+            point: np.zeros((sizes.adapters, count), dtype=np.int32) for point, count in counts.items()
+        }
+
+    def row(self, version_id: int) -> int:
+        """The row of a version that has its pages. Raises RuntimeError when more are in use than there are rows."""
+        pages = self._store.page_table(version_id)
+        row = self._rows.get(version_id)
+        if row is None:
+            row = self._rows[version_id] = self._take_row()
+        if self._written.get(version_id) is not pages:
+            self._write(row, pages, self._store.device_layout(version_id))
+            self._written[version_id] = pages
+        return row
+
+    def _take_row(self) -> int:
+        if not self._free:
+            for version_id in [item for item in self._rows if not self._store.has_pages(item)]:
+                self._free.append(self._rows.pop(version_id))
+                self._written.pop(version_id, None)
+        if not self._free:
+            raise RuntimeError(f"{len(self._rows)} adapters are on the device, the tables have no more rows")
+        return self._free.pop()
+
+    def _write(self, row: int, pages: Tensor, layout: AdapterLayout) -> None:
+        self.page_tables[row, : len(pages)] = pages.int()
+        for point, projections in POINT_PROJECTIONS.items():
+            places = {projection: place for place, projection in enumerate(projections)}
+            modules = torch.zeros(len(layout.layers), len(projections), 3, dtype=torch.int32)
+            scales = torch.zeros(len(layout.layers), len(projections))
+            for layer, own in enumerate(layout.layers):
+                for module in own:
+                    place = places.get(module.projection)
+                    if place is not None:
+                        starts = module.a_start // self._chunk_elems, module.b_start // self._chunk_elems
+                        modules[layer, place] = torch.tensor((module.rank, *starts))
+                        scales[layer, place] = module.scale
+            self.modules[point][:, row] = modules.to(pages.device)
+            self.scales[point][:, row] = scales.to(pages.device)
+            self.ranks[point][row] = modules[:, :, 0].amax(0).numpy()
+
+
+class KernelLora:
+    """See DeviceLora. Batches of many rows and of few have tiles of their own."""
+
+    def __init__(
+        self,
+        store: AdapterStore,
+        pool: PagePool,
+        sizes: LoraSizes,
+        shapes: Mapping[Projection, tuple[int, int]],
+        chunk_elems: int,
+    ) -> None:
+        """``shapes`` has each projection's (in, out) features."""
+        device = pool.data.device
+        self._pool = pool
+        self._sizes = sizes
+        self.tables = AdapterTables(store, sizes, layers=pool.layers, chunk_elems=chunk_elems, device=device)
+        self.points = {
+            point: PointShape(
+                in_features=shapes[projections[0]][0],
+                out_features=tuple(shapes[projection][1] for projection in projections),
+            )
+            for point, projections in POINT_PROJECTIONS.items()
+        }
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+        self.tiles = {
+            regime: choose_tiles(
+                regime,
+                chunk_elems=chunk_elems,
+                page_elems=pool.page_elems,
+                element_bytes=pool.dtype.itemsize,
+                multiprocessors=processors,
+            )
+            for regime in Regime
+        }
+        # Launches follow one another on one stream, so that all of them may use the same partials.
+        self._workspace = torch.zeros(
+            max(self.capacity(point, regime, sizes.max_rows)[1] for point in LoraPoint for regime in Regime),
+            dtype=torch.float32,
+            device=device,
+        )
+
+    def capacity(self, point: LoraPoint, regime: Regime, max_rows: int) -> tuple[int, int]:
+        """int32 words of the largest plan for ``max_rows`` rows, and float32 elements of its partials."""
+        return plan_capacity(
+            self.points[point],
+            self.tiles[regime],
+            max_segments=max_rows,
+            max_rows=max_rows,
+            max_rank=self._sizes.max_rank,
+        )
+
+    def begin(self, segments: Sequence[LoraSegment]) -> KernelLoraStep:
+        return KernelLoraStep(self, tuple(segments))
+
+    def plan(self, point: LoraPoint, segments: Sequence[LoraSegment], regime: Regime) -> NDArray[np.int32]:
+        """The point's work, int32 [words]; empty where no adapter has modules there."""
+        rows = np.array(
+            [(item.row_start, item.row_stop, self.tables.row(item.version_id)) for item in segments], dtype=np.int32
+        )
+        ranks = self.tables.ranks[point]
+        if not len(segments) or not ranks[rows[:, 2]].any():
+            return np.zeros(0, dtype=np.int32)
+        # Segments of one batch do not overlap, so there are at most as many as rows.
+        words, elems = self.capacity(point, regime, int(rows[:, 1].max()))
+        plan = np.zeros(words, dtype=np.int32)
+        used = plan_point(
+            rows,
+            np.ones(len(rows), dtype=np.float32),
+            ranks,
+            shape=self.points[point],
+            tiles=self.tiles[regime],
+            plan=plan,
+            workspace_elems=min(elems, self._workspace.numel()),
+        )
+        return plan[:used]
+
+    def launch(self, layer: int, point: LoraPoint, x: Tensor, out: Tensor, plan: Tensor, tiles: LoraTiles) -> None:
+        """Run a plan that is on the device."""
+        add_lora(
+            x,
+            out,
+            pool_layer=self._pool.layer(layer),
+            page_tables=self.tables.page_tables,
+            modules=self.tables.modules[point][layer],
+            scales=self.tables.scales[point][layer],
+            plan=plan,
+            workspace=self._workspace,
+            shape=self.points[point],
+            tiles=tiles,
+        )
+
+
+class KernelLoraStep:
+    """See DeviceLoraStep. Plans are made when a point first needs them, and serve all layers."""
+
+    def __init__(self, lora: KernelLora, segments: tuple[LoraSegment, ...]) -> None:
+        self._lora = lora
+        self._segments = segments
+        rows = sum(item.row_stop - item.row_start for item in segments)
+        self._regime = Regime.PREFILL if rows >= 4 * len(segments) else Regime.DECODE
+        self._plans: dict[tuple[LoraPoint, frozenset[int]], Tensor | None] = {}
+
+    def add(self, layer: int, point: LoraPoint, x: Tensor, out: Tensor, version_ids: AbstractSet[int]) -> None:
+        key = point, frozenset(version_ids)
+        if key not in self._plans:
+            segments = [item for item in self._segments if item.version_id in version_ids]
+            plan = self._lora.plan(point, segments, self._regime)
+            self._plans[key] = torch.from_numpy(plan).to(x.device) if len(plan) else None
+        plan_on_device = self._plans[key]
+        if plan_on_device is not None:
+            self._lora.launch(layer, point, x, out, plan_on_device, self._lora.tiles[self._regime])
+
+
+class GraphLora:
+    """The LoraHook that a decode graph captures: launches at ``points`` on plans that are replaced between runs."""
+
+    def __init__(self, lora: KernelLora, plans: Mapping[LoraPoint, Tensor], points: AbstractSet[LoraPoint]) -> None:
+        self._lora = lora
+        self._plans = plans
+        self._points = points
+
+    def enter_layer(self, _layer: int) -> Iterator[None]:
+        return iter(())
+
+    def begin(self, _layer: int, _point: LoraPoint, _x: Tensor) -> None:
+        return None
+
+    def finish(self, layer: int, point: LoraPoint, x: Tensor, out: Tensor) -> Iterator[None]:
+        if point in self._points:
+            self._lora.launch(layer, point, x, out, self._plans[point], self._lora.tiles[Regime.DECODE])
+        return iter(())
+
+    def leave_layer(self, _layer: int) -> None:
+        return None
+
+
+class GraphPlans:
+    """The plans that all decode graphs read: one buffer on the device for each point, filled before a run."""
+
+    def __init__(self, lora: KernelLora, max_rows: int) -> None:
+        self._lora = lora
+        self._last: tuple[tuple[int, int, int], ...] | None = None
+        self._used: frozenset[LoraPoint] = frozenset()
+        words = {point: lora.capacity(point, Regime.DECODE, max_rows)[0] for point in LoraPoint}
+        device = lora.tables.page_tables.device
+        self.on_device = {point: torch.zeros(count, dtype=torch.int32, device=device) for point, count in words.items()}
+        self._pinned = {point: torch.zeros(count, dtype=torch.int32).pin_memory() for point, count in words.items()}
+
+    def fill(self, segments: Sequence[LoraSegment]) -> frozenset[LoraPoint]:
+        """Have the plans be those of ``segments``; the points at which there is something to do.
+
+        The runs before must have ended: their plans are overwritten.
+        """
+        composition = tuple(
+            (item.row_start, item.row_stop, self._lora.tables.row(item.version_id)) for item in segments
+        )
+        if composition != self._last:
+            used = set()
+            for point, pinned in self._pinned.items():
+                plan = self._lora.plan(point, segments, Regime.DECODE)
+                if len(plan):
+                    pinned[: len(plan)] = torch.from_numpy(plan)
+                    self.on_device[point][: len(plan)].copy_(pinned[: len(plan)], non_blocking=True)
+                    used.add(point)
+            self._last, self._used = composition, frozenset(used)
+        return self._used
