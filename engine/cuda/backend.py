@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from segue.engine.attention import TorchAttention
 from segue.engine.backend import Backend
 from segue.engine.config import EngineConfig
@@ -37,7 +39,8 @@ def cuda_backend(
         max_rank=config.max_lora_rank,
         max_rows=max(config.budget_tokens, config.chunk_tokens + config.max_running),
     )
-    lora = KernelLora(store, pool, sizes, shapes, chunk_elems)
+    processors = torch.cuda.get_device_properties(model.device).multi_processor_count
+    lora = KernelLora(store, pool, sizes, shapes, chunk_elems, processors)
     windows = model.config.sliding_windows
     if pool.dtype not in SERVED_DTYPES or pool.head_dim not in SERVED_HEAD_DIMS:
         return Backend(lora=lora, attention=TorchAttention(pool, windows))

@@ -108,8 +108,9 @@ class KernelLora:
         sizes: LoraSizes,
         shapes: Mapping[Projection, tuple[int, int]],
         chunk_elems: int,
+        multiprocessors: int,
     ) -> None:
-        """``shapes`` has each projection's (in, out) features."""
+        """``shapes`` has each projection's (in, out) features; ``multiprocessors`` are the device's."""
         device = pool.data.device
         self._pool = pool
         self._sizes = sizes
@@ -121,14 +122,13 @@ class KernelLora:
             )
             for point, projections in POINT_PROJECTIONS.items()
         }
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
         self.tiles = {
             regime: choose_tiles(
                 regime,
                 chunk_elems=chunk_elems,
                 page_elems=pool.page_elems,
                 element_bytes=pool.dtype.itemsize,
-                multiprocessors=processors,
+                multiprocessors=multiprocessors,
             )
             for regime in Regime
         }
