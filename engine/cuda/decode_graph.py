@@ -12,7 +12,7 @@ from torch import Tensor
 from segue.engine.batch import RowBatch
 from segue.engine.cuda.attention import DecodeStep, FlashInferAttention
 from segue.engine.cuda.decode_inputs import DecodeInputs
-from segue.engine.cuda.lora import GraphLora, GraphPlans, KernelLora
+from segue.engine.cuda.lora import GraphLora, GraphPlans, KernelLora, regime_of
 from segue.engine.forward_pass import RequestRows
 from segue.engine.lora.device_lora import LoraSegment
 from segue.engine.lora.points import LoraHook, LoraPoint
@@ -94,9 +94,9 @@ class DecodeGraphs:
 
     def run(self, rows: Sequence[RequestRows], segments: Sequence[LoraSegment]) -> Tensor:
         """Logits float32 [len(rows), vocab] of one row for each request, valid until the next run."""
-        used = self._plans.fill(segments)
-        variant = next(item for item in Variant if used <= item.value)
         size = next(size for size in self._sizes if size >= len(rows))
+        used = self._plans.fill(segments, regime_of(size, size))
+        variant = next(item for item in Variant if used <= item.value)
         graph = self._graphs.get((size, variant))
         if graph is None:
             graph = self._graphs[size, variant] = self._capture(size, variant)
@@ -112,7 +112,7 @@ class DecodeGraphs:
                 self._pool.padding_page,
                 self._model.device,
             )
-        hook = GraphLora(self._lora, self._plans.on_device, variant.value)
+        hook = GraphLora(self._lora, self._plans.on_device, variant.value, regime_of(size, size))
         return DecodeGraph(self._model, self._attention, inputs, hook, self._memory)
 
 

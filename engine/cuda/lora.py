@@ -32,6 +32,19 @@ class LoraSizes:
     max_rows: int
 
 
+# Up to here latency counts more than bytes.
+_FEW_ROWS = 16
+# From so many rows for each segment on, tensor cores have something to do.
+_PREFILL_ROWS = 4
+
+
+def regime_of(rows: int, segments: int) -> Regime:
+    """The tiles for a batch of ``rows`` rows with adapters in ``segments`` segments."""
+    if rows >= _PREFILL_ROWS * segments and rows > _FEW_ROWS:
+        return Regime.PREFILL
+    return Regime.FEW if rows <= _FEW_ROWS else Regime.DECODE
+
+
 class AdapterTables:
     """Each adapter on the device has a row in tables of fixed size, which the kernels read.
 
@@ -197,7 +210,7 @@ class KernelLoraStep:
         self._lora = lora
         self._segments = segments
         rows = sum(item.row_stop - item.row_start for item in segments)
-        self._regime = Regime.PREFILL if rows >= 4 * len(segments) else Regime.DECODE
+        self._regime = regime_of(rows, len(segments))
         self._plans: dict[tuple[LoraPoint, frozenset[int]], Tensor | None] = {}
 
     def add(self, layer: int, point: LoraPoint, x: Tensor, out: Tensor, version_ids: AbstractSet[int]) -> None:
@@ -214,8 +227,11 @@ class KernelLoraStep:
 class GraphLora:
     """The LoraHook that a decode graph captures: launches at ``points`` on plans that are replaced between runs."""
 
-    def __init__(self, lora: KernelLora, plans: Mapping[LoraPoint, Tensor], points: AbstractSet[LoraPoint]) -> None:
+    def __init__(
+        self, lora: KernelLora, plans: Mapping[LoraPoint, Tensor], points: AbstractSet[LoraPoint], regime: Regime
+    ) -> None:
         self._lora = lora
+        self._tiles = lora.tiles[regime]
         self._plans = plans
         self._points = points
 
@@ -227,7 +243,7 @@ class GraphLora:
 
     def finish(self, layer: int, point: LoraPoint, x: Tensor, out: Tensor) -> Iterator[None]:
         if point in self._points:
-            self._lora.launch(layer, point, x, out, self._plans[point], self._lora.tiles[Regime.DECODE])
+            self._lora.launch(layer, point, x, out, self._plans[point], self._tiles)
         return iter(())
 
     def leave_layer(self, _layer: int) -> None:
@@ -239,28 +255,28 @@ class GraphPlans:
 
     def __init__(self, lora: KernelLora, max_rows: int) -> None:
         self._lora = lora
-        self._last: tuple[tuple[int, int, int], ...] | None = None
+        self._last: tuple[Regime, tuple[tuple[int, int, int], ...]] | None = None
         self._used: frozenset[LoraPoint] = frozenset()
-        words = {point: lora.capacity(point, Regime.DECODE, max_rows)[0] for point in LoraPoint}
+        words = {point: max(lora.capacity(point, regime, max_rows)[0] for regime in Regime) for point in LoraPoint}
         device = lora.tables.page_tables.device
         self.on_device = {point: torch.zeros(count, dtype=torch.int32, device=device) for point, count in words.items()}
         self._pinned = {point: torch.zeros(count, dtype=torch.int32).pin_memory() for point, count in words.items()}
 
-    def fill(self, segments: Sequence[LoraSegment]) -> frozenset[LoraPoint]:
-        """Have the plans be those of ``segments``; the points at which there is something to do.
+    def fill(self, segments: Sequence[LoraSegment], regime: Regime) -> frozenset[LoraPoint]:
+        """Have the plans be those of ``segments``, for a regime's tiles; the points at which there is something to do.
 
         The runs before must have ended: their plans are overwritten.
         """
         composition = tuple(
             (item.row_start, item.row_stop, self._lora.tables.row(item.version_id)) for item in segments
         )
-        if composition != self._last:
+        if (regime, composition) != self._last:
             used = set()
             for point, pinned in self._pinned.items():
-                plan = self._lora.plan(point, segments, Regime.DECODE)
+                plan = self._lora.plan(point, segments, regime)
                 if len(plan):
                     pinned[: len(plan)] = torch.from_numpy(plan)
                     self.on_device[point][: len(plan)].copy_(pinned[: len(plan)], non_blocking=True)
                     used.add(point)
-            self._last, self._used = composition, frozenset(used)
+            self._last, self._used = (regime, composition), frozenset(used)
         return self._used
