@@ -76,6 +76,7 @@ def _expand_one(
     row = tl.arange(0, row_tile)  # [row_tile]
     tile = tl.arange(0, ranks)  # [ranks]
     place = column + tl.arange(0, columns)  # [columns]
+    end = tl.minimum(width, column + (blocks >> 16) * columns)
     row_chunks = (width + chunk_elems - 1) // chunk_elems
     source = pool + row_offsets(
         page_table, b_start, tile, tile < rank, row_chunks, column, columns, chunk_elems, page_chunks
@@ -93,7 +94,7 @@ def _expand_one(
     left = (s * scale).to(b.dtype)  # [row_tile, ranks]
     for done in range(0, loop_bound((blocks >> 16) * columns, interpreted), columns):
         # The next block's weights are on their way while this one is added.
-        present = (done + columns + place < width) & (done + columns < (blocks >> 16) * columns)  # [columns]
+        present = done + columns + place < end  # [columns]
         next_b = tl.load(source + done + columns, mask=(tile < rank)[:, None] & present[None, :], other=0.0)
         next_base = tl.load(target + done + columns, mask=(row < rows)[:, None] & present[None, :], other=0.0)
         total = add_product(left, b, base.to(tl.float32), interpreted)  # [row_tile, columns]
