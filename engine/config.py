@@ -53,7 +53,8 @@ class EngineConfig:
 
     ``budget_tokens`` bounds the rows of one pass, and ``chunk_tokens`` the rows of prompts that ride in a step with
     requests that decode. ``max_passes`` bounds the passes of loading adapters under way, and ``layers_per_step`` how
-    many layers each of them advances between two steps with decodes.
+    many layers each of them advances between two steps with decodes. ``runs_ahead`` enqueues a step before the tokens
+    of the one before are read; None does where the device computes beside the engine.
 
     ``cpu_workers`` may be 0: then every adapter is served by streaming; worker i is pinned to ``cpu_cores[i]`` where
     given, and is replaced after ``cpu_stall_seconds`` without progress on a job. ``torch_threads`` is for the CPU
@@ -83,6 +84,7 @@ class EngineConfig:
     cpu_stall_seconds: float = 1.0
     max_passes: int = 16
     layers_per_step: int = 2
+    runs_ahead: bool | None = None
     poison_freed_pages: bool = False
     check_invariants: bool = False
     handoff: HandoffConfig = field(default_factory=HandoffConfig)

@@ -5,37 +5,30 @@ All of it runs on one thread. Copies, disk reads and CPU LoRA jobs run elsewhere
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from segue.engine.forward_pass import ForwardPass, PassResult, PassState, RequestRows
+from segue.engine.flights import Flight, Flights
+from segue.engine.forward_pass import ForwardPass, PassState, RequestRows
 from segue.engine.kv import KvPages
 from segue.engine.lora.bridge import CpuBridge
 from segue.engine.lora.manifest import AdapterManifest
 from segue.engine.lora.store import AdapterStore, LoadFailed
 from segue.engine.memory.pool import PagePool
 from segue.engine.messages import Failed, Finished, NewTokens, StepOutput, Submit, VersionFailed
-from segue.engine.next_tokens import next_tokens
+from segue.engine.planner import StepPlanner
 from segue.engine.rate import RateMeter
 from segue.engine.request import Request, RequestState
 from segue.engine.requests import RequestTable
 from segue.engine.residency import Residency
 from segue.engine.runner import PassRunner
+from segue.engine.sampler import Sampler
 from segue.engine.sampling import SampledToken
+from segue.engine.timeline import LayerRecord
 from segue.engine.versions import AdapterVersions
 from segue.errors import AdapterRejectedError, InternalError, InvalidRequestError, OverloadedError, SegueError
-from segue.scheduler.batch import plan_step
-from segue.scheduler.plan import (
-    Admission,
-    AdmittedRequest,
-    PassPlan,
-    PassRows,
-    QueuedRequest,
-    SchedulerLimits,
-    StepPlan,
-    pages_for,
-)
+from segue.scheduler.plan import Admission, PassPlan, PassRows, SchedulerLimits, StepPlan, pages_for
 from segue.types import FinishReason
 
 _MAX_LOST_PASSES = 3
@@ -58,10 +51,12 @@ class Engine:
         max_waiting: int,
         prefix_cache: bool,
         prefill_rate: RateMeter,
+        sampler: Sampler,
         clock: Callable[[], float],
+        runs_ahead: bool = False,
         check_invariants: bool = False,
     ) -> None:
-        """``prefill_rate`` is in tokens per second."""
+        """``prefill_rate`` is in tokens per second. ``runs_ahead``: enqueue a step before the one before is read."""
         self._runner = runner
         self._pool = pool
         self._store = store
@@ -77,7 +72,11 @@ class Engine:
         self._versions = AdapterVersions(
             store, self._residency, self._requests, pool_pages=pool.pages, forget_kv=self._kv.drop_version
         )
+        self._planner = StepPlanner(self._requests, self._kv, self._residency, pool, limits)
         self._passes: list[ForwardPass] = []
+        self._flights = Flights(sampler, clock)
+        self._runs_ahead = runs_ahead
+        self._settled_seconds = 0.0
         self._output = StepOutput()
         self._unreported: list[VersionFailed] = []
         self._progressed = False
@@ -104,7 +103,7 @@ class Engine:
     def can_go_on(self) -> bool:
         """Whether another step would do anything before something arrives from outside."""
         resting = any(item.state is PassState.RESTING for item in self._passes)
-        return resting or self._progressed
+        return resting or self._progressed or len(self._flights) > 0
 
     # -- messages ----------------------------------------------------------------------------------------------------
 
@@ -138,23 +137,25 @@ class Engine:
     # -- one step ----------------------------------------------------------------------------------------------------
 
     def step(self) -> tuple[StepOutput, list[VersionFailed]]:
-        """Plan one step and carry it out; what it brought, and the versions that failed."""
+        """Plan one step and carry it out; what it brought, and the versions that failed.
+
+        Where the engine runs ahead, the step is enqueued before the tokens of the step before are read. Only a plan
+        that takes pages from a request, and tokens that the next ones depend on, are waited for.
+        """
         self.steps += 1
         self._progressed = False
         self._apply_store_events()
         for version_id in self._bridge.reap():
             self._store.drop_host(version_id)
-        self._carry_out(
-            plan_step(
-                [_queued(request) for request in self._requests.queue[: self._limits.max_running]],
-                [self._admitted(item) for item in self._requests.admitted if item.state is RequestState.ADMITTED],
-                free_pages=self._pool.free_pages,
-                passes_in_flight=len(self._passes),
-                residency=self._residency,
-                prefixes=self._kv,
-                limits=self._limits,
-            )
-        )
+        if any(flight.needs_reading for flight in self._flights):
+            self._settle(len(self._flights))
+        plan = self._planner.plan(len(self._passes))
+        if plan.preempt and self._flights:
+            self._settle(len(self._flights))
+            plan = self._planner.plan(len(self._passes))
+        before = len(self._flights)
+        self._carry_out(plan)
+        self._settle(before if self._runs_ahead else len(self._flights))
         if self._check_invariants:
             self.check()
         output, self._output = self._output, StepOutput()
@@ -168,9 +169,13 @@ class Engine:
         self._store.check()
         self._bridge.check()
         self._kv.check(self._requests)
+        self._flights.check()
         in_passes = {rows.request.number for item in self._passes for rows in item.rows}
-        flying = {request.number for request in self._requests if request.in_flight}
-        assert in_passes == flying, f"in passes {in_passes}, in flight {flying}"
+        said = {request.number for request in self._requests if request.in_pass}
+        assert in_passes == said, f"in passes {in_passes}, {said} say so"
+        enqueued = {rows.request.number for flight in self._flights for rows in flight}
+        said = {request.number for request in self._requests if request.flights}
+        assert enqueued == said, f"under way {enqueued}, {said} say so"
         own_pages = sum(len(request.own_pages) for request in self._requests)
         held = self._pool.free_pages + own_pages + self._kv.cached_pages + self._store.device_pages_held
         assert held == self._pool.pages, f"{held} pages are accounted for of {self._pool.pages}"
@@ -255,15 +260,11 @@ class Engine:
         cpu_allowed = all(item.request.lost_passes < _MAX_LOST_PASSES for item in rows)
         self._passes.append(self._runner.start(rows, plan.version_id, cpu_allowed=cpu_allowed))
         for item in rows:
-            item.request.in_flight = True
+            item.request.in_pass = True
 
     def _run_batch(self, planned: Sequence[PassRows]) -> None:
         start_seconds = self._clock()
-        done = self._runner.run(self._rows(planned))
-        rows = sum(item.count for item in planned)
-        if rows > len(planned):
-            self._prefill_rate.observe(rows, self._clock() - start_seconds)
-        self._commit(done)
+        self._flights.launch(self._runner.run(self._rows(planned)), start_seconds)
         self._progressed = True
 
     def _rows(self, planned: Sequence[PassRows]) -> list[RequestRows]:
@@ -285,8 +286,8 @@ class Engine:
                     rows.request.timeline.retry()
                 self._progressed = True
             elif item.state is PassState.DONE and self._is_verified(item):
+                self._flights.launch(item.result, self._clock())
                 self._leave(item)
-                self._commit(item.result)
                 self._progressed = True
 
     def _is_verified(self, item: ForwardPass) -> bool:
@@ -297,31 +298,51 @@ class Engine:
         """The pass has ended: its requests may be scheduled again, and those that were ending end."""
         self._passes.remove(item)
         for rows in item.rows:
-            rows.request.in_flight = False
-            if rows.request.state is RequestState.ENDING:
-                self._release(rows.request)
+            rows.request.in_pass = False
+            self._settle_request(rows.request)
 
-    def _commit(self, item: PassResult) -> None:
-        """Take the KV of a pass as computed, and the next token of each request that has all of it."""
-        wanted = []
-        for index, rows in enumerate(item.rows):
-            request = rows.request
-            if request.state is not RequestState.ADMITTED:
-                continue
-            records = item.records.get(request.version_id) if request.version_id is not None else None
-            request.timeline.record_pass(records or [])
-            request.computed_tokens = rows.start + rows.count
+    def _settle_request(self, request: Request) -> None:
+        if request.state is RequestState.ENDING and not (request.in_pass or request.flights):
+            self._release(request)
+
+    def _settle(self, count: int) -> None:
+        """Read the first ``count`` flights: take their KV as computed, and the tokens that they bring."""
+        for flight in list(self._flights)[:count]:
+            chosen = self._flights.land(flight)
+            self._observe(flight)
+            for rows in flight:
+                if rows.request.state is RequestState.ADMITTED:
+                    self._commit(rows, flight.result.records)
+            for request, token in chosen:
+                if request.state is RequestState.ADMITTED:
+                    self._take(request, token)
+            for rows in flight:
+                self._settle_request(rows.request)
+            self._progressed = True
+
+    def _observe(self, flight: Flight) -> None:
+        now = self._clock()
+        if flight.row_count > len(flight.result.rows):
+            self._prefill_rate.observe(flight.row_count, now - max(flight.start_seconds, self._settled_seconds))
+        self._settled_seconds = now
+
+    def _commit(self, rows: RequestRows, records: Mapping[int, list[LayerRecord]]) -> None:
+        request = rows.request
+        own_records = records.get(request.version_id) if request.version_id is not None else None
+        request.timeline.record_pass(own_records or [])
+        request.computed_tokens = rows.start + rows.count
+        if not request.in_pass:
+            # Sharing may exchange pages for equal ones, and a pass under way goes on with those it began with.
             self._kv.commit(request)
-            if request.computed_tokens == len(request.token_ids):
-                wanted.append((index, request))
-        for (_, request), token in zip(wanted, next_tokens(item.logits, wanted), strict=True):
-            if token is not None:
-                self._append(request, token)
-            elif request.version_id is None:
-                self._fail(request, InternalError("the model's output is not finite"))
-            else:
-                # The model alone gives usable logits: the adapter's weights overflow.
-                self._fail(request, AdapterRejectedError("the model's output with this adapter is not finite"))
+
+    def _take(self, request: Request, token: SampledToken | None) -> None:
+        if token is not None:
+            self._append(request, token)
+        elif request.version_id is None:
+            self._fail(request, InternalError("the model's output is not finite"))
+        else:
+            # The model alone gives usable logits: the adapter's weights overflow.
+            self._fail(request, AdapterRejectedError("the model's output with this adapter is not finite"))
 
     def _append(self, request: Request, token: SampledToken) -> None:
         if request.timeline.first_token_seconds is None:
@@ -353,7 +374,7 @@ class Engine:
         self._end(request)
 
     def _end(self, request: Request) -> None:
-        if request.in_flight:
+        if request.in_pass or request.flights:
             request.move_to(RequestState.ENDING)
         else:
             self._release(request)
@@ -365,19 +386,3 @@ class Engine:
             self._store.release(request.version_id)
             self._versions.settle()
         self._progressed = True
-
-    def _admitted(self, request: Request) -> AdmittedRequest:
-        return AdmittedRequest(
-            number=request.number,
-            tokens=len(request.token_ids),
-            computed_tokens=request.computed_tokens,
-            pages=len(request.pages),
-            own_pages=len(request.own_pages),
-            sole_pages=self._kv.sole_pages(request),
-            version_id=request.version_id,
-            in_flight=request.in_flight,
-        )
-
-
-def _queued(request: Request) -> QueuedRequest:
-    return QueuedRequest(number=request.number, tokens=len(request.token_ids), version_id=request.version_id)

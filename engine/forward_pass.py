@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -12,6 +12,7 @@ from segue.cpu_lora import Job
 from segue.engine.attention import AttentionStep
 from segue.engine.lora.apply import Blocked, LoraApplier
 from segue.engine.lora.bridge import WorkerLostError
+from segue.engine.pending import PendingToken
 from segue.engine.request import Request
 from segue.engine.timeline import LayerRecord
 
@@ -27,11 +28,35 @@ class PassState(Enum):
 
 @dataclass(frozen=True, slots=True)
 class RequestRows:
-    """The rows of one request in a pass: its tokens ``start`` to ``start + count``."""
+    """The rows of one request in a pass: its tokens ``start`` to ``start + count``; the last may be on its way."""
 
     request: Request
     start: int
     count: int
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The tokens [count], 0 for one that is on its way: ``pending_token`` of the request stands for it."""
+        known = self.request.token_ids[self.start : self.start + self.count]
+        return known if len(known) == self.count else [*known, 0]
+
+    @property
+    def last_is_pending(self) -> bool:
+        """Whether the last of the tokens is on its way."""
+        return self.start + self.count > len(self.request.token_ids)
+
+
+def pending_rows(rows: Sequence[RequestRows]) -> list[tuple[int, PendingToken]]:
+    """Of a pass over ``rows``: each row whose token is on its way, and the token."""
+    pending = []
+    stop = 0
+    for item in rows:
+        stop += item.count
+        if item.last_is_pending:
+            if item.request.pending_token is None:
+                raise ValueError(f"request {item.request.number} has no token {item.start + item.count - 1}")
+            pending.append((stop - 1, item.request.pending_token))
+    return pending
 
 
 @dataclass(frozen=True, slots=True)

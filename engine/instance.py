@@ -30,6 +30,7 @@ from segue.engine.models.config import ModelConfig
 from segue.engine.models.decoder import DecoderModel
 from segue.engine.rate import RateMeter
 from segue.engine.runner import PassRunner
+from segue.engine.sampler import TorchSampler
 from segue.scheduler.handoff import DeviceWhenLanded, FixedHandover, HandoffPolicy, LoadFirst, StreamLayers
 from segue.scheduler.plan import SchedulerLimits
 
@@ -198,6 +199,8 @@ class EngineInstance:
             max_waiting=config.max_waiting,
             prefix_cache=config.prefix_cache,
             prefill_rate=RateMeter(_ASSUMED_PREFILL_TOKENS_PER_SECOND),
+            sampler=TorchSampler(),
+            runs_ahead=config.device == "cuda" if config.runs_ahead is None else config.runs_ahead,
             clock=time.monotonic,
             check_invariants=config.check_invariants,
         )

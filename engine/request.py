@@ -7,6 +7,7 @@ from enum import Enum
 
 from segue.engine.memory.prefix_cache import CachedPage
 from segue.engine.messages import Submit
+from segue.engine.pending import PendingToken
 from segue.engine.sampling import SamplingRow
 from segue.engine.timeline import Timeline
 from segue.engine.token_counts import TokenCounts
@@ -36,9 +37,12 @@ class Request:
 
     ``pages`` hold that KV in order; the first are those of ``path``, which the request shares. ``page_keys`` are
     hashes of its prefixes of whole pages; it has claims on those from ``claimed_from`` on, which it is to compute.
-    ``cached_prompt_tokens`` of the prompt were there when it was first admitted. ``in_flight`` says that some rows are
+    ``cached_prompt_tokens`` of the prompt were there when it was first admitted. ``in_pass`` says that some rows are
     in a pass that has not ended, ``lost_passes`` how many of its passes lost a CPU worker. ``counts`` is there when
     penalties need it.
+
+    ``flights`` counts the enqueued batches and passes that have rows of it and have not been read: ``ahead_rows`` rows
+    together, which bring ``ahead_tokens`` tokens, the last of them ``pending_token``.
     """
 
     submit: Submit
@@ -51,8 +55,12 @@ class Request:
     claimed_from: int = 0
     computed_tokens: int = 0
     cached_prompt_tokens: int = 0
-    in_flight: bool = False
+    in_pass: bool = False
     lost_passes: int = 0
+    flights: int = 0
+    ahead_rows: int = 0
+    ahead_tokens: int = 0
+    pending_token: PendingToken | None = None
     counts: TokenCounts | None = None
 
     @classmethod
@@ -73,9 +81,25 @@ class Request:
     def generated_tokens(self) -> int:
         return len(self.token_ids) - len(self.submit.prompt_token_ids)
 
+    @property
+    def planned_tokens(self) -> int:
+        """Its tokens once all that is under way has been read."""
+        return len(self.token_ids) + self.ahead_tokens
+
+    @property
+    def planned_computed_tokens(self) -> int:
+        """Of how many tokens there will be KV once all that is under way has been read."""
+        return self.computed_tokens + self.ahead_rows
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether it can neither be given rows nor be preempted: it is in a pass, or its last token is under way."""
+        return self.in_pass or self.generated_tokens + self.ahead_tokens >= self.submit.max_tokens
+
     def sampling_row(self) -> SamplingRow:
-        """What the next token is drawn by."""
-        return SamplingRow(params=self.submit.sampling, position=self.generated_tokens, counts=self.counts)
+        """What the token behind all that is under way is drawn by."""
+        position = self.generated_tokens + self.ahead_tokens
+        return SamplingRow(params=self.submit.sampling, position=position, counts=self.counts)
 
     def append(self, token_id: int) -> None:
         """Take a generated token."""
@@ -98,7 +122,9 @@ class Request:
         """Raise AssertionError where the request contradicts itself."""
         holds_pages = self.state in (RequestState.ADMITTED, RequestState.ENDING)
         assert holds_pages or not self.pages, f"request {self.number} is {self.state.value} and holds pages"
-        assert not self.in_flight or holds_pages, f"request {self.number} is {self.state.value} and in flight"
+        assert holds_pages or not (self.in_pass or self.flights), (
+            f"request {self.number} is {self.state.value}, in flight"
+        )
         assert self.computed_tokens <= len(self.pages) * page_tokens, f"request {self.number} has KV beyond its pages"
         assert len(set(self.pages)) == len(self.pages), f"request {self.number} holds a page twice"
         if self.state is RequestState.ADMITTED:

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from segue.engine.attention import AttentionBackend
 from segue.engine.batch import SequenceInput, build_batch
-from segue.engine.forward_pass import ForwardPass, PassResult, PassState, RequestRows
+from segue.engine.forward_pass import ForwardPass, PassResult, PassState, RequestRows, pending_rows
 from segue.engine.lora.apply import LoraApplier, LoraResources
 from segue.engine.lora.device_lora import LoraSegment
 from segue.engine.memory.pool import PagePool
 from segue.engine.models.decoder import DecoderModel
+from segue.engine.pending import fill_pending
 
 
 class DecodeRunner(Protocol):
@@ -49,7 +50,7 @@ class PassRunner:
         batch = build_batch(
             [
                 SequenceInput(
-                    token_ids=item.request.token_ids[item.start : item.start + item.count],
+                    token_ids=item.token_ids,
                     context_tokens=item.start,
                     pages=item.request.pages,
                 )
@@ -59,7 +60,9 @@ class PassRunner:
         )
         applier = LoraApplier(_segments(ordered), self._resources, cpu_allowed=cpu_allowed)
         attention = self._attention.begin(batch)
-        run = self._model.forward(batch.to(self._model.device), attention, applier)
+        on_device = batch.to(self._model.device)
+        fill_pending(on_device.token_ids, pending_rows(ordered))
+        run = self._model.forward(on_device, attention, applier)
         return ForwardPass(ordered, version_id, applier, attention, run)
 
     @torch.inference_mode()

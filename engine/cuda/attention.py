@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from flashinfer.decode import BatchDecodeWithPagedKVCacheWrapper, fast_decode_plan
@@ -18,6 +19,8 @@ from segue.engine.memory.pool import PagePool
 SERVED_HEAD_DIMS = (64, 128, 256)
 SERVED_DTYPES = (torch.float16, torch.bfloat16)
 _WORKSPACE_BYTES = 256 << 20
+
+_Wrappers: TypeAlias = dict[int | None, BatchPrefillWithPagedKVCacheWrapper]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,12 +64,12 @@ class FlashInferAttention:
         self._windows = tuple(windows)
         # Partial results of one launch after the other, all on one stream: every wrapper may use the same.
         self._workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=pool.data.device)
-        self._idle: list[dict[int | None, BatchPrefillWithPagedKVCacheWrapper]] = []
+        self._idle: list[tuple[torch.cuda.Event, _Wrappers]] = []
 
     def begin(self, batch: RowBatch) -> FlashInferStep:
         """Plan a batch of any rows."""
         device = self._pool.data.device
-        wrappers = self._idle.pop() if self._idle else self._new_wrappers()
+        wrappers = self._take_wrappers()
         pages = PageIndices.of(
             [item.page_table for item in batch.sequences],
             [item.total_tokens for item in batch.sequences],
@@ -95,18 +98,28 @@ class FlashInferAttention:
             pages=pages.to(device),
             sequence_of_row=torch.repeat_interleave(torch.arange(len(rows)), rows).int().to(device),
             positions=batch.positions.int().to(device),
-            give_back=lambda: self._idle.append(wrappers),
+            give_back=lambda: self._give_back(wrappers),
         )
 
     def begin_decodes(self, inputs: DecodeInputs) -> DecodeStep:
         """A step of sequences with one row each, to be captured in a graph and planned for each run."""
         return DecodeStep(self._pool, self._windows, self._heads, self._workspace, inputs)
 
-    def _new_wrappers(self) -> dict[int | None, BatchPrefillWithPagedKVCacheWrapper]:
+    def _take_wrappers(self) -> _Wrappers:
+        """Some that no work on the device refers to: a plan's way there is through pinned memory of its wrapper."""
+        for index, (ended, wrappers) in enumerate(self._idle):
+            if ended.query():  # type: ignore[no-untyped-call]
+                del self._idle[index]
+                return wrappers
         return {
             window: BatchPrefillWithPagedKVCacheWrapper(self._workspace, "NHD", backend="fa2")
             for window in set(self._windows)
         }
+
+    def _give_back(self, wrappers: _Wrappers) -> None:
+        ended = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        ended.record()
+        self._idle.append((ended, wrappers))
 
 
 class FlashInferStep:
@@ -166,12 +179,22 @@ class DecodeStep:
             )
             for window in set(windows)
         }
+        # A plan goes to the device through pinned memory, which the copy of the plan before may still read.
+        self._spare = {
+            window: torch.empty_like(wrapper._pin_memory_int_workspace_buffer).pin_memory()
+            for window, wrapper in self._wrappers.items()
+        }
         self._is_new = True
 
     def plan(self) -> None:
-        """Divide the work of the inputs, which are filled and on their way to the device."""
+        """Divide the work of the inputs, which are filled and on their way to the device.
+
+        All runs but the last must have ended.
+        """
         host = self._inputs.host
         for window, wrapper in self._wrappers.items():
+            pinned = wrapper._pin_memory_int_workspace_buffer
+            wrapper._pin_memory_int_workspace_buffer, self._spare[window] = self._spare[window], pinned
             arguments = (
                 host.indptr,
                 host.indices[: int(host.indptr[-1])],

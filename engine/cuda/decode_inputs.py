@@ -9,7 +9,8 @@ from itertools import accumulate, chain
 import torch
 from torch import Tensor
 
-from segue.engine.forward_pass import RequestRows
+from segue.engine.forward_pass import RequestRows, pending_rows
+from segue.engine.pending import fill_pending
 
 # FlashInfer's buffers begin at multiples of 16 bytes.
 _ALIGN_ELEMS = 4
@@ -45,7 +46,8 @@ class DecodeBuffers:
 class DecodeInputs:
     """The buffers of one batch bucket, in pinned memory and on the device.
 
-    Rows that are not used decode a token into the padding page, and nobody reads what comes of it.
+    Rows that are not used decode a token into the padding page, and nobody reads what comes of it. The pinned buffers
+    take turns, so that one can be filled while the device may still read the other.
     """
 
     def __init__(self, rows: int, max_pages: int, page_tokens: int, padding_page: int, device: torch.device) -> None:
@@ -55,24 +57,31 @@ class DecodeInputs:
         self._page_tokens = page_tokens
         self._padding_page = padding_page
         self._pinned = torch.zeros(size_elems, dtype=torch.int32).pin_memory()
+        self._other = torch.zeros_like(self._pinned).pin_memory()
         self._device = torch.zeros(size_elems, dtype=torch.int32, device=device)
-        self.host = DecodeBuffers.of(self._pinned, rows)
         self.on_device = DecodeBuffers.of(self._device, rows)
 
+    @property
+    def host(self) -> DecodeBuffers:
+        """What was filled in last."""
+        return DecodeBuffers.of(self._pinned, self.rows)
+
     def fill(self, rows: Sequence[RequestRows]) -> None:
-        """Take the last token of each request. The run before must have ended: its inputs are overwritten."""
+        """Take the last token of each request. All runs but the last must have ended."""
+        self._pinned, self._other = self._other, self._pinned
         padding = self.rows - len(rows)
         page_tokens = self._page_tokens
         counts = [item.start // page_tokens + 1 for item in rows]
         pages = list(chain.from_iterable(item.request.pages[:count] for item, count in zip(rows, counts, strict=True)))
         host = self.host
-        _write(host.token_ids, [item.request.token_ids[item.start] for item in rows], padding, 0)
+        _write(host.token_ids, [item.token_ids[0] for item in rows], padding, 0)
         _write(host.positions, [item.start for item in rows], padding, 0)
         _write(host.last_page_tokens, [item.start % page_tokens + 1 for item in rows], padding, 1)
         _write(host.indptr, list(accumulate([*counts, *[1] * padding], initial=0)), 0, 0)
         _write(host.indices[: len(pages) + padding], pages, padding, self._padding_page)
         used = len(self._pinned) - len(host.indices) + len(pages) + padding
         self._device[:used].copy_(self._pinned[:used], non_blocking=True)
+        fill_pending(self.on_device.token_ids, pending_rows(rows))
 
 
 def _write(target: Tensor, values: list[int], padding: int, padding_value: int) -> None:

@@ -261,17 +261,19 @@ class GraphPlans:
         device = lora.tables.page_tables.device
         self.on_device = {point: torch.zeros(count, dtype=torch.int32, device=device) for point, count in words.items()}
         self._pinned = {point: torch.zeros(count, dtype=torch.int32).pin_memory() for point, count in words.items()}
+        self._spare = {point: torch.zeros_like(pinned).pin_memory() for point, pinned in self._pinned.items()}
 
     def fill(self, segments: Sequence[LoraSegment], regime: Regime) -> frozenset[LoraPoint]:
         """Have the plans be those of ``segments``, for a regime's tiles; the points at which there is something to do.
 
-        The runs before must have ended: their plans are overwritten.
+        All runs but the last must have ended. The last may still read its pinned buffer, which is not used again.
         """
         composition = tuple(
             (item.row_start, item.row_stop, self._lora.tables.row(item.version_id)) for item in segments
         )
         if (regime, composition) != self._last:
             used = set()
+            self._pinned, self._spare = self._spare, self._pinned
             for point, pinned in self._pinned.items():
                 plan = self._lora.plan(point, segments, regime)
                 if len(plan):

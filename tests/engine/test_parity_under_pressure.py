@@ -47,8 +47,8 @@ def requests() -> list[Asked]:
     return asked
 
 
-@pytest.mark.parametrize("mode", ["auto", "fixed"])
-def test_answers_do_not_depend_on_the_crowd(world: World, mode: str, device: str) -> None:
+@pytest.mark.parametrize(("mode", "runs_ahead"), [("auto", False), ("auto", True), ("fixed", True)])
+def test_answers_do_not_depend_on_the_crowd(world: World, mode: str, runs_ahead: bool, device: str) -> None:
     """``fixed``: every pass of a loading adapter runs on the CPU workers to its last layer."""
     asked = requests()
     handoff = HandoffConfig(mode=mode, cpu_layers=world.layers if mode == "fixed" else 0)
@@ -60,6 +60,7 @@ def test_answers_do_not_depend_on_the_crowd(world: World, mode: str, device: str
         "max_running": REQUESTS,
         "copy_bytes_per_second": 20e6,
         "handoff": handoff,
+        "runs_ahead": runs_ahead,
     }
     with EngineHarness(world.model_dir, world.adapters_dir, pages=4000, **settings) as harness:
         versions = {name: harness.open(name) for name in NAMES if name is not None}
@@ -92,7 +93,8 @@ SAMPLING: tuple[dict[str, Any], ...] = (
 )
 
 
-def test_a_seed_gives_the_same_tokens_alone_and_in_a_crowd(world: World, device: str) -> None:
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_a_seed_gives_the_same_tokens_alone_and_in_a_crowd(world: World, runs_ahead: bool, device: str) -> None:
     asked = requests()
     sampling = [{"seed": 1000 + place, **SAMPLING[place % len(SAMPLING)]} for place in range(len(asked))]
     settings = {
@@ -101,6 +103,7 @@ def test_a_seed_gives_the_same_tokens_alone_and_in_a_crowd(world: World, device:
         "budget_tokens": 24,
         "chunk_tokens": 5,
         "copy_bytes_per_second": 20e6,
+        "runs_ahead": runs_ahead,
     }
     with EngineHarness(world.model_dir, world.adapters_dir, pages=4000, prefix_cache=False, **settings) as harness:
         alone = []
@@ -123,9 +126,9 @@ def test_a_seed_gives_the_same_tokens_alone_and_in_a_crowd(world: World, device:
 
 def _has_both(harness: EngineHarness) -> bool:
     """Whether some requests decode while another is in the middle of its prompt, outside of any pass."""
-    admitted = [item for item in harness.engine.requests.admitted if not item.in_flight]
-    decode = [item.computed_tokens == len(item.token_ids) - 1 for item in admitted]
-    middle = [0 < item.computed_tokens < len(item.submit.prompt_token_ids) - 1 for item in admitted]
+    admitted = [item for item in harness.engine.requests.admitted if not item.is_busy]
+    decode = [item.planned_computed_tokens == item.planned_tokens - 1 for item in admitted]
+    middle = [0 < item.planned_computed_tokens < len(item.submit.prompt_token_ids) - 1 for item in admitted]
     return any(decode) and any(middle)
 
 

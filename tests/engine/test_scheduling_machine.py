@@ -110,7 +110,7 @@ class World:
         assert len({item.number for item in rows}) == len(rows), "a request computes twice in one step"
         for group in plan.passes:
             for item in group.rows:
-                self.known(item.number).in_flight = True
+                self.known(item.number).in_pass = True
                 self.flying.append((self.steps + PASS_STEPS, item))
         for item in plan.batch:
             version_id = self.known(item.number).version_id
@@ -130,7 +130,7 @@ class World:
         return request
 
     def cancel(self, request: Request) -> None:
-        if request.in_flight:
+        if request.in_pass:
             request.move_to(RequestState.ENDING)
         else:
             self._end(request)
@@ -192,7 +192,7 @@ class World:
     def _end_passes(self) -> None:
         for item in [item for due, item in self.flying if due <= self.steps]:
             request = self.known(item.number)
-            request.in_flight = False
+            request.in_pass = False
             if request.state is RequestState.ENDING:
                 self._end(request)
             else:
@@ -217,7 +217,7 @@ class World:
             own_pages=len(request.own_pages),
             sole_pages=self.kv.sole_pages(request),
             version_id=request.version_id,
-            in_flight=request.in_flight,
+            in_flight=request.in_pass,
         )
 
 

@@ -1,0 +1,103 @@
+"""Batches and passes whose tokens are on their way: chosen on the device, not yet read by the engine.
+
+Where the device runs beside the engine, a step is planned and enqueued while the step before it runs. The plan needs
+no token for that, only how many there are. So a request knows what is under way (``Request.ahead_rows``,
+``ahead_tokens``), and the next rows of it take their token where the sampler left it, on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from segue.engine.forward_pass import PassResult, RequestRows
+from segue.engine.pending import PendingToken
+from segue.engine.request import Request
+from segue.engine.sampler import PendingTokens, Sampler
+from segue.engine.sampling import SampledToken
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Flight:
+    """A pass that was enqueued to its end. ``wanted`` are the requests that get a token, in the order of ``tokens``."""
+
+    result: PassResult
+    wanted: tuple[Request, ...]
+    tokens: PendingTokens | None
+    start_seconds: float
+
+    def __iter__(self) -> Iterator[RequestRows]:
+        return iter(self.result.rows)
+
+    @property
+    def row_count(self) -> int:
+        """Rows of all requests together."""
+        return sum(rows.count for rows in self.result.rows)
+
+    @property
+    def needs_reading(self) -> bool:
+        """Whether the next token of a request depends on this one in a way that only the engine can tell."""
+        return any(request.counts is not None for request in self.wanted)
+
+
+class Flights:
+    """Flights in the order in which they were enqueued."""
+
+    def __init__(self, sampler: Sampler, clock: Callable[[], float]) -> None:
+        self._sampler = sampler
+        self._clock = clock
+        self._flights: list[Flight] = []
+
+    def __len__(self) -> int:
+        return len(self._flights)
+
+    def __iter__(self) -> Iterator[Flight]:
+        return iter(self._flights)
+
+    def launch(self, result: PassResult, start_seconds: float) -> Flight:
+        """Have the sampler choose the tokens of the requests of which all rows are computed with this pass."""
+        chosen = [
+            (index, rows.request)
+            for index, rows in enumerate(result.rows)
+            if rows.start + rows.count == rows.request.planned_tokens
+        ]
+        tokens = None
+        if chosen:
+            indices = [index for index, _ in chosen]
+            logits = result.logits if len(indices) == len(result.logits) else result.logits[indices]
+            tokens = self._sampler.launch(logits, [request.sampling_row() for _, request in chosen])
+        flight = Flight(result, tuple(request for _, request in chosen), tokens, start_seconds)
+        for rows in flight:
+            rows.request.flights += 1
+            rows.request.ahead_rows += rows.count
+        if tokens is not None:
+            for place, request in enumerate(flight.wanted):
+                request.ahead_tokens += 1
+                request.pending_token = PendingToken(tokens.token_ids, place)
+        self._flights.append(flight)
+        return flight
+
+    def land(self, flight: Flight) -> list[tuple[Request, SampledToken | None]]:
+        """Wait for a flight, the first of all; each request that it has a token for, None where none can be chosen."""
+        if flight is not self._flights[0]:
+            raise ValueError("flights end in the order in which they were enqueued")
+        tokens = [] if flight.tokens is None else flight.tokens.read()
+        del self._flights[0]
+        for rows in flight:
+            rows.request.flights -= 1
+            rows.request.ahead_rows -= rows.count
+        for request in flight.wanted:
+            request.ahead_tokens -= 1
+            if request.ahead_tokens == 0:
+                request.pending_token = None
+        return list(zip(flight.wanted, tokens, strict=True))
+
+    def check(self) -> None:
+        """Raise AssertionError unless requests and flights agree on what is under way."""
+        for request in {rows.request for flight in self._flights for rows in flight}:
+            own = [rows for flight in self._flights for rows in flight if rows.request is request]
+            wanted = sum(request in flight.wanted for flight in self._flights)
+            assert request.flights == len(own), f"request {request.number}: {request.flights} flights, not {len(own)}"
+            assert request.ahead_rows == sum(rows.count for rows in own), f"request {request.number}: rows under way"
+            assert request.ahead_tokens == wanted, f"request {request.number}: tokens under way"
+            assert (request.pending_token is not None) == (wanted > 0), f"request {request.number}: pending token"
