@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 from segue.engine.attention import AttentionBackend
 from segue.engine.lora.device_lora import DeviceLora
-from segue.engine.runner import DecodeRunner
+from segue.engine.runner import BatchRunner
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backend:
-    """``decodes`` is None where batches that only decode run as all others."""
+    """``batches`` is None where a batch runs as any other pass."""
 
     lora: DeviceLora
     attention: AttentionBackend
-    decodes: DecodeRunner | None = None
+    batches: BatchRunner | None = None

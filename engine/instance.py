@@ -81,7 +81,7 @@ class EngineInstance:
             dtype=dtype,
             clock=time.monotonic,
         )
-        runner = PassRunner(model, self._pool, backend.attention, resources, backend.decodes)
+        runner = PassRunner(model, self._pool, backend.attention, resources, backend.batches)
         self.engine = self._engine(runner)
 
     @classmethod

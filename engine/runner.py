@@ -18,11 +18,11 @@ from segue.engine.models.decoder import DecoderModel
 from segue.engine.pending import fill_pending
 
 
-class DecodeRunner(Protocol):
-    """Runs decode batches faster than pass by pass."""
+class BatchRunner(Protocol):
+    """Runs batches of which all adapters have landed faster than pass by pass."""
 
-    def run(self, rows: Sequence[RequestRows], segments: Sequence[LoraSegment]) -> Tensor:
-        """Logits float32 [len(rows), vocab] of one row for each request."""
+    def run(self, rows: Sequence[RequestRows], segments: Sequence[LoraSegment]) -> Tensor | None:
+        """Logits float32 [len(rows), vocab] of each request's last row; None for a batch that it does not run."""
         ...
 
 
@@ -35,10 +35,10 @@ class PassRunner:
         pool: PagePool,
         attention: AttentionBackend,
         resources: LoraResources,
-        decodes: DecodeRunner | None = None,
+        batches: BatchRunner | None = None,
     ) -> None:
-        """``decodes`` runs batches of which every row decodes; without it they run as all others."""
-        self._decodes = decodes
+        """Batches that ``batches`` does not run are passes like all others."""
+        self._batches = batches
         self._model = model
         self._pool = pool
         self._attention = attention
@@ -68,9 +68,11 @@ class PassRunner:
     @torch.inference_mode()
     def run(self, rows: Sequence[RequestRows]) -> PassResult:
         """Run these rows, whose adapters have all landed, to the end."""
-        if self._decodes is not None and all(item.count == 1 for item in rows):
+        if self._batches is not None:
             ordered = _by_version(rows)
-            return PassResult(ordered, self._decodes.run(ordered, _segments(ordered)), {})
+            logits = self._batches.run(ordered, _segments(ordered))
+            if logits is not None:
+                return PassResult(ordered, logits, {})
         forward_pass = self.start(rows, None, cpu_allowed=False)
         state = forward_pass.advance(None)
         if state is not PassState.DONE:

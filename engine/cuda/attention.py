@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
-from flashinfer.decode import BatchDecodeWithPagedKVCacheWrapper, fast_decode_plan
 from flashinfer.page import append_paged_kv_cache
 from flashinfer.prefill import BatchPrefillWithPagedKVCacheWrapper
 from torch import Tensor
 
 from segue.engine.batch import RowBatch
-from segue.engine.cuda.decode_inputs import DecodeInputs
+from segue.engine.cuda.graph_attention import window_left
 from segue.engine.memory.pool import PagePool
 
 SERVED_HEAD_DIMS = (64, 128, 256)
@@ -101,10 +100,6 @@ class FlashInferAttention:
             give_back=lambda: self._give_back(wrappers),
         )
 
-    def begin_decodes(self, inputs: DecodeInputs) -> DecodeStep:
-        """A step of sequences with one row each, to be captured in a graph and planned for each run."""
-        return DecodeStep(self._pool, self._windows, self._heads, self._workspace, inputs)
-
     def _take_wrappers(self) -> _Wrappers:
         """Some that no work on the device refers to: a plan's way there is through pinned memory of its wrapper."""
         for index, (ended, wrappers) in enumerate(self._idle):
@@ -154,80 +149,3 @@ class FlashInferStep:
 
     def close(self) -> None:
         self._give_back()
-
-
-class DecodeStep:
-    """See AttentionStep; for CUDA graphs. All that changes from run to run lies in ``inputs``."""
-
-    def __init__(
-        self, pool: PagePool, windows: Sequence[int | None], heads: int, workspace: Tensor, inputs: DecodeInputs
-    ) -> None:
-        self._pool = pool
-        self._windows = tuple(windows)
-        self._heads = heads
-        self._inputs = inputs
-        self._rows = torch.arange(inputs.rows, dtype=torch.int32, device=pool.data.device)
-        self._wrappers = {
-            window: BatchDecodeWithPagedKVCacheWrapper(
-                workspace,
-                "NHD",
-                use_cuda_graph=True,
-                use_tensor_cores=True,
-                paged_kv_indptr_buffer=inputs.on_device.indptr,
-                paged_kv_indices_buffer=inputs.on_device.indices,
-                paged_kv_last_page_len_buffer=inputs.on_device.last_page_tokens,
-            )
-            for window in set(windows)
-        }
-        # A plan goes to the device through pinned memory, which the copy of the plan before may still read.
-        self._spare = {
-            window: torch.empty_like(wrapper._pin_memory_int_workspace_buffer).pin_memory()
-            for window, wrapper in self._wrappers.items()
-        }
-        self._is_new = True
-
-    def plan(self) -> None:
-        """Divide the work of the inputs, which are filled and on their way to the device.
-
-        All runs but the last must have ended.
-        """
-        host = self._inputs.host
-        for window, wrapper in self._wrappers.items():
-            pinned = wrapper._pin_memory_int_workspace_buffer
-            wrapper._pin_memory_int_workspace_buffer, self._spare[window] = self._spare[window], pinned
-            arguments = (
-                host.indptr,
-                host.indices[: int(host.indptr[-1])],
-                host.last_page_tokens,
-                self._heads,
-                self._pool.kv_heads,
-                self._pool.head_dim,
-                self._pool.page_tokens,
-            )
-            dtypes = {"q_data_type": self._pool.dtype, "kv_data_type": self._pool.dtype}
-            if self._is_new:
-                wrapper.plan(*arguments, window_left=window_left(window), **dtypes)
-            else:
-                # The same without its own copies of the inputs to the device.
-                fast_decode_plan(
-                    wrapper,
-                    *arguments,
-                    window_left=window_left(window),
-                    global_override_indptr_cpu=host.indptr,
-                    **dtypes,
-                )
-        self._is_new = False
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        kv, at = self._pool.kv(layer), self._inputs.on_device
-        append_paged_kv_cache(k, v, self._rows, at.positions, kv, at.indices, at.indptr, at.last_page_tokens)
-        out: Tensor = self._wrappers[self._windows[layer]].run(q, kv)
-        return out
-
-    def close(self) -> None:
-        """It is used again."""
-
-
-def window_left(window: int | None) -> int:
-    """FlashInfer's name for a window: how many tokens before itself a row sees; -1 for all."""
-    return -1 if window is None else window - 1

@@ -8,7 +8,7 @@ from segue.engine.attention import TorchAttention
 from segue.engine.backend import Backend
 from segue.engine.config import EngineConfig
 from segue.engine.cuda.attention import SERVED_DTYPES, SERVED_HEAD_DIMS, FlashInferAttention
-from segue.engine.cuda.decode_graph import DecodeGraphs
+from segue.engine.cuda.batch_graphs import BatchGraphs
 from segue.engine.cuda.lora import KernelLora, LoraSizes
 from segue.engine.cuda.ops import FlashInferOps
 from segue.engine.lora.store import AdapterStore
@@ -46,5 +46,13 @@ def cuda_backend(
         return Backend(lora=lora, attention=TorchAttention(pool, windows))
     model.use(FlashInferOps(model.config, model.device, context_tokens))
     attention = FlashInferAttention(pool, windows, model.config.heads)
-    graphs = DecodeGraphs(model, pool, attention, lora, max_rows=config.max_running, context_tokens=context_tokens)
-    return Backend(lora=lora, attention=attention, decodes=graphs)
+    graphs = BatchGraphs(
+        model,
+        pool,
+        windows,
+        lora,
+        max_rows=sizes.max_rows,
+        max_sequences=config.max_running,
+        context_tokens=context_tokens,
+    )
+    return Backend(lora=lora, attention=attention, batches=graphs)

@@ -1,0 +1,157 @@
+"""Batches as CUDA graphs: one for each shape and kind of LoRA work, replayed whatever requests are in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from segue.engine.batch import RowBatch
+from segue.engine.cuda.batch_inputs import BatchInputs, BatchMemory
+from segue.engine.cuda.batch_shapes import BatchShape, batch_shapes
+from segue.engine.cuda.graph_attention import GraphAttention, RecordedAttention
+from segue.engine.cuda.lora import GraphLora, GraphPlans, KernelLora, regime_of
+from segue.engine.forward_pass import RequestRows
+from segue.engine.lora.device_lora import LoraSegment
+from segue.engine.lora.points import LoraHook, LoraPoint
+from segue.engine.memory.pool import PagePool
+from segue.engine.models.decoder import DecoderModel
+from segue.gpu_kernels.lora_tiles import Regime
+
+
+class Variant(Enum):
+    """Which LoRA points a graph has launches for: a point without work costs its launches all the same."""
+
+    BASE = frozenset[LoraPoint]()
+    ATTENTION = frozenset({LoraPoint.QKV, LoraPoint.O})
+    ALL = frozenset(LoraPoint)
+
+
+class BatchGraph:
+    """One shape, variant and regime."""
+
+    def __init__(
+        self, model: DecoderModel, attention: GraphAttention, inputs: BatchInputs, lora: LoraHook, memory: Any
+    ) -> None:
+        """Record the pass. ``memory`` is the pool that graphs share, since they never run at once."""
+        self._inputs = inputs
+        self._attention = attention
+        self._graph = torch.cuda.CUDAGraph()
+        at = inputs.on_device
+        batch = RowBatch(
+            token_ids=at.token_ids,
+            positions=at.positions,
+            sequences=(),
+            slot_pages=at.positions,
+            slot_offsets=at.positions,
+            logit_rows=at.logit_rows,
+        )
+        inputs.fill(())
+        attention.plan()
+        _drain(model, batch, attention, lora)
+        torch.cuda.synchronize()
+        # Other threads go on copying meanwhile.
+        with torch.cuda.graph(self._graph, pool=memory, capture_error_mode="thread_local"):
+            self._logits = _drain(model, batch, attention, lora)
+
+    def run(self, rows: Sequence[RequestRows]) -> Tensor:
+        """Logits float32 [len(rows), vocab], valid until the next run of any graph.
+
+        All runs but the last have ended.
+        """
+        self._inputs.fill(rows)
+        self._attention.plan()
+        self._graph.replay()
+        return self._logits[: len(rows)]
+
+
+class BatchGraphs:
+    """The graphs of a model, each recorded when a batch first needs it, or ahead by ``record_all``."""
+
+    def __init__(
+        self,
+        model: DecoderModel,
+        pool: PagePool,
+        windows: Sequence[int | None],
+        lora: KernelLora,
+        *,
+        max_rows: int,
+        max_sequences: int,
+        context_tokens: int,
+    ) -> None:
+        """``windows`` has each layer's, and ``context_tokens`` bounds each sequence."""
+        self._model = model
+        self._pool = pool
+        self._lora = lora
+        self._plans = GraphPlans(lora, max_rows)
+        self.shapes = batch_shapes(max_rows, max_sequences)
+        self._attention = RecordedAttention(pool, windows, model.config.heads, self.shapes)
+        largest = BatchShape(max(item.rows for item in self.shapes), max(item.sequences for item in self.shapes))
+        max_pages = pool.token_pages(context_tokens) * max_sequences
+        self._batch_memory = BatchMemory(largest, max_pages, model.device)
+        self._inputs: dict[BatchShape, BatchInputs] = {}
+        self._attentions: dict[BatchShape, GraphAttention] = {}
+        self._graphs: dict[tuple[BatchShape, Variant, Regime | None], BatchGraph] = {}
+        self._graph_memory = torch.cuda.graph_pool_handle()
+
+    def run(self, rows: Sequence[RequestRows], segments: Sequence[LoraSegment]) -> Tensor | None:
+        """Logits float32 [len(rows), vocab] of each request's last row, valid until the next run; None where no shape
+        holds the batch."""
+        row_count = sum(item.count for item in rows)
+        shape = next((shape for shape in self.shapes if shape.holds(row_count, len(rows))), None)
+        if shape is None:
+            return None
+        regime = regime_of(row_count, len(segments))
+        used = self._plans.fill(segments, regime)
+        variant = next(item for item in Variant if used <= item.value)
+        return self._graph(shape, variant, regime).run(rows)
+
+    @torch.inference_mode()
+    def record_all(self, report: Callable[[int, int], None]) -> None:
+        """Record every graph that a batch can need; ``report`` is told how many of how many there are."""
+        kinds = list(self._kinds())
+        for done, (shape, variant, regime) in enumerate(kinds):
+            report(done, len(kinds))
+            self._plans.fill((), regime)
+            self._graph(shape, variant, regime)
+        report(len(kinds), len(kinds))
+
+    def _kinds(self) -> Iterator[tuple[BatchShape, Variant, Regime]]:
+        for shape in self.shapes:
+            regimes = {regime_of(shape.rows, segments) for segments in range(1, shape.rows + 1)}
+            for variant in Variant:
+                for regime in sorted(regimes, key=lambda item: item.value)[: 1 if variant is Variant.BASE else None]:
+                    yield shape, variant, regime
+
+    def _graph(self, shape: BatchShape, variant: Variant, regime: Regime) -> BatchGraph:
+        key = shape, variant, None if variant is Variant.BASE else regime
+        graph = self._graphs.get(key)
+        if graph is None:
+            hook = GraphLora(self._lora, self._plans.on_device, variant.value, regime)
+            inputs, attention = self._parts(shape)
+            graph = self._graphs[key] = BatchGraph(self._model, attention, inputs, hook, self._graph_memory)
+        return graph
+
+    def _parts(self, shape: BatchShape) -> tuple[BatchInputs, GraphAttention]:
+        """What the graphs of a shape share."""
+        inputs = self._inputs.get(shape)
+        if inputs is None:
+            pool = self._pool
+            inputs = BatchInputs(shape, self._batch_memory, pool.page_tokens, pool.padding_page)
+            self._inputs[shape] = inputs
+            self._attentions[shape] = self._attention.begin(inputs)
+        return inputs, self._attentions[shape]
+
+
+def _drain(model: DecoderModel, batch: RowBatch, step: GraphAttention, lora: LoraHook) -> Tensor:
+    """Run a pass that waits for nothing."""
+    run = model.forward(batch, step, lora)
+    while True:
+        try:
+            next(run)
+        except StopIteration as end:
+            logits: Tensor = end.value
+            return logits
