@@ -49,11 +49,15 @@ def _run(channel: Channel[ToEngine]) -> int:
         return 0
     if not isinstance(start, Start):
         raise ValueError(f"the first message must be Start, is {type(start).__name__}")
+    from segue.config import ConfigError
     from segue.engine.instance import EngineInstance
     from segue.engine.loop import serve
 
     try:
         instance = EngineInstance.build(start.config)
+    except ConfigError as error:
+        channel.send(StartFailed(str(error)))
+        return 1
     except (OSError, ValueError, MemoryError) as error:
         logging.exception("the engine cannot start")
         channel.send(StartFailed(f"{type(error).__name__}: {error}"))

@@ -16,6 +16,7 @@ from segue.engine.attention import TorchAttention
 from segue.engine.backend import Backend
 from segue.engine.config import EngineConfig, HandoffConfig, HandoffMode, LoadFormat
 from segue.engine.core import Engine
+from segue.engine.cuda.toolchain import prepare_cuda
 from segue.engine.device import device_streams
 from segue.engine.lora.apply import LoraResources
 from segue.engine.lora.bridge import CpuBridge
@@ -49,6 +50,8 @@ class EngineInstance:
         self._model_config = ModelConfig.load(Path(config.model_dir))
         self._context_tokens = config.max_context_tokens or self._model_config.max_position_embeddings
         dtype = _DTYPES[config.dtype]
+        if config.device == "cuda":
+            prepare_cuda(os.environ)
         streams = self._streams = device_streams(config.device)
         model = self._load_model(dtype, streams.device)
         self.wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -162,7 +165,7 @@ class EngineInstance:
             try:
                 from segue.engine.cuda.backend import cuda_backend
             except ImportError as error:
-                raise ConfigError(f"device: 'cuda' needs the packages flashinfer-python and triton: {error}") from error
+                raise ConfigError(f"device: 'cuda' needs flashinfer-python and triton, and {error}") from error
             return cuda_backend(
                 self.config,
                 model,

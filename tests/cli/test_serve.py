@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from segue.cli.main import main
 from segue.cli.serve import server_table
@@ -89,6 +90,15 @@ def test_folders_that_are_not_there_are_one_line(model_dir: Path, tmp_path: Path
     no_adapters = serve("--model", str(model_dir), "--adapters", str(tmp_path / "none"))
     assert no_adapters.stderr == f"segue: adapters: {tmp_path / 'none'} is not a folder\n"
     assert no_adapters.returncode == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_where_there_is_none_is_one_line(model_dir: Path, tmp_path: Path) -> None:
+    result = serve("--model", str(model_dir), "--adapters", str(tmp_path), "--listen", "127.0.0.1:0", "--device=cuda")
+    assert (result.returncode, result.stdout) == (1, "")
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("segue: the engine cannot be started: device: is 'cuda', but ")
+    assert "Traceback" not in result.stderr
 
 
 def test_a_pinned_adapter_that_is_not_there_is_one_line(model_dir: Path, tmp_path: Path) -> None:

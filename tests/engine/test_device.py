@@ -17,7 +17,7 @@ from tests.engine.harness import EngineHarness
 def test_cuda_without_a_device_is_one_clear_line(tmp_path: Path) -> None:
     model_dir = write_random_model(tmp_path / "model", TinyModel(layers=1))
     (tmp_path / "adapters").mkdir()
-    with pytest.raises(ConfigError, match=r"^device: is 'cuda', but torch .* finds no CUDA device$"):
+    with pytest.raises(ConfigError, match=r"^device: is 'cuda', but [^\n]+$"):
         EngineHarness(model_dir, tmp_path / "adapters", device="cuda")
 
 
