@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from pathlib import Path
@@ -35,6 +36,7 @@ from segue.engine.sampler import TorchSampler
 from segue.scheduler.handoff import DeviceWhenLanded, FixedHandover, HandoffPolicy, LoadFirst, StreamLayers
 from segue.scheduler.plan import SchedulerLimits
 
+_LOG = logging.getLogger(__name__)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Until the first prompts have been measured.
 _ASSUMED_PREFILL_TOKENS_PER_SECOND = 1000.0
@@ -173,6 +175,7 @@ class EngineInstance:
                 self.store,
                 chunk_elems=chunk_elems,
                 context_tokens=self._context_tokens,
+                report=lambda stage, done, total: _LOG.info("%s: %d of %d", stage, done, total),
             )
         return Backend(
             lora=TorchDeviceLora(

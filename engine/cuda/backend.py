@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from segue.engine.attention import TorchAttention
@@ -9,6 +11,7 @@ from segue.engine.backend import Backend
 from segue.engine.config import EngineConfig
 from segue.engine.cuda.attention import SERVED_DTYPES, SERVED_HEAD_DIMS, FlashInferAttention
 from segue.engine.cuda.batch_graphs import BatchGraphs
+from segue.engine.cuda.compile import Report, compile_lora, compile_modules, flashinfer_modules
 from segue.engine.cuda.lora import KernelLora, LoraSizes
 from segue.engine.cuda.ops import FlashInferOps
 from segue.engine.lora.store import AdapterStore
@@ -26,24 +29,29 @@ def cuda_backend(
     *,
     chunk_elems: int,
     context_tokens: int,
+    report: Report,
 ) -> Backend:
     """FlashInfer and CUDA graphs where they serve the dtype and the head dim, else torch, pass by pass.
 
-    Has the model's small operations run in FlashInfer as well.
+    Has the model's small operations run in FlashInfer as well. ``report`` is told what is being compiled.
     """
     shapes = dict(model.config.projection_shapes())
     widths = sum(-(-width // chunk_elems) * chunk_elems for shape in shapes.values() for width in shape)
     sizes = LoraSizes(
-        adapters=min(config.pages, _MAX_TABLE_ROWS),
+        # So that the tables of every layer begin at 16 bytes: else Triton compiles the kernels for both cases.
+        adapters=-(-min(pool.pages, _MAX_TABLE_ROWS) // 16) * 16,
         adapter_pages=-(-config.max_lora_rank * widths // pool.page_elems),
         max_rank=config.max_lora_rank,
         max_rows=max(config.budget_tokens, config.chunk_tokens + config.max_running),
     )
     processors = torch.cuda.get_device_properties(model.device).multi_processor_count
     lora = KernelLora(store, pool, sizes, shapes, chunk_elems, processors)
+    compile_lora(lora, report, pool.dtype)
     windows = model.config.sliding_windows
     if pool.dtype not in SERVED_DTYPES or pool.head_dim not in SERVED_HEAD_DIMS:
         return Backend(lora=lora, attention=TorchAttention(pool, windows))
+    cores = len(os.sched_getaffinity(0))
+    compile_modules(flashinfer_modules(pool.dtype, pool.head_dim, windows), report, cores=cores)
     model.use(FlashInferOps(model.config, model.device, context_tokens))
     attention = FlashInferAttention(pool, windows, model.config.heads)
     graphs = BatchGraphs(

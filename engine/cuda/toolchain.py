@@ -23,7 +23,14 @@ from segue.config import ConfigError
 
 INSTALL_COMMAND = "pip install 'segue[cuda]'"
 _MODULES = ("flashinfer", "tvm_ffi", "triton")
-_TOOLKIT_FILES = ("bin/nvcc", "nvvm/bin/cicc", "include/cuda_runtime.h", "include/crt/host_config.h")
+_TOOLKIT_FILES = (
+    "bin/nvcc",
+    "nvvm/bin/cicc",
+    "include/cuda_runtime.h",
+    "include/crt/host_config.h",
+    "include/cublasLt.h",
+    "include/curand_kernel.h",
+)
 _DEFAULT_HOME = Path("/usr/local/cuda")
 
 

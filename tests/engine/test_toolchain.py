@@ -22,7 +22,15 @@ from segue.engine.cuda.toolchain import (
     toolkit_version,
 )
 
-FILES = ("bin/nvcc", "nvvm/bin/cicc", "include/cuda_runtime.h", "include/crt/host_config.h", "lib/libcudart.so.13")
+FILES = (
+    "bin/nvcc",
+    "nvvm/bin/cicc",
+    "include/cuda_runtime.h",
+    "include/crt/host_config.h",
+    "include/cublasLt.h",
+    "include/curand_kernel.h",
+    "lib/libcudart.so.13",
+)
 
 
 def fake_toolkit(home: Path, version: int = 13000, without: str = "") -> Path:
