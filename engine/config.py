@@ -46,7 +46,9 @@ class HandoffConfig:
 class EngineConfig:
     """One engine: a base model on a device, its page pool, its adapter store and its CPU LoRA workers.
 
-    ``pages`` counts the pages of the unified pool and ``page_tokens`` the tokens of a page's KV. ``prefix_cache`` keeps
+    ``pages`` counts the pages of the unified pool and ``page_tokens`` the tokens of a page's KV. Without ``pages`` the
+    pool takes ``memory_fraction`` of the device memory that is free beside the model, less what the engine computes
+    with; on the CPU a quarter of the available memory, 4 GiB at most. ``prefix_cache`` keeps
     the KV of ended requests for those that begin with the same tokens, until its pages are needed. ``host_store_bytes``
     bounds the adapter weights kept in host memory. ``copy_bytes_per_second`` throttles copies to the device (None: as
     fast as it goes); the rows that CPU workers exchange are charged to the same budget.
@@ -67,7 +69,8 @@ class EngineConfig:
     device: str = "cpu"
     dtype: str = "float32"
     page_tokens: int = 16
-    pages: int = 1024
+    pages: int | None = None
+    memory_fraction: float = 0.9
     max_context_tokens: int | None = None
     budget_tokens: int = 512
     chunk_tokens: int = 128
@@ -98,7 +101,7 @@ class EngineConfig:
         require_positive(
             self,
             "page_tokens",
-            "pages",
+            "memory_fraction",
             "budget_tokens",
             "chunk_tokens",
             "max_running",
@@ -112,6 +115,9 @@ class EngineConfig:
             "layers_per_step",
         )
         require(self.cpu_workers >= 0, "cpu_workers", f"must not be negative, is {self.cpu_workers}")
+        require(self.memory_fraction <= 1, "memory_fraction", f"must be at most 1, is {self.memory_fraction}")
+        if self.pages is not None:
+            require_positive(self, "pages")
         if self.max_context_tokens is not None:
             require_positive(self, "max_context_tokens")
         if self.copy_bytes_per_second is not None:

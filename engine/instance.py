@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import psutil
 import torch
 
 from segue.config import ConfigError
@@ -30,6 +31,7 @@ from segue.engine.memory.pool import PagePool
 from segue.engine.messages import Ready, State
 from segue.engine.models.config import ModelConfig
 from segue.engine.models.decoder import DecoderModel
+from segue.engine.pool_size import PageNeeds, cpu_pages, cuda_pages
 from segue.engine.rate import RateMeter
 from segue.engine.runner import PassRunner
 from segue.engine.sampler import TorchSampler
@@ -119,7 +121,7 @@ class EngineInstance:
             vocab_size=self._model_config.vocab_size,
             context_tokens=self._context_tokens,
             page_tokens=self.config.page_tokens,
-            pages=self.config.pages,
+            pages=self._pool.pages,
             cpu_workers=self.config.cpu_workers,
         )
 
@@ -146,16 +148,39 @@ class EngineInstance:
         )
 
     def _page_pool(self, dtype: torch.dtype, device: torch.device) -> PagePool:
-        return PagePool(
-            layers=self._model_config.layers,
-            pages=self.config.pages,
-            page_tokens=self.config.page_tokens,
-            kv_heads=self._model_config.kv_heads,
-            head_dim=self._model_config.head_dim,
-            dtype=dtype,
-            device=device,
-            poison_freed=self.config.poison_freed_pages,
+        pages = self.config.pages or self._automatic_pages(dtype, device)
+        try:
+            return PagePool(
+                layers=self._model_config.layers,
+                pages=pages,
+                page_tokens=self.config.page_tokens,
+                kv_heads=self._model_config.kv_heads,
+                head_dim=self._model_config.head_dim,
+                dtype=dtype,
+                device=device,
+                poison_freed=self.config.poison_freed_pages,
+            )
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(f"pages: {pages} do not fit: {str(error).splitlines()[0]}") from error
+
+    def _automatic_pages(self, dtype: torch.dtype, device: torch.device) -> int:
+        """As many as fit beside the model, which is loaded."""
+        config, model = self.config, self._model_config
+        needs = PageNeeds.of(config, model, self._context_tokens, dtype.itemsize)
+        if device.type == "cpu":
+            return cpu_pages(needs, psutil.virtual_memory().available)
+        from segue.engine.cuda.reserve import device_reserve
+
+        reserve = device_reserve(
+            config,
+            model,
+            item_bytes=dtype.itemsize,
+            context_tokens=self._context_tokens,
+            processors=torch.cuda.get_device_properties(device).multi_processor_count,
         )
+        torch.cuda.empty_cache()
+        free_bytes, _ = torch.cuda.mem_get_info(device)
+        return cuda_pages(needs, free_bytes, config.memory_fraction, reserve)
 
     def _load_model(self, dtype: torch.dtype, device: torch.device) -> DecoderModel:
         if LoadFormat(self.config.load_format) is LoadFormat.DUMMY:

@@ -12,12 +12,12 @@ from flashinfer.prefill import BatchPrefillWithPagedKVCacheWrapper
 from torch import Tensor
 
 from segue.engine.batch import RowBatch
+from segue.engine.cuda.batch_shapes import ATTENTION_BYTES
 from segue.engine.cuda.graph_attention import window_left
 from segue.engine.memory.pool import PagePool
 
 SERVED_HEAD_DIMS = (64, 128, 256)
 SERVED_DTYPES = (torch.float16, torch.bfloat16)
-_WORKSPACE_BYTES = 256 << 20
 
 _Wrappers: TypeAlias = dict[int | None, BatchPrefillWithPagedKVCacheWrapper]
 
@@ -62,7 +62,7 @@ class FlashInferAttention:
         self._heads = heads
         self._windows = tuple(windows)
         # Partial results of one launch after the other, all on one stream: every wrapper may use the same.
-        self._workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=pool.data.device)
+        self._workspace = torch.zeros(ATTENTION_BYTES, dtype=torch.uint8, device=pool.data.device)
         self._idle: list[tuple[torch.cuda.Event, _Wrappers]] = []
 
     def begin(self, batch: RowBatch) -> FlashInferStep:

@@ -14,11 +14,10 @@ from segue.engine.cuda.batch_graphs import BatchGraphs
 from segue.engine.cuda.compile import Report, compile_lora, compile_modules, flashinfer_modules
 from segue.engine.cuda.lora import KernelLora, LoraSizes
 from segue.engine.cuda.ops import FlashInferOps
+from segue.engine.cuda.reserve import MAX_TABLE_ROWS, adapter_pages, max_rows
 from segue.engine.lora.store import AdapterStore
 from segue.engine.memory.pool import PagePool
 from segue.engine.models.decoder import DecoderModel
-
-_MAX_TABLE_ROWS = 4096
 
 
 def cuda_backend(
@@ -36,13 +35,12 @@ def cuda_backend(
     Has the model's small operations run in FlashInfer as well. ``report`` is told what is being compiled.
     """
     shapes = dict(model.config.projection_shapes())
-    widths = sum(-(-width // chunk_elems) * chunk_elems for shape in shapes.values() for width in shape)
     sizes = LoraSizes(
         # So that the tables of every layer begin at 16 bytes: else Triton compiles the kernels for both cases.
-        adapters=-(-min(pool.pages, _MAX_TABLE_ROWS) // 16) * 16,
-        adapter_pages=-(-config.max_lora_rank * widths // pool.page_elems),
+        adapters=-(-min(pool.pages, MAX_TABLE_ROWS) // 16) * 16,
+        adapter_pages=adapter_pages(config, model.config, pool.page_elems, chunk_elems),
         max_rank=config.max_lora_rank,
-        max_rows=max(config.budget_tokens, config.chunk_tokens + config.max_running),
+        max_rows=max_rows(config),
     )
     processors = torch.cuda.get_device_properties(model.device).multi_processor_count
     lora = KernelLora(store, pool, sizes, shapes, chunk_elems, processors)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# FlashInfer's workspace for partial results where no shape bounds them, and what its wrappers take for a plan.
+ATTENTION_BYTES = 256 << 20
+PLAN_BYTES = 8 << 20
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class BatchShape:

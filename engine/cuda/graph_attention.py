@@ -10,11 +10,8 @@ from flashinfer.prefill import BatchPrefillWithPagedKVCacheWrapper
 from torch import Tensor
 
 from segue.engine.cuda.batch_inputs import BatchInputs
-from segue.engine.cuda.batch_shapes import BatchShape, workspace_bytes
+from segue.engine.cuda.batch_shapes import PLAN_BYTES, BatchShape, workspace_bytes
 from segue.engine.memory.pool import PagePool
-
-# What FlashInfer's own wrappers take.
-_PLAN_BYTES = 8 << 20
 
 
 def window_left(window: int | None) -> int:
@@ -29,8 +26,8 @@ class PlanMemory:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.on_device = torch.empty(_PLAN_BYTES, dtype=torch.uint8, device=device)
-        self._pinned = [torch.empty(_PLAN_BYTES, dtype=torch.uint8).pin_memory() for _ in range(2)]
+        self.on_device = torch.empty(PLAN_BYTES, dtype=torch.uint8, device=device)
+        self._pinned = [torch.empty(PLAN_BYTES, dtype=torch.uint8).pin_memory() for _ in range(2)]
 
     def turn(self) -> Tensor:
         """The pinned memory for the next plan. All runs but the last must have ended."""

@@ -1,0 +1,95 @@
+"""What an engine on CUDA allocates beside the weights and the pool, in bytes, reckoned before any of it is there."""
+
+from __future__ import annotations
+
+from segue.engine.config import EngineConfig
+from segue.engine.cuda.batch_shapes import ATTENTION_BYTES, PLAN_BYTES, batch_shapes, workspace_bytes
+from segue.engine.lora.points import POINT_PROJECTIONS
+from segue.engine.memory.adapter_layout import choose_chunk_elems
+from segue.engine.models.config import ModelConfig
+from segue.gpu_kernels.lora_tiles import PointShape, Regime, choose_tiles
+from segue.gpu_kernels.lora_work import plan_capacity
+from segue.scheduler.plan import pages_for
+
+MAX_TABLE_ROWS = 4096
+# Kernels' code, cuBLAS's workspaces and the nodes of graphs.
+_CODE_BYTES = 1 << 30
+# Sampling holds logits, two sorted copies, probabilities and int64 indices of them.
+_LOGIT_COPIES = 6
+# Variants and regimes of a shape at most; each graph keeps its logits.
+_GRAPHS_OF_A_SHAPE = 5
+
+
+def max_rows(config: EngineConfig) -> int:
+    """Rows of the largest batch or pass."""
+    return max(config.budget_tokens, config.chunk_tokens + config.max_running)
+
+
+def device_reserve(
+    config: EngineConfig, model: ModelConfig, *, item_bytes: int, context_tokens: int, processors: int
+) -> dict[str, int]:
+    """Bytes by what they are for. ``processors`` are the device's multiprocessors."""
+    shapes = batch_shapes(max_rows(config), config.max_running)
+    windows = len(set(model.sliding_windows))
+    wrappers = windows * (2 + config.max_passes)
+    recorded = max(workspace_bytes(shape, model.heads, model.kv_heads, model.head_dim, processors) for shape in shapes)
+    logit_rows = _LOGIT_COPIES * (config.max_running + config.max_passes)
+    logit_rows += _GRAPHS_OF_A_SHAPE * sum(shape.sequences for shape in shapes)
+    context_pages = pages_for(context_tokens, config.page_tokens)
+    return {
+        "activations": _activation_bytes(config, model, item_bytes),
+        "logits": logit_rows * model.vocab_size * 4,
+        "attention": ATTENTION_BYTES + recorded + wrappers * PLAN_BYTES + context_tokens * model.head_dim * 4,
+        "page tables": 4 * context_pages * (config.max_running + config.max_passes),
+        "LoRA plans and tables": _lora_bytes(config, model, item_bytes, processors),
+        "code": _CODE_BYTES,
+    }
+
+
+def _activation_bytes(config: EngineConfig, model: ModelConfig, item_bytes: int) -> int:
+    """The pass that runs holds residual, hidden states and both sides of every product; one that rests, what it needs
+    to go on: residual, hidden states and the output of the point that it rests at."""
+    q, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
+    hidden, inner = model.hidden_size, model.intermediate_size
+    running = max_rows(config) * (4 * hidden + 2 * q + 2 * kv + 3 * inner)
+    resting = config.max_passes * config.budget_tokens * (2 * hidden + max(q + 2 * kv, 2 * inner))
+    return (running + resting) * item_bytes
+
+
+def _lora_bytes(config: EngineConfig, model: ModelConfig, item_bytes: int, processors: int) -> int:
+    """The partials of the largest plan, a plan for each point, and the tables of adapters."""
+    shapes = dict(model.projection_shapes())
+    page_elems = 2 * config.page_tokens * model.kv_heads * model.head_dim
+    chunk_elems = choose_chunk_elems(page_elems, {width for shape in shapes.values() for width in shape})
+    partials = plans = 0
+    for projections in POINT_PROJECTIONS.values():
+        point = PointShape(
+            in_features=shapes[projections[0]][0],
+            out_features=tuple(shapes[projection][1] for projection in projections),
+        )
+        capacities = [
+            plan_capacity(
+                point,
+                choose_tiles(
+                    regime,
+                    chunk_elems=chunk_elems,
+                    page_elems=page_elems,
+                    element_bytes=item_bytes,
+                    multiprocessors=processors,
+                ),
+                max_segments=max_rows(config),
+                max_rows=max_rows(config),
+                max_rank=config.max_lora_rank,
+            )
+            for regime in Regime
+        ]
+        partials = max(partials, *(capacity.workspace_elems for capacity in capacities))
+        plans += max(capacity.words for capacity in capacities)
+    table = adapter_pages(config, model, page_elems, chunk_elems) + model.layers * len(shapes) * 4
+    return 4 * (partials + plans + MAX_TABLE_ROWS * table)
+
+
+def adapter_pages(config: EngineConfig, model: ModelConfig, page_elems: int, chunk_elems: int) -> int:
+    """Pages of the largest adapter that is served: every projection in the largest rank."""
+    widths = (width for shape in model.projection_shapes().values() for width in shape)
+    return -(-config.max_lora_rank * sum(-(-width // chunk_elems) * chunk_elems for width in widths) // page_elems)
