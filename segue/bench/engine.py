@@ -7,23 +7,24 @@ so that what the machine does meanwhile hits all cases alike; a case's percentil
 from __future__ import annotations
 
 import dataclasses
+import json
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from segue.bench.driver import EngineDriver
+from segue.bench.adapter_folders import write_adapters
+from segue.bench.cases import Case, Measure
+from segue.bench.driver import BenchmarkError, EngineDriver
 from segue.bench.gemms import Gemms
-from segue.bench.random_checkpoints import Targets, write_random_adapter, write_random_model
 from segue.bench.report import Percentiles, Report, Row
 from segue.bench.shapes import SHAPES
 from segue.config import ConfigError, require, require_positive
-from segue.engine.config import EngineConfig
+from segue.engine.config import EngineConfig, LoadFormat
 from segue.engine.lora.catalog import AdapterCatalog
 from segue.engine.memory.adapter_layout import AdapterLayout, choose_chunk_elems
 from segue.engine.models.config import ModelConfig
@@ -32,49 +33,30 @@ from segue.types import Tier
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _WARM_UP_STEPS = 3
-_FIRST_TOKEN_PROMPTS = (16, 128)
 _FIRST_TOKEN_RUNS = 5
+_BUDGET_TOKENS = 2048
 _SPARE_HOST_BYTES = 64 << 20
-
-
-class Measure(StrEnum):
-    """What is timed: the matrix products of a decode step alone, the step, and a request's way to its first token."""
-
-    GEMMS = "gemm_ms"
-    DECODE_STEP = "decode_step_ms"
-    FIRST_TOKEN = "ttft_ms"
-
-
-@dataclass(frozen=True, slots=True)
-class Case:
-    """One row of the report. ``prompt`` is in tokens, None where there are no requests."""
-
-    measure: Measure
-    batch: int
-    adapters: int = 0
-    prompt: int | None = None
+# Host copies of adapters that are on the device may go, so that the host store need not hold all.
+_MOST_HOST_BYTES = 4 << 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineBenchConfig:
-    """What to measure: every batch with every number of adapters that it has requests for, 0 being the base model.
+    """What to measure and with which engine.
 
-    The model is the one in ``model_dir``, or a random one of ``shape``, a name in SHAPES. Request i of a batch uses
-    adapter i modulo the number of adapters; adapter j has rank ``ranks[j % len(ranks)]``. ``steps`` decode steps are
-    timed in each of ``repeats`` rounds, after prompts of ``prompt`` tokens.
+    The model is the one in ``model_dir``, or a random one of ``shape``, a name in SHAPES. ``steps`` decode steps are
+    timed in each of ``repeats`` rounds through ``cases``. No round begins later than ``seconds`` after the start; a run
+    ends at most one round later.
     """
 
+    cases: tuple[Case, ...]
     shape: str | None = None
     model_dir: str | None = None
     dtype: str = "float32"
     device: str = "cpu"
-    batches: tuple[int, ...] = (1, 16)
-    adapters: tuple[int, ...] = (0, 1, 8)
-    ranks: tuple[int, ...] = (16,)
-    targets: str = "qkvo"
-    prompt: int = 32
     steps: int = 40
     repeats: int = 5
+    seconds: float = 600.0
     torch_threads: int = 1
 
     def __post_init__(self) -> None:
@@ -82,57 +64,58 @@ class EngineBenchConfig:
             require(self.shape in SHAPES, "shape", f"must be one of {', '.join(SHAPES)}, is {self.shape!r}")
         else:
             require(self.shape is None, "shape", f"is {self.shape!r}, but the model is the one in model_dir")
-        require(self.targets in tuple(Targets), "targets", f"must be one of {', '.join(Targets)}, is {self.targets!r}")
-        for name, least in (("batches", 1), ("adapters", 0), ("ranks", 1)):
-            values: tuple[int, ...] = getattr(self, name)
-            require(bool(values), name, "must name at least one number")
-            require(min(values) >= least, name, f"must be at least {least}, is {min(values)}")
-        fits = min(self.adapters) <= max(self.batches)
-        require(fits, "adapters", f"no batch has {min(self.adapters)} requests, one for each adapter")
-        require_positive(self, "prompt", "steps", "repeats")
+        require(bool(self.cases), "cases", "there must be at least one")
+        require_positive(self, "steps", "repeats", "seconds")
         # The engine's own checks, before anything is written.
         self.engine_config(Path(self.model_dir or "."))
+        available = self.device != "cuda" or torch.cuda.is_available()
+        require(available, "device", "is 'cuda', and torch finds no CUDA device")
 
     @property
-    def cases(self) -> tuple[Case, ...]:
-        """What one round measures, in order. Each adapter of a case has at least one request."""
-        cases = []
-        for batch in dict.fromkeys(self.batches):
-            cases.append(Case(Measure.GEMMS, batch))
-            mixes = (adapters for adapters in dict.fromkeys(self.adapters) if adapters <= batch)
-            cases += [Case(Measure.DECODE_STEP, batch, adapters, self.prompt) for adapters in mixes]
-        for adapters in sorted({min(adapters, 1) for adapters in self.adapters}):
-            cases += [Case(Measure.FIRST_TOKEN, 1, adapters, prompt) for prompt in _FIRST_TOKEN_PROMPTS]
-        return tuple(cases)
+    def largest_batch(self) -> int:
+        return max(case.batch for case in self.cases)
 
     @property
-    def adapter_ranks(self) -> tuple[int, ...]:
-        """The rank of each adapter that some case uses."""
-        count = max(case.adapters for case in self.cases)
-        return tuple(self.ranks[index % len(self.ranks)] for index in range(count))
+    def largest_prompt(self) -> int:
+        """Tokens; 1 if no case has a prompt."""
+        return max(case.prompt or 1 for case in self.cases)
+
+    @property
+    def budget_tokens(self) -> int:
+        """Prompt tokens of one step: all of a batch, at most 2048 or the longest prompt."""
+        most = max(case.batch * (case.prompt or 1) for case in self.cases)
+        return max(min(most, _BUDGET_TOKENS), self.largest_prompt)
 
     @property
     def max_tokens(self) -> int:
-        """New tokens of a request that decodes: one that its prompt brings, those of the timed steps, one to spare."""
-        return 1 + _WARM_UP_STEPS + self.steps + 1
+        """New tokens of a request that decodes: those of the steps that compute the other prompts and of the timed
+        steps; its first, and some to spare, as an engine that runs ahead has two steps under way."""
+        prompts = max(case.batch * (case.prompt or 0) for case in self.cases)
+        return 1 + 2 * (prompts // self.budget_tokens) + _WARM_UP_STEPS + self.steps + 3
 
     @property
     def request_tokens(self) -> int:
         """The most tokens of any request."""
-        return max(self.prompt + self.max_tokens, *(prompt + 1 for prompt in _FIRST_TOKEN_PROMPTS))
+        return self.largest_prompt + self.max_tokens
+
+    @property
+    def max_rank(self) -> int:
+        return max((rank for case in self.cases for rank in case.mix.ranks), default=1)
 
     def engine_config(self, model_dir: Path) -> EngineConfig:
-        """An engine that takes all prompts of the largest batch in one step. Raises ConfigError."""
-        largest = max(self.batches)
+        """Raises ConfigError."""
         return EngineConfig(
             model_dir=str(model_dir),
+            load_format=(LoadFormat.SAFETENSORS if self.shape is None else LoadFormat.DUMMY).value,
             device=self.device,
             dtype=self.dtype,
             torch_threads=self.torch_threads,
-            budget_tokens=max(largest * self.prompt, *_FIRST_TOKEN_PROMPTS),
-            max_running=largest,
-            max_waiting=largest,
-            max_lora_rank=max(self.ranks),
+            budget_tokens=self.budget_tokens,
+            chunk_tokens=self.budget_tokens,
+            max_context_tokens=self.request_tokens,
+            max_running=self.largest_batch,
+            max_waiting=self.largest_batch,
+            max_lora_rank=self.max_rank,
             prefix_cache=False,
             cpu_workers=0,
             cpu_slots=1,
@@ -144,37 +127,43 @@ def run_engine_bench(config: EngineBenchConfig, progress: Callable[[str], None])
 
     Raises ConfigError, ModelError or OSError for a model that cannot be measured, and BenchmarkError.
     """
+    deadline_seconds = time.monotonic() + config.seconds
     with tempfile.TemporaryDirectory(prefix="segue-bench-") as folder:
-        progress("writing checkpoints")
+        progress("writing adapters")
         model_dir, adapters_dir = Path(config.model_dir or Path(folder) / "model"), Path(folder) / "adapters"
         if config.shape is not None:
-            write_random_model(model_dir, SHAPES[config.shape], dtype=_DTYPES[config.dtype])
+            model_dir.mkdir()
+            shape = SHAPES[config.shape].config_json(config.dtype)
+            (model_dir / "config.json").write_text(json.dumps(shape))
         model = ModelConfig.load(model_dir)
         if config.request_tokens > model.max_position_embeddings:
             needed, context = config.request_tokens, model.max_position_embeddings
             raise ConfigError(f"steps: a request would have {needed} tokens, the model's context is {context}")
-        names = _write_adapters(config, model, adapters_dir)
-        catalog = AdapterCatalog(adapters_dir, model, max(config.ranks))
+        names = write_adapters([case.mix for case in config.cases], model, adapters_dir, _DTYPES[config.dtype])
+        catalog = AdapterCatalog(adapters_dir, model, config.max_rank)
         progress("starting the engine")
         with EngineDriver(_with_room(config, model_dir, model, catalog, names), catalog) as driver:
-            gemms = Gemms(model, batches=config.batches, dtype=_DTYPES[config.dtype], device=config.device)
-            bench = _EngineBench(config, driver, [driver.load(name) for name in names], gemms, model.vocab_size)
-            timings = _measure_rounds(config, bench, progress)
-    rows = [_row(config, case, seconds) for case, seconds in timings.items()]
-    return Report.here("engine", dataclasses.asdict(config), rows)
+            gemm_batches = [case.batch for case in config.cases if case.measure is Measure.GEMMS]
+            gemms = Gemms(model, batches=gemm_batches, dtype=_DTYPES[config.dtype], device=config.device)
+            progress(f"loading {len(names)} adapters")
+            bench = _EngineBench(config, driver, {name: driver.load(name) for name in names}, gemms, model.vocab_size)
+            timings = _measure_rounds(config, bench, progress, deadline_seconds)
+    settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    del settings["cases"]
+    return Report.here("engine", settings, [_row(case, seconds) for case, seconds in timings.items()])
 
 
 class _EngineBench:
-    """Measures single cases. ``versions`` are on the device."""
+    """Measures single cases. ``versions`` are the adapters by name, all on the device."""
 
     def __init__(
-        self, config: EngineBenchConfig, driver: EngineDriver, versions: Sequence[int], gemms: Gemms, vocab_size: int
+        self, config: EngineBenchConfig, driver: EngineDriver, versions: Mapping[str, int], gemms: Gemms, vocab: int
     ) -> None:
         self._config = config
         self._driver = driver
         self._versions = versions
         self._gemms = gemms
-        self._vocab_size = vocab_size
+        self._vocab_size = vocab
         self._random = np.random.default_rng(0)
 
     def seconds(self, case: Case) -> list[float]:
@@ -203,36 +192,44 @@ class _EngineBench:
 
     def _submit(self, case: Case, index: int, max_tokens: int) -> int:
         prompt = self._random.integers(self._vocab_size, size=case.prompt).tolist()
-        version_id = self._versions[index % case.adapters] if case.adapters else None
+        names = case.mix.adapter_names
+        version_id = self._versions[names[index % len(names)]] if names else None
         return self._driver.submit(prompt, version_id, max_tokens=max_tokens)
 
 
 def _measure_rounds(
-    config: EngineBenchConfig, bench: _EngineBench, progress: Callable[[str], None]
+    config: EngineBenchConfig, bench: _EngineBench, progress: Callable[[str], None], deadline_seconds: float
 ) -> dict[Case, list[float]]:
-    """Each case's timings in seconds, of all rounds; a first round is not kept."""
+    """Each case's timings in seconds, of all rounds; a first round is not kept. Raises BenchmarkError."""
     timings: dict[Case, list[float]] = {case: [] for case in config.cases}
-    progress("warming up")
-    for case in config.cases:
+    for number, case in enumerate(config.cases, start=1):
+        if time.monotonic() > deadline_seconds:
+            raise BenchmarkError(f"seconds: {config.seconds:g} were over before the first round that counts")
+        progress(f"warming up, case {number} of {len(config.cases)}")
         bench.seconds(case)
     for repeat in range(config.repeats):
+        if time.monotonic() > deadline_seconds:
+            if repeat == 0:
+                raise BenchmarkError(f"seconds: {config.seconds:g} were over before the first round that counts")
+            break
         progress(f"round {repeat + 1} of {config.repeats}")
         for case in config.cases:
             timings[case] += bench.seconds(case)
     return timings
 
 
-def _row(config: EngineBenchConfig, case: Case, seconds: Sequence[float]) -> Row:
+def _row(case: Case, seconds: Sequence[float]) -> Row:
     percentiles = Percentiles.of([1e3 * item for item in seconds])
-    residency = Tier.DEVICE if case.adapters else Tier.NONE
+    residency = Tier.DEVICE if case.mix.adapters else Tier.NONE
     return Row(
         measure=case.measure.value,
         batch=case.batch,
-        adapters=case.adapters,
-        ranks=tuple(sorted(set(config.adapter_ranks[: case.adapters]))),
-        targets=config.targets if case.adapters else None,
+        adapters=case.mix.adapters,
+        ranks=case.mix.distinct_ranks,
+        targets=None if case.mix.targets is None else case.mix.targets.value,
         prompt=case.prompt,
-        residency=None if case.measure is Measure.GEMMS else residency.value,
+        residency=None if case.prompt is None else residency.value,
+        when=None if case.when is None else case.when.value,
         median=percentiles.median,
         p10=percentiles.p10,
         p90=percentiles.p90,
@@ -240,32 +237,21 @@ def _row(config: EngineBenchConfig, case: Case, seconds: Sequence[float]) -> Row
     )
 
 
-def _write_adapters(config: EngineBenchConfig, model: ModelConfig, adapters_dir: Path) -> list[str]:
-    """Write the random adapters; their names."""
-    adapters_dir.mkdir()
-    names = []
-    for index, rank in enumerate(config.adapter_ranks):
-        targets, dtype = Targets(config.targets), _DTYPES[config.dtype]
-        folder = adapters_dir / f"adapter-{index}"
-        write_random_adapter(folder, model, rank=rank, targets=targets, dtype=dtype, seed=index)
-        names.append(folder.name)
-    return names
-
-
 def _with_room(
     config: EngineBenchConfig, model_dir: Path, model: ModelConfig, catalog: AdapterCatalog, names: Sequence[str]
 ) -> EngineConfig:
-    """An engine with room for all adapters and the largest batch, on the device and in host memory."""
+    """An engine with room for all adapters and the largest batch on the device."""
     engine = config.engine_config(model_dir)
     page_elems = 2 * engine.page_tokens * model.kv_heads * model.head_dim
     chunk_elems = choose_chunk_elems(
         page_elems, {width for pair in model.projection_shapes().values() for width in pair}
     )
     # Each request keeps a page to grow into, and one page is for the engine's own margin.
-    pages = max(config.batches) * (pages_for(config.request_tokens, engine.page_tokens) + 1) + 1
-    host_bytes = _SPARE_HOST_BYTES
+    pages = config.largest_batch * (pages_for(config.request_tokens, engine.page_tokens) + 1) + 1
+    weight_bytes = [0]
     for name in names:
         with catalog.lookup(name) as opened:
             pages += AdapterLayout.plan(opened.manifest, page_elems=page_elems, chunk_elems=chunk_elems).pages
-            host_bytes += 2 * opened.manifest.weight_bytes
-    return dataclasses.replace(engine, pages=pages, host_store_bytes=host_bytes)
+            weight_bytes.append(opened.manifest.weight_bytes)
+    host_bytes = min(2 * sum(weight_bytes), max(_MOST_HOST_BYTES, 4 * max(weight_bytes)))
+    return dataclasses.replace(engine, pages=pages, host_store_bytes=host_bytes + _SPARE_HOST_BYTES)

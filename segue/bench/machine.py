@@ -16,18 +16,19 @@ import torch
 
 import segue
 
-_PACKAGES = ("torch", "triton", "numpy", "numba", "segue")
+_PACKAGES = ("torch", "triton", "flashinfer-python", "numpy", "numba", "segue")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """``cores`` are those that this process may run on; ``gpu`` is the first CUDA device's name, None without one."""
+    """``cores`` are those that this process may run on; ``gpu`` is the first CUDA device's name, None without one.
+    Of a machine with a GPU, the rest is None where it was not recorded."""
 
-    cpu: str
-    cores: int
-    memory_bytes: int
+    cpu: str | None = None
+    cores: int | None = None
+    memory_bytes: int | None = None
     gpu: str | None
-    kernel: str
+    kernel: str | None = None
 
     @classmethod
     def here(cls) -> Self:
@@ -42,7 +43,9 @@ class Machine:
 
 def versions() -> Mapping[str, str]:
     """The installed version of each package that the timings depend on; one that is absent has no entry."""
-    found = {}
+    found = {"python": platform.python_version()}
+    if torch.version.cuda is not None:
+        found["cuda"] = torch.version.cuda
     for package in _PACKAGES:
         try:
             found[package] = metadata.version(package)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from segue.bench.cases import When
 from segue.bench.report import Row
+from segue.bench.tables import mix_words
 
 _STEP, _GEMMS = "decode_step_ms", "gemm_ms"
 _NAMES = {_STEP: "decode step", _GEMMS: "GEMMs alone"}
@@ -20,9 +22,11 @@ class Ratio:
 
 
 def ratios(rows: Sequence[Row]) -> tuple[Ratio, ...]:
-    """Tokens a second of a larger batch over the smallest; time per token with adapters over the base model's; and
-    time of a step over that of its GEMMs. Each where both rows are there."""
-    return (*_batch_gains(rows), *_adapter_costs(rows), *_gemm_overheads(rows))
+    """Tokens a second of a larger batch over the smallest; time per token with adapters over the base model's; time of
+    a step over that of its GEMMs; and the base model's steps after those with adapters over before. Each where both
+    rows are there. Of base rows, all but the last use those measured before."""
+    first = [row for row in rows if row.when != When.AFTER]
+    return (*_batch_gains(first), *_adapter_costs(first), *_gemm_overheads(first), *_drifts(rows))
 
 
 def _batch_gains(rows: Sequence[Row]) -> Iterator[Ratio]:
@@ -31,7 +35,7 @@ def _batch_gains(rows: Sequence[Row]) -> Iterator[Ratio]:
         least = min(mates, key=lambda mate: mate.batch, default=row)
         if least.batch < row.batch:
             value = (row.batch / row.median) / (least.batch / least.median)
-            what = f"{_NAMES[row.measure]}, {_adapters(row)}"
+            what = f"{_NAMES[row.measure]}, {mix_words(row)}"
             yield Ratio(name=f"{what}: tokens/s of batch {row.batch} over batch {least.batch}", value=value)
 
 
@@ -40,7 +44,7 @@ def _adapter_costs(rows: Sequence[Row]) -> Iterator[Ratio]:
     for row in rows:
         if row.measure == _STEP and row.adapters and row.batch in base:
             value = row.median / base[row.batch].median
-            yield Ratio(name=f"batch {row.batch}: time per token with {_adapters(row)} over base", value=value)
+            yield Ratio(name=f"batch {row.batch}: time per token with {mix_words(row)} over base", value=value)
 
 
 def _gemm_overheads(rows: Sequence[Row]) -> Iterator[Ratio]:
@@ -48,19 +52,17 @@ def _gemm_overheads(rows: Sequence[Row]) -> Iterator[Ratio]:
     for row in rows:
         if row.measure == _STEP and row.batch in gemms:
             value = row.median / gemms[row.batch].median
-            yield Ratio(name=f"batch {row.batch}, {_adapters(row)}: decode step over its GEMMs alone", value=value)
+            yield Ratio(name=f"batch {row.batch}, {mix_words(row)}: decode step over its GEMMs alone", value=value)
+
+
+def _drifts(rows: Sequence[Row]) -> Iterator[Ratio]:
+    before = {row.batch: row for row in rows if row.when == When.BEFORE}
+    for row in rows:
+        if row.when == When.AFTER and row.batch in before:
+            value = row.median / before[row.batch].median
+            yield Ratio(name=f"batch {row.batch}: base step after those with adapters over before", value=value)
 
 
 def _case(row: Row) -> tuple[object, ...]:
     """All of a case but its batch."""
     return row.measure, row.adapters, row.ranks, row.targets, row.prompt, row.residency
-
-
-def _adapters(row: Row) -> str:
-    match row.adapters:
-        case 0:
-            return "base"
-        case 1:
-            return "1 adapter"
-        case count:
-            return f"{count} adapters"

@@ -14,12 +14,21 @@ import numpy as np
 from segue.bench.machine import Machine, commit, versions
 
 
+class ReportError(Exception):
+    """A file that cannot be read as a report. The message is one line."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """One measure of one case over ``runs`` timings. ``measure`` ends in its unit, which is that of the percentiles.
 
     ``batch`` requests used ``adapters`` different adapters of these ``ranks``, which had weights for ``targets`` and
-    lay at ``residency`` (a Tier's value). ``prompt`` is in tokens. None, and no ranks, where a case has no such thing.
+    lay at ``residency`` (a Tier's value). ``prompt`` is in tokens. ``when`` tells two rows of one case apart: of a base
+    model measured before and after the cases with adapters. None, and no ranks, where a case has no such thing.
+
+    Of kernels, ``case`` names the batch of ``tokens`` rows and ``point`` the LoRA point; ``bytes`` is what a call must
+    read and write at least, ``copy_fraction`` those over what the measured copy bandwidth moves in the median, and
+    ``max_relative_error`` the largest error of an output against float64, over the largest output.
     """
 
     measure: str
@@ -29,6 +38,13 @@ class Row:
     targets: str | None = None
     prompt: int | None = None
     residency: str | None = None
+    when: str | None = None
+    case: str | None = None
+    tokens: int | None = None
+    point: str | None = None
+    bytes: int | None = None
+    copy_fraction: float | None = None
+    max_relative_error: float | None = None
     median: float
     p10: float
     p90: float
@@ -55,7 +71,8 @@ class Percentiles:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What a benchmark measured, where, and with what. ``settings`` are the benchmark's own options.
+    """What a benchmark measured, where, and with what. ``settings`` are the benchmark's own options; for kernels also
+    the copy bandwidth, measured in the same run.
 
     ``commit`` is None outside of a git checkout and ends in "-dirty" where tracked files were changed.
     """
@@ -81,14 +98,21 @@ class Report:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """Raises OSError, or msgspec.ValidationError for a file of another form."""
-        return msgspec.json.decode(path.read_bytes(), type=cls)
+        """Raises ReportError for a file that cannot be read or is of another form."""
+        try:
+            return msgspec.json.decode(path.read_bytes(), type=cls)
+        except OSError as error:
+            raise ReportError(f"{path}: {error.strerror}") from error
+        except msgspec.DecodeError as error:
+            raise ReportError(f"{path}: is no benchmark report: {error}") from error
 
     def write(self, path: Path) -> None:
-        """Write the file so that readers see it whole or not at all. Raises OSError."""
+        """Write the file so that readers see it whole or not at all; rows leave out what is None. Raises OSError."""
         draft = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            draft.write_bytes(msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n")
+            data = msgspec.to_builtins(self)
+            data["rows"] = [{key: value for key, value in row.items() if value is not None} for row in data["rows"]]
+            draft.write_bytes(msgspec.json.format(msgspec.json.encode(data), indent=2) + b"\n")
             draft.replace(path)
         finally:
             draft.unlink(missing_ok=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 from rich.console import Console
@@ -12,109 +14,239 @@ from rich.table import Table
 from segue.cli.common import UserError, one_line_errors
 
 if TYPE_CHECKING:
+    from segue.bench.cases import Case
     from segue.bench.engine import EngineBenchConfig
+    from segue.bench.kernels import KernelBenchConfig
     from segue.bench.report import Report
 
+_T = TypeVar("_T")
 _DEFAULT_SHAPE = "small"
-_WIDTH_WITHOUT_TERMINAL = 120
+_WIDTH_WITHOUT_TERMINAL = 140
+
+JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE.json", help="Write the report here.")]
+PlotOption = Annotated[
+    Path | None, typer.Option("--plot", metavar="FILE", help="Draw it: .png or .svg; needs the extra 'bench'.")
+]
 
 
 def register(app: typer.Typer) -> None:
     bench = typer.Typer(help="Measure on this machine.", no_args_is_help=True)
     bench.command(name="engine")(engine)
+    bench.command(name="kernels")(kernels)
     app.add_typer(bench, name="bench")
 
 
 def engine(
+    preset: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="table-8b: the table of an 8B model in bfloat16 on CUDA, in minutes."),
+    ] = None,
     shape: Annotated[
         str | None, typer.Option(metavar="NAME", help="A random model: tiny, small (default), medium, llama-3.1-8b.")
     ] = None,
     model: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The base model's folder, in place of --shape.")
     ] = None,
-    dtype: Annotated[str, typer.Option(metavar="NAME", help="float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[str, typer.Option(metavar="NAME", help="Where the model runs.")] = "cpu",
-    batches: Annotated[str, typer.Option(metavar="N,...", help="Requests that decode together.")] = "1,16",
-    adapters: Annotated[
-        str,
-        typer.Option(metavar="N,...", help="Adapters that a batch mixes, as far as it has requests; 0: base model."),
-    ] = "0,1,8",
-    ranks: Annotated[str, typer.Option(metavar="N,...", help="The adapters' ranks, in turn.")] = "16",
-    targets: Annotated[str, typer.Option(metavar="qkvo|all", help="The projections that adapters change.")] = "qkvo",
-    prompt: Annotated[int, typer.Option(metavar="N", help="Tokens of each prompt.")] = 32,
+    dtype: Annotated[str | None, typer.Option(metavar="NAME", help="float32 (default), bfloat16 or float16.")] = None,
+    device: Annotated[str | None, typer.Option(metavar="NAME", help="cpu (default) or cuda.")] = None,
+    batch: Annotated[
+        str | None, typer.Option(metavar="N,...", help="Requests that decode together; default 1,16.")
+    ] = None,
+    mix: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,...",
+            help="base; one adapter for all; distinct: one for each request; ranks: distinct, of the ranks in turn; "
+            "or a number. Default base,one,8.",
+        ),
+    ] = None,
+    ranks: Annotated[str | None, typer.Option(metavar="N,...", help="The adapters' ranks; default 16.")] = None,
+    targets: Annotated[
+        str | None, typer.Option(metavar="qkvo|all,...", help="The projections that adapters change; default qkvo.")
+    ] = None,
+    prompt: Annotated[int | None, typer.Option(metavar="N", help="Tokens of each prompt; default 32.")] = None,
+    ttft_prompts: Annotated[
+        str | None, typer.Option(metavar="N,...", help="Prompts to time to the first token; default 16,128.")
+    ] = None,
     steps: Annotated[int, typer.Option(metavar="N", help="Decode steps to time in a round.")] = 40,
-    repeats: Annotated[int, typer.Option(metavar="N", help="Rounds through all cases.")] = 5,
+    runs: Annotated[int, typer.Option(metavar="N", help="Rounds through all cases.")] = 5,
+    seconds: Annotated[
+        float, typer.Option(metavar="LIMIT", help="No round begins later than this after the start.")
+    ] = 240.0,
     torch_threads: Annotated[int, typer.Option(metavar="N", help="Threads of torch's matrix products.")] = 1,
-    out: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Write the report here.")] = None,
+    json: JsonOption = None,
+    plot: PlotOption = None,
 ) -> None:
     """Time the engine's decode step by batch and adapter mix, and the time to a first token."""
     with one_line_errors():
         if shape is not None and model is not None:
             raise UserError("give --shape or --model, not both")
-        if out is not None and not out.absolute().parent.is_dir():
-            raise UserError(f"--out: {out.absolute().parent} is not a folder")
+        _check_outputs(json, plot)
         from segue.bench.engine import EngineBenchConfig
 
+        if preset is None:
+            cases = _cases(batch, mix, ranks, targets, prompt, ttft_prompts)
+        else:
+            cases = _preset(preset, (batch, mix, ranks, targets, prompt, ttft_prompts))
+            shape = shape or (None if model is not None else "llama-3.1-8b")
+            dtype, device = dtype or "bfloat16", device or "cuda"
         config = EngineBenchConfig(
+            cases=cases,
             shape=shape or (None if model is not None else _DEFAULT_SHAPE),
             model_dir=None if model is None else str(model),
-            dtype=dtype,
-            device=device,
-            batches=_numbers("--batches", batches),
-            adapters=_numbers("--adapters", adapters),
-            ranks=_numbers("--ranks", ranks),
-            targets=targets,
-            prompt=prompt,
+            dtype=dtype or "float32",
+            device=device or "cpu",
             steps=steps,
-            repeats=repeats,
+            repeats=runs,
+            seconds=seconds,
             torch_threads=torch_threads,
         )
-        report = _measured(config)
-        if out is not None:
-            _write(report, out)
+        report = _with_progress(lambda progress: _engine_report(config, progress))
+        _write(report, json, plot)
     _show(report)
 
 
-def _measured(config: EngineBenchConfig) -> Report:
-    from segue.bench.driver import BenchmarkError
+def kernels(
+    dtype: Annotated[str, typer.Option(metavar="NAME", help="bfloat16, float16 or float32.")] = "bfloat16",
+    runs: Annotated[int, typer.Option(metavar="N", help="Replays of each graph to time.")] = 50,
+    check_only: Annotated[
+        bool,
+        typer.Option(
+            "--check-only", help="Compare with float64, time nothing; without CUDA interpreted, at small shapes."
+        ),
+    ] = False,
+    json: JsonOption = None,
+    plot: PlotOption = None,
+) -> None:
+    """Time the LoRA kernels on a CUDA device, each after a check against float64."""
+    with one_line_errors():
+        if check_only and (json is not None or plot is not None):
+            raise UserError("--check-only measures nothing to write: leave out --json and --plot")
+        _check_outputs(json, plot)
+        import torch
+
+        # Triton reads it when it is first imported.
+        if not torch.cuda.is_available():
+            os.environ.setdefault("TRITON_INTERPRET", "1")
+        try:
+            from segue.bench.kernels import KernelBenchConfig
+        except ImportError as error:
+            raise UserError(f"the kernels need triton: {error}") from error
+        config = KernelBenchConfig(dtype=dtype, runs=runs, check_only=check_only)
+        if check_only:
+            _show_checks(config)
+            return
+        report = _with_progress(lambda progress: _kernel_report(config, progress))
+        _write(report, json, plot)
+    _show(report)
+
+
+def _cases(
+    batch: str | None,
+    mix: str | None,
+    ranks: str | None,
+    targets: str | None,
+    prompt: int | None,
+    ttft_prompts: str | None,
+) -> tuple[Case, ...]:
+    from segue.bench.cases import cross_cases
+
+    return cross_cases(
+        batches=_numbers("--batch", batch or "1,16"),
+        mixes=(mix or "base,one,8").split(","),
+        ranks=_numbers("--ranks", ranks or "16"),
+        targets=(targets or "qkvo").split(","),
+        prompt=32 if prompt is None else prompt,
+        first_token_prompts=_numbers("--ttft-prompts", ttft_prompts or "16,128"),
+    )
+
+
+def _preset(name: str, own_cases: tuple[object, ...]) -> tuple[Case, ...]:
+    from segue.bench.cases import PRESETS
+
+    if name not in PRESETS:
+        raise UserError(f"--preset: must be one of {', '.join(PRESETS)}, is {name!r}")
+    if any(option is not None for option in own_cases):
+        raise UserError("--preset names all cases: leave out --batch, --mix, --ranks, --targets and the prompts")
+    return PRESETS[name]
+
+
+def _engine_report(config: EngineBenchConfig, progress: Callable[[str], None]) -> Report:
     from segue.bench.engine import run_engine_bench
     from segue.engine.models.config import ModelError
 
-    console = Console(stderr=True)
     try:
-        with console.status("") as status:
-            return run_engine_bench(config, progress=status.update)
-    except (BenchmarkError, ModelError, OSError) as error:
+        return run_engine_bench(config, progress)
+    except ModelError as error:
         raise UserError(str(error)) from error
 
 
-def _write(report: Report, out: Path) -> None:
+def _kernel_report(config: KernelBenchConfig, progress: Callable[[str], None]) -> Report:
+    from segue.bench.kernels import run_kernel_bench
+
+    return run_kernel_bench(config, progress)
+
+
+def _with_progress(measure: Callable[[Callable[[str], None]], _T]) -> _T:
+    from segue.bench.driver import BenchmarkError
+
     try:
-        report.write(out)
-    except OSError as error:
-        raise UserError(f"--out: {error}") from error
+        with Console(stderr=True).status("") as status:
+            return measure(status.update)
+    except (BenchmarkError, OSError) as error:
+        raise UserError(str(error)) from error
+
+
+def _check_outputs(json: Path | None, plot: Path | None) -> None:
+    from segue.bench.plots import PlotError, require_plots
+
+    for option, path in (("--json", json), ("--plot", plot)):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise UserError(f"{option}: {path.absolute().parent} is not a folder")
+    if plot is not None:
+        try:
+            require_plots(plot)
+        except PlotError as error:
+            raise UserError(str(error)) from error
+
+
+def _write(report: Report, json: Path | None, plot: Path | None) -> None:
+    from segue.bench.plots import PlotError, write_plot
+
+    try:
+        if json is not None:
+            report.write(json)
+        if plot is not None:
+            write_plot(report, plot)
+    except (OSError, PlotError) as error:
+        raise UserError(str(error)) from error
 
 
 def _show(report: Report) -> None:
     from segue.bench.ratios import ratios
+    from segue.bench.tables import terminal_table
 
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_WIDTH_WITHOUT_TERMINAL)
-    table = Table(box=None)
-    table.add_column("measure")
-    for name in ("batch", "adapters", "ranks", "prompt", "median", "p10", "p90", "runs", "tokens/s"):
-        table.add_column(name, justify="right")
-    for row in report.rows:
-        times = (f"{value:.3f}" for value in (row.median, row.p10, row.p90))
-        ranks = ",".join(map(str, row.ranks))
-        prompt = "" if row.prompt is None else str(row.prompt)
-        rate = f"{1e3 * row.batch / row.median:.0f}" if row.measure == "decode_step_ms" else ""
-        table.add_row(row.measure, str(row.batch), str(row.adapters), ranks, prompt, *times, str(row.runs), rate)
-    console.print(table)
+    console = _console()
+    console.print(terminal_table(report))
     console.print()
     for ratio in ratios(report.rows):
         console.print(f"{ratio.value:8.2f}  {ratio.name}", highlight=False)
+
+
+def _show_checks(config: KernelBenchConfig) -> None:
+    from segue.bench.kernels import check_kernels
+
+    table = Table(box=None)
+    for name in ("case", "point", "largest error over largest output"):
+        table.add_column(name)
+    for check in _with_progress(lambda progress: check_kernels(config, progress)):
+        table.add_row(check.case, check.point, f"{check.max_relative_error:.1e}")
+    _console().print(table)
+
+
+def _console() -> Console:
+    console = Console()
+    return console if console.is_terminal else Console(width=_WIDTH_WITHOUT_TERMINAL)
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:

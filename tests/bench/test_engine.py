@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from segue.bench.cases import BASE, Case, Measure
 from segue.bench.driver import BenchmarkError, EngineDriver
-from segue.bench.engine import Case, EngineBenchConfig, Measure
+from segue.bench.engine import EngineBenchConfig, run_engine_bench
 from segue.bench.random_checkpoints import Targets, write_random_adapter, write_random_model
 from segue.bench.shapes import SHAPES
 from segue.config import ConfigError
@@ -53,21 +54,10 @@ def test_a_request_that_fails_ends_the_measurement(driver: EngineDriver) -> None
         driver.run_to_first_tokens([number])
 
 
-def test_a_case_has_a_request_for_each_adapter() -> None:
-    config = EngineBenchConfig(shape="tiny", batches=(1, 4, 4), adapters=(0, 4, 2), ranks=(8, 16), prompt=9)
-    assert config.cases == (
-        Case(Measure.GEMMS, 1),
-        Case(Measure.DECODE_STEP, 1, 0, 9),
-        Case(Measure.GEMMS, 4),
-        Case(Measure.DECODE_STEP, 4, 0, 9),
-        Case(Measure.DECODE_STEP, 4, 4, 9),
-        Case(Measure.DECODE_STEP, 4, 2, 9),
-        Case(Measure.FIRST_TOKEN, 1, 0, 16),
-        Case(Measure.FIRST_TOKEN, 1, 0, 128),
-        Case(Measure.FIRST_TOKEN, 1, 1, 16),
-        Case(Measure.FIRST_TOKEN, 1, 1, 128),
-    )
-    assert config.adapter_ranks == (8, 16, 8, 16)
+def test_a_round_is_cut_short_by_its_limit() -> None:
+    config = EngineBenchConfig(shape="tiny", cases=(Case(Measure.DECODE_STEP, 1, BASE, 4),), seconds=1e-9)
+    with pytest.raises(BenchmarkError, match="seconds: 1e-09 were over before the first round that counts"):
+        run_engine_bench(config, lambda _: None)
 
 
 @pytest.mark.parametrize(
@@ -77,17 +67,13 @@ def test_a_case_has_a_request_for_each_adapter() -> None:
         ({"shape": None}, "shape: must be one of tiny, small, medium, llama-3.1-8b, is None"),
         ({"model_dir": "m"}, "shape: is 'tiny', but the model is the one in model_dir"),
         ({"dtype": "int8"}, "dtype: must be one of float32, bfloat16, float16, is 'int8'"),
-        ({"targets": "qk"}, "targets: must be one of qkvo, all, is 'qk'"),
-        ({"batches": (1, 0)}, "batches: must be at least 1, is 0"),
-        ({"adapters": ()}, "adapters: must name at least one number"),
-        ({"adapters": (-1,)}, "adapters: must be at least 0, is -1"),
-        ({"adapters": (17,)}, "adapters: no batch has 17 requests, one for each adapter"),
-        ({"ranks": (0,)}, "ranks: must be at least 1, is 0"),
+        ({"cases": ()}, "cases: there must be at least one"),
         ({"steps": 0}, "steps: must be greater than 0, is 0"),
+        ({"seconds": 0}, "seconds: must be greater than 0, is 0"),
         ({"torch_threads": 0}, "torch_threads: must be greater than 0, is 0"),
     ],
 )
 def test_what_cannot_be_measured_is_named(options: dict[str, object], problem: str) -> None:
-    settings: dict[str, object] = {"shape": "tiny", **options}
+    settings: dict[str, object] = {"shape": "tiny", "cases": (Case(Measure.GEMMS, 1),), **options}
     with pytest.raises(ConfigError, match=f"^{re.escape(problem)}$"):
         EngineBenchConfig(**settings)  # type: ignore[arg-type]

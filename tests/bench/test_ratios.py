@@ -6,8 +6,8 @@ from segue.bench.ratios import ratios
 from segue.bench.report import Row
 
 
-def step(batch: int, adapters: int, median: float, measure: str = "decode_step_ms") -> Row:
-    return Row(measure=measure, batch=batch, adapters=adapters, median=median, p10=0.0, p90=99.0, runs=1)
+def step(batch: int, adapters: int, median: float, measure: str = "decode_step_ms", when: str | None = None) -> Row:
+    return Row(measure=measure, batch=batch, adapters=adapters, when=when, median=median, p10=0.0, p90=99.0, runs=1)
 
 
 def test_ratios_of_known_medians() -> None:
@@ -36,3 +36,13 @@ def test_no_ratio_without_both_rows() -> None:
     assert ratios([]) == ()
     assert ratios([step(16, 8, 12.0)]) == ()
     assert ratios([step(1, 0, 4.0), step(16, 8, 12.0)]) == ()
+
+
+def test_base_rows_measured_again_tell_the_drift_and_nothing_else() -> None:
+    rows = [step(4, 0, 4.0, when="before"), step(4, 2, 6.0), step(4, 0, 5.0, when="after")]
+    assert {ratio.name: ratio.value for ratio in ratios(rows)} == pytest.approx(
+        {
+            "batch 4: time per token with 2 adapters over base": 1.5,
+            "batch 4: base step after those with adapters over before": 1.25,
+        }
+    )

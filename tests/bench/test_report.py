@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from segue.bench.machine import Machine, commit, versions
-from segue.bench.report import Percentiles, Report, Row
+from segue.bench.report import Percentiles, Report, ReportError, Row
 
 
 def row(**changes: object) -> Row:
@@ -52,13 +52,19 @@ def test_the_file_has_the_form_of_all_benchmarks(tmp_path: Path) -> None:
     data = json.loads((tmp_path / "report.json").read_text())
     assert set(data) == {"benchmark", "machine", "versions", "commit", "settings", "rows"}
     assert set(data["machine"]) == {"cpu", "cores", "memory_bytes", "gpu", "kernel"}
-    assert data["rows"] == [{**dataclasses.asdict(row()), "ranks": [16, 64]}]
+    fields = dataclasses.asdict(row()).items()
+    assert data["rows"] == [{**{key: value for key, value in fields if value is not None}, "ranks": [16, 64]}]
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"benchmark": "engine", "rows": []}'])
 def test_a_file_of_another_form_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "report.json").write_text(text)
-    with pytest.raises(msgspec.DecodeError):
+    with pytest.raises(ReportError, match=r"^[^\n]*report.json: is no benchmark report: [^\n]+$"):
+        Report.read(tmp_path / "report.json")
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ReportError, match=r"report.json: No such file"):
         Report.read(tmp_path / "report.json")
 
 
@@ -91,7 +97,9 @@ def test_percentiles_of_known_numbers() -> None:
 def test_the_machine_and_the_versions_are_known() -> None:
     machine = Machine.here()
     assert machine.cpu
+    assert machine.cores is not None
     assert 0 < machine.cores <= (os.cpu_count() or 1)
+    assert machine.memory_bytes is not None
     assert machine.memory_bytes > 1 << 28
     assert {"torch", "numpy", "numba", "segue"} <= set(versions())
 

@@ -1,0 +1,122 @@
+"""Reports as tables: for a terminal, and in Markdown for the README."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rich.table import Table
+
+from segue.bench.report import Report, Row
+
+_WORDS = {
+    "gemm_ms": "GEMMs alone",
+    "decode_step_ms": "decode step",
+    "ttft_ms": "first token",
+    "lora_kernels_us": "LoRA kernels",
+    "landing_kernel_us": "landing",
+}
+
+
+def describe(row: Row) -> str:
+    """A row's case in words."""
+    parts = [_WORDS.get(row.measure, row.measure)]
+    if row.case is not None:
+        return f"{parts[0]}, {row.case}, {row.point}"
+    if row.measure != "ttft_ms":
+        parts.append(f"batch {row.batch}")
+    if row.prompt is not None:
+        parts.append(f"prompt {row.prompt}")
+        parts.append(mix_words(row) + ("" if row.when is None else f" ({row.when} the adapters' cases)"))
+    return ", ".join(parts)
+
+
+def mix_words(row: Row) -> str:
+    """A row's adapters in words."""
+    if not row.adapters:
+        return "base"
+    count = "1 adapter" if row.adapters == 1 else f"{row.adapters} adapters"
+    ranks = f" of rank {', '.join(map(str, row.ranks))}" if row.ranks else ""
+    return f"{count}{ranks}{f' on {row.targets}' if row.targets else ''}"
+
+
+def terminal_table(report: Report) -> Table:
+    """Every row with its percentiles; tokens/s of decode steps, and what rows of kernels have besides."""
+    kernels = any(row.case is not None for row in report.rows)
+    table = Table(box=None)
+    table.add_column("measure")
+    if kernels:
+        table.add_column("case")
+        names = ["point", "median", "p10", "p90", "runs", "bytes", "of copy", "max error"]
+    else:
+        names = ["batch", "adapters", "ranks", "targets", "prompt", "when", "median", "p10", "p90", "runs", "tokens/s"]
+    for name in names:
+        table.add_column(name, justify="right")
+    for row in report.rows:
+        times = [f"{value:.3f}" for value in (row.median, row.p10, row.p90)]
+        if kernels:
+            fraction = "" if row.copy_fraction is None else f"{row.copy_fraction:.0%}"
+            error = "" if row.max_relative_error is None else f"{row.max_relative_error:.1e}"
+            table.add_row(
+                row.measure, row.case, row.point, *times, str(row.runs), _text(row.bytes), fraction, error
+            )  # fmt: skip
+        else:
+            ranks = ",".join(map(str, row.ranks))
+            rate = f"{1e3 * row.batch / row.median:.0f}" if row.measure == "decode_step_ms" else ""
+            where = (_text(row.batch), _text(row.adapters), ranks, _text(row.targets), _text(row.prompt))
+            table.add_row(row.measure, *where, _text(row.when), *times, str(row.runs), rate)
+    return table
+
+
+def readme_tables(reports: Mapping[str, Report]) -> str:
+    """Markdown with a table for each benchmark, a column for each of its reports, which are named by their files."""
+    parts = []
+    for benchmark in sorted({report.benchmark for report in reports.values()}):
+        members = {name: report for name, report in sorted(reports.items()) if report.benchmark == benchmark}
+        parts.append(_kernel_table(members) if benchmark == "kernels" else _median_table(members))
+        parts += [f"`{name}`: {_origin(report)}." for name, report in members.items()]
+    return "\n\n".join(parts) + "\n"
+
+
+def _median_table(reports: Mapping[str, Report]) -> str:
+    cells = {name: {describe(row): row for row in report.rows} for name, report in reports.items()}
+    cases = dict.fromkeys(case for rows in cells.values() for case in rows)
+    lines = [[f"`{name}`" for name in cells]]
+    for case in cases:
+        found = (rows.get(case) for rows in cells.values())
+        lines.append(["" if row is None else f"{row.median:.2f} ({row.p10:.2f} to {row.p90:.2f})" for row in found])
+    return _markdown(["milliseconds: median (p10 to p90)", *cases], lines)
+
+
+def _kernel_table(reports: Mapping[str, Report]) -> str:
+    cells = {name: {describe(row): row for row in report.rows} for name, report in reports.items()}
+    cases = dict.fromkeys(case for rows in cells.values() for case in rows)
+    lines = [[f"`{name}`" for name in cells]]
+    lines += [[_kernel_cell(rows.get(case)) for rows in cells.values()] for case in cases]
+    return _markdown(["microseconds: median, part of the copy bandwidth", *cases], lines)
+
+
+def _kernel_cell(row: Row | None) -> str:
+    if row is None:
+        return ""
+    fraction = "" if row.copy_fraction is None else f", {row.copy_fraction:.0%}"
+    return f"{row.median:.1f}{fraction}"
+
+
+def _markdown(labels: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rows = [f"| {label} | {' | '.join(cells)} |" for label, cells in zip(labels, lines, strict=True)]
+    rule = "| --- |" + " ---: |" * len(lines[0])
+    return "\n".join([rows[0], rule, *rows[1:]])
+
+
+def _origin(report: Report) -> str:
+    machine = report.machine
+    parts = [machine.gpu or machine.cpu or "unknown machine"]
+    if machine.gpu is None and machine.cores is not None:
+        parts.append(f"{machine.cores} cores")
+    parts += [f"{name} {report.versions[name]}" for name in ("torch", "triton") if name in report.versions]
+    parts.append(f"commit {(report.commit or 'unknown')[:10]}")
+    return ", ".join(parts)
+
+
+def _text(value: object) -> str:
+    return "" if value is None else str(value)
