@@ -28,17 +28,12 @@ class KernelModel:
 
 @dataclass(frozen=True, slots=True)
 class KernelCase:
-    """A batch: each segment's rows, and the rank of its own adapter. ``points`` are those of KernelModel to measure.
-
-    ``peer_us`` is what the fastest of SGLang 0.5.23 and vLLM 0.33.0 took for q, k, v and o together on an H200; see
-    docs/notes-kernels.md.
-    """
+    """A batch: each segment's rows, and the rank of its own adapter. ``points`` are those of KernelModel to measure."""
 
     name: str
     rows: tuple[int, ...]
     ranks: tuple[int, ...]
     points: tuple[str, ...] = ("qkv", "o")
-    peer_us: float | None = None
 
 
 LLAMA_8B = KernelModel(
@@ -56,16 +51,16 @@ LLAMA_8B = KernelModel(
 _MIXED = (8, 16, 32, 64)
 _ALL = ("qkv", "o", "gate_up", "down")
 CASES_8B = (
-    KernelCase("1 token, rank 64", (1,), (64,), peer_us=19.7),
-    KernelCase("8 distinct, mixed 8..64", (1,) * 8, _MIXED * 2, peer_us=25.2),
-    KernelCase("32 distinct, mixed", (1,) * 32, _MIXED * 8, peer_us=45.5),
-    KernelCase("32 distinct, rank 64", (1,) * 32, (64,) * 32, _ALL, peer_us=51.1),
-    KernelCase("128 distinct, mixed", (1,) * 128, _MIXED * 32, _ALL, peer_us=130.0),
-    KernelCase("128 tokens over 8 adapters, mixed", (16,) * 8, _MIXED * 2, peer_us=37.6),
-    KernelCase("prefill 128, one adapter", (128,), (64,), peer_us=43.2),
-    KernelCase("prefill 512, one adapter", (512,), (64,), _ALL, peer_us=61.8),
-    KernelCase("prefill 4 x 512, four adapters", (512,) * 4, (64,) * 4, peer_us=112.0),
-    KernelCase("prefill 4092 over 6 adapters", (1365, 682, 512, 1024, 341, 168), (64,) * 6, peer_us=182.0),
+    KernelCase("1 token, rank 64", (1,), (64,)),
+    KernelCase("8 distinct, mixed 8..64", (1,) * 8, _MIXED * 2),
+    KernelCase("32 distinct, mixed", (1,) * 32, _MIXED * 8),
+    KernelCase("32 distinct, rank 64", (1,) * 32, (64,) * 32, _ALL),
+    KernelCase("128 distinct, mixed", (1,) * 128, _MIXED * 32, _ALL),
+    KernelCase("128 tokens over 8 adapters, mixed", (16,) * 8, _MIXED * 2),
+    KernelCase("prefill 128, one adapter", (128,), (64,)),
+    KernelCase("prefill 512, one adapter", (512,), (64,), _ALL),
+    KernelCase("prefill 4 x 512, four adapters", (512,) * 4, (64,) * 4),
+    KernelCase("prefill 4092 over 6 adapters", (1365, 682, 512, 1024, 341, 168), (64,) * 6),
 )
 # For the interpreter, which takes milliseconds for a tile.
 SMALL = KernelModel(

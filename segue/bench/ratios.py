@@ -11,6 +11,20 @@ from segue.bench.tables import mix_words
 
 _STEP, _GEMMS = "decode_step_ms", "gemm_ms"
 _NAMES = {_STEP: "decode step", _GEMMS: "GEMMs alone"}
+# Microseconds of the faster of SGLang 0.5.23 and vLLM 0.33.0 for q, k, v and o together, on an H200: see
+# docs/notes-kernels.md.
+_PEER_US = {
+    "1 token, rank 64": 19.7,
+    "8 distinct, mixed 8..64": 25.2,
+    "32 distinct, mixed": 45.5,
+    "32 distinct, rank 64": 51.1,
+    "128 distinct, mixed": 130.0,
+    "128 tokens over 8 adapters, mixed": 37.6,
+    "prefill 128, one adapter": 43.2,
+    "prefill 512, one adapter": 61.8,
+    "prefill 4 x 512, four adapters": 112.0,
+    "prefill 4092 over 6 adapters": 182.0,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,9 +38,10 @@ class Ratio:
 def ratios(rows: Sequence[Row]) -> tuple[Ratio, ...]:
     """Tokens a second of a larger batch over the smallest; time per token with adapters over the base model's; time of
     a step over that of its GEMMs; and the base model's steps after those with adapters over before. Each where both
-    rows are there. Of base rows, all but the last use those measured before."""
+    rows are there. Of base rows, all but the last use those measured before. Of kernels: a published time of the best
+    peer on an H200 over q, k, v and o together."""
     first = [row for row in rows if row.when != When.AFTER]
-    return (*_batch_gains(first), *_adapter_costs(first), *_gemm_overheads(first), *_drifts(rows))
+    return (*_batch_gains(first), *_adapter_costs(first), *_gemm_overheads(first), *_drifts(rows), *_peer_gains(rows))
 
 
 def _batch_gains(rows: Sequence[Row]) -> Iterator[Ratio]:
@@ -61,6 +76,14 @@ def _drifts(rows: Sequence[Row]) -> Iterator[Ratio]:
         if row.when == When.AFTER and row.batch in before:
             value = row.median / before[row.batch].median
             yield Ratio(name=f"batch {row.batch}: base step after those with adapters over before", value=value)
+
+
+def _peer_gains(rows: Sequence[Row]) -> Iterator[Ratio]:
+    own = {(row.case, row.point): row.median for row in rows if row.measure == "lora_kernels_us"}
+    for case, peer_us in _PEER_US.items():
+        if (case, "qkv") in own and (case, "o") in own:
+            value = peer_us / (own[case, "qkv"] + own[case, "o"])
+            yield Ratio(name=f"{case}, q, k, v and o: best peer on an H200 ({peer_us:g} us) over this", value=value)
 
 
 def _case(row: Row) -> tuple[object, ...]:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from segue.bench.ratios import ratios
-from segue.bench.report import Row
+from segue.bench.report import Report, Row
 
 
 def step(batch: int, adapters: int, median: float, measure: str = "decode_step_ms", when: str | None = None) -> Row:
@@ -46,3 +48,12 @@ def test_base_rows_measured_again_tell_the_drift_and_nothing_else() -> None:
             "batch 4: base step after those with adapters over before": 1.25,
         }
     )
+
+
+def test_kernels_are_compared_with_peers() -> None:
+    """As docs/notes-kernels.md has it for the report of an H200."""
+    folder = Path(__file__).parent.parent.parent / "docs" / "benchmarks"
+    found = {ratio.name: ratio.value for ratio in ratios(Report.read(folder / "kernels-h200.json").rows)}
+    assert len(found) == 10
+    name = "1 token, rank 64, q, k, v and o: best peer on an H200 (19.7 us) over this"
+    assert found[name] == pytest.approx(1.89, abs=0.005)
