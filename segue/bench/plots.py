@@ -51,7 +51,7 @@ def write_plot(report: Report, path: Path) -> None:
     axes = figure.subplots(len(drawn), 1, squeeze=False, height_ratios=heights)
     for (rows, draw), panel in zip(drawn, axes[:, 0], strict=True):
         draw(panel, rows)
-    figure.suptitle(f"{report.machine.gpu or report.machine.cpu}, commit {(report.commit or 'unknown')[:10]}")
+    figure.suptitle(f"{report.machine.gpu or report.machine.cpu}, commit {report.short_commit}")
     figure.savefig(path)
 
 

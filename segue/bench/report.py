@@ -96,6 +96,12 @@ class Report:
             rows=tuple(rows),
         )
 
+    @property
+    def short_commit(self) -> str:
+        """The commit's first ten digits, with what tells changed files; "unknown" without one."""
+        digits, *dirty = (self.commit or "unknown").split("-")
+        return "-".join([digits[:10], *dirty])
+
     @classmethod
     def read(cls, path: Path) -> Self:
         """Raises ReportError for a file that cannot be read or is of another form."""

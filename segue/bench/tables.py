@@ -114,7 +114,7 @@ def _origin(report: Report) -> str:
     if machine.gpu is None and machine.cores is not None:
         parts.append(f"{machine.cores} cores")
     parts += [f"{name} {report.versions[name]}" for name in ("torch", "triton") if name in report.versions]
-    parts.append(f"commit {(report.commit or 'unknown')[:10]}")
+    parts.append(f"commit {report.short_commit}")
     return ", ".join(parts)
 
 

@@ -92,3 +92,25 @@ def test_timing_kernels_needs_a_gpu() -> None:
 def test_a_check_writes_no_report() -> None:
     result = bench("--check-only", "--json", "report.json", command="kernels")
     assert result.stderr == "segue: --check-only measures nothing to write: leave out --json and --plot\n"
+
+
+@pytest.mark.gpu
+def test_an_engine_on_cuda_is_measured(tmp_path: Path) -> None:
+    out = tmp_path / "report.json"
+    options = (
+        "--device",
+        "cuda",
+        "--dtype",
+        "bfloat16",
+        "--batch",
+        "1,20",
+        "--mix",
+        "base,one,ranks",
+        "--ranks",
+        "8,16",
+    )
+    result = bench("--shape", "tiny", *options, *QUICK, "--json", str(out))
+    assert (result.exit_code, result.stderr) == (0, "")
+    decodes = [row for row in Report.read(out).rows if row.measure == "decode_step_ms"]
+    adapters = [(row.batch, row.adapters) for row in decodes]
+    assert adapters == [(1, 0), (1, 1), (1, 1), (20, 0), (20, 1), (20, 20), (1, 0), (20, 0)]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from segue.bench.cases import BASE, Case, Measure
+from segue.bench import engine
+from segue.bench.cases import BASE, Case, Measure, Mix, cross_cases
 from segue.bench.driver import BenchmarkError, EngineDriver
 from segue.bench.engine import EngineBenchConfig, run_engine_bench
 from segue.bench.random_checkpoints import Targets, write_random_adapter, write_random_model
@@ -38,6 +40,24 @@ def test_every_request_decodes_in_every_timed_step(driver: EngineDriver) -> None
         driver.load("one")
 
 
+def test_an_engine_that_runs_ahead_decodes_in_every_timed_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA, with prompts that take several steps."""
+    cases = cross_cases(
+        batches=(6,), mixes=("base", "distinct"), ranks=(4,), targets=("qkvo",), prompt=20, first_token_prompts=(30,)
+    )
+    monkeypatch.setattr(engine, "_BUDGET_TOKENS", 40)
+    config = EngineBenchConfig(shape="tiny", cases=cases, steps=5, repeats=1)
+    assert config.budget_tokens == 40
+    model_dir = write_random_model(tmp_path / "model", SHAPES["tiny"], dtype=torch.float32)
+    ahead = dataclasses.replace(config.engine_config(model_dir), pages=256, runs_ahead=True)
+    with EngineDriver(ahead, AdapterCatalog(tmp_path, ModelConfig.load(model_dir), 4)) as driver:
+        for _ in range(2):
+            numbers = [driver.submit(range(20), None, max_tokens=config.max_tokens) for _ in range(6)]
+            driver.run_to_first_tokens(numbers)
+            assert all(driver.decode_seconds() > 0 for _ in range(3 + config.steps))
+            driver.cancel_all()
+
+
 def test_a_step_that_decodes_less_is_not_timed(driver: EngineDriver) -> None:
     """Of three requests only two may run at once."""
     numbers = [driver.submit(range(20), None, max_tokens=10) for _ in range(3)]
@@ -52,6 +72,14 @@ def test_a_request_that_fails_ends_the_measurement(driver: EngineDriver) -> None
     number = driver.submit(range(20), None, max_tokens=10_000)
     with pytest.raises(BenchmarkError, match="the request needs 628 pages"):
         driver.run_to_first_tokens([number])
+
+
+def test_more_adapters_than_the_host_store_holds_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "_MOST_HOST_BYTES", 0)
+    monkeypatch.setattr(engine, "_SPARE_HOST_BYTES", 4096)
+    case = Case(Measure.DECODE_STEP, 10, Mix(10, (4,), Targets.QKVO), 5)
+    report = run_engine_bench(EngineBenchConfig(shape="tiny", cases=(case,), steps=2, repeats=1), lambda _: None)
+    assert [(row.batch, row.adapters, row.runs) for row in report.rows] == [(10, 10, 2)]
 
 
 def test_a_round_is_cut_short_by_its_limit() -> None:

@@ -124,3 +124,9 @@ def test_the_commit_tells_changed_files(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("two")
     assert commit(tmp_path) == f"{head}-dirty"
     assert commit(tmp_path / "inner") is None
+
+
+def test_a_short_commit_still_tells_changed_files() -> None:
+    assert report().short_commit == "0123-dirty"
+    assert dataclasses.replace(report(), commit="0123456789abc-dirty").short_commit == "0123456789-dirty"
+    assert dataclasses.replace(report(), commit=None).short_commit == "unknown"
