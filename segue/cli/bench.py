@@ -29,6 +29,39 @@ PlotOption = Annotated[
 ]
 
 
+PresetOption = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="table-8b: the table of an 8B model in bfloat16 on CUDA, in minutes."),
+]
+ShapeOption = Annotated[
+    str | None, typer.Option(metavar="NAME", help="A random model: tiny, small (default), medium, llama-3.1-8b.")
+]
+ModelOption = Annotated[Path | None, typer.Option(metavar="DIR", help="The base model's folder, in place of --shape.")]
+DtypeOption = Annotated[str | None, typer.Option(metavar="NAME", help="float32 (default), bfloat16 or float16.")]
+DeviceOption = Annotated[str | None, typer.Option(metavar="NAME", help="cpu (default) or cuda.")]
+BatchOption = Annotated[str | None, typer.Option(metavar="N,...", help="Requests that decode together; default 1,16.")]
+MixOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME,...",
+        help="base; one adapter for all; distinct: one for each request; ranks: distinct, of the ranks in turn; "
+        "or a number. Default base,one,8.",
+    ),
+]
+RanksOption = Annotated[str | None, typer.Option(metavar="N,...", help="The adapters' ranks; default 16.")]
+TargetsOption = Annotated[
+    str | None, typer.Option(metavar="qkvo|all,...", help="The projections that adapters change; default qkvo.")
+]
+PromptOption = Annotated[int | None, typer.Option(metavar="N", help="Tokens of each prompt; default 32.")]
+TtftPromptsOption = Annotated[
+    str | None, typer.Option(metavar="N,...", help="Prompts to time to the first token; default 16,128.")
+]
+StepsOption = Annotated[int, typer.Option(metavar="N", help="Decode steps to time in a round.")]
+RunsOption = Annotated[int, typer.Option(metavar="N", help="Rounds through all cases.")]
+SecondsOption = Annotated[float, typer.Option(metavar="LIMIT", help="No round begins later than this after the start.")]
+TorchThreadsOption = Annotated[int, typer.Option(metavar="N", help="Threads of torch's matrix products.")]
+
+
 def register(app: typer.Typer) -> None:
     bench = typer.Typer(help="Measure on this machine.", no_args_is_help=True)
     bench.command(name="engine")(engine)
@@ -37,43 +70,21 @@ def register(app: typer.Typer) -> None:
 
 
 def engine(
-    preset: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="table-8b: the table of an 8B model in bfloat16 on CUDA, in minutes."),
-    ] = None,
-    shape: Annotated[
-        str | None, typer.Option(metavar="NAME", help="A random model: tiny, small (default), medium, llama-3.1-8b.")
-    ] = None,
-    model: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="The base model's folder, in place of --shape.")
-    ] = None,
-    dtype: Annotated[str | None, typer.Option(metavar="NAME", help="float32 (default), bfloat16 or float16.")] = None,
-    device: Annotated[str | None, typer.Option(metavar="NAME", help="cpu (default) or cuda.")] = None,
-    batch: Annotated[
-        str | None, typer.Option(metavar="N,...", help="Requests that decode together; default 1,16.")
-    ] = None,
-    mix: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME,...",
-            help="base; one adapter for all; distinct: one for each request; ranks: distinct, of the ranks in turn; "
-            "or a number. Default base,one,8.",
-        ),
-    ] = None,
-    ranks: Annotated[str | None, typer.Option(metavar="N,...", help="The adapters' ranks; default 16.")] = None,
-    targets: Annotated[
-        str | None, typer.Option(metavar="qkvo|all,...", help="The projections that adapters change; default qkvo.")
-    ] = None,
-    prompt: Annotated[int | None, typer.Option(metavar="N", help="Tokens of each prompt; default 32.")] = None,
-    ttft_prompts: Annotated[
-        str | None, typer.Option(metavar="N,...", help="Prompts to time to the first token; default 16,128.")
-    ] = None,
-    steps: Annotated[int, typer.Option(metavar="N", help="Decode steps to time in a round.")] = 40,
-    runs: Annotated[int, typer.Option(metavar="N", help="Rounds through all cases.")] = 5,
-    seconds: Annotated[
-        float, typer.Option(metavar="LIMIT", help="No round begins later than this after the start.")
-    ] = 240.0,
-    torch_threads: Annotated[int, typer.Option(metavar="N", help="Threads of torch's matrix products.")] = 1,
+    preset: PresetOption = None,
+    shape: ShapeOption = None,
+    model: ModelOption = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    batch: BatchOption = None,
+    mix: MixOption = None,
+    ranks: RanksOption = None,
+    targets: TargetsOption = None,
+    prompt: PromptOption = None,
+    ttft_prompts: TtftPromptsOption = None,
+    steps: StepsOption = 40,
+    runs: RunsOption = 5,
+    seconds: SecondsOption = 240.0,
+    torch_threads: TorchThreadsOption = 1,
     json: JsonOption = None,
     plot: PlotOption = None,
 ) -> None:
