@@ -31,7 +31,7 @@ PlotOption = Annotated[
 
 PresetOption = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="table-8b: the table of an 8B model in bfloat16 on CUDA, in minutes."),
+    typer.Option(metavar="NAME", help="table-8b: the table of an 8B model in bfloat16 on CUDA."),
 ]
 ShapeOption = Annotated[
     str | None, typer.Option(metavar="NAME", help="A random model: tiny, small (default), medium, llama-3.1-8b.")
