@@ -17,7 +17,7 @@ from segue.engine.batch import RowBatch
 from segue.engine.lora.points import LoraHook, LoraPoint
 from segue.engine.models.config import ModelConfig
 from segue.engine.models.ops import ModelOps, TorchOps
-from segue.engine.models.weights import Linear, ModelWeights, load_weights, random_weights
+from segue.engine.models.weights import Linear, ModelWeights, ReportBytes, load_weights, random_weights, report_nothing
 
 
 class DecoderModel:
@@ -31,15 +31,26 @@ class DecoderModel:
 
     @classmethod
     def load(
-        cls, model_dir: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device | str = "cpu"
+        cls,
+        model_dir: Path,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        report: ReportBytes = report_nothing,
     ) -> DecoderModel:
         """The model of a checkpoint folder in ``dtype``. Raises ModelError."""
-        return cls(config, load_weights(model_dir, config, dtype, device))
+        return cls(config, load_weights(model_dir, config, dtype, device, report))
 
     @classmethod
-    def random(cls, config: ModelConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> DecoderModel:
+    def random(
+        cls,
+        config: ModelConfig,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        report: ReportBytes = report_nothing,
+    ) -> DecoderModel:
         """A model of this shape with random weights."""
-        return cls(config, random_weights(config, dtype, device))
+        return cls(config, random_weights(config, dtype, device, report))
 
     def use(self, ops: ModelOps) -> None:
         """Run the small operations with these from now on."""

@@ -1,24 +1,31 @@
-"""A checkpoint's weights, read from safetensors into merged matrices."""
+"""A model's weights in merged matrices: a checkpoint's, or random ones."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from segue.engine.models.checkpoint_files import FLOAT_DTYPES, StoredTensor, stored_tensors
 from segue.engine.models.config import ModelConfig
 from segue.engine.models.fields import ModelError
+from segue.engine.models.landing import Comparison, DeviceLanding, HostLanding, Landing
+from segue.engine.models.tensor_reader import CHUNK_BYTES, READERS, TensorRead, read_tensors
 
-_SINGLE_FILE = "model.safetensors"
-_INDEX_FILE = "model.safetensors.index.json"
-_FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 _HEAD = "lm_head.weight"
+# Pinned buffers whose copies are under way while every reader fills another.
+_BUFFERS_UNDER_WAY = 4
+
+# Told how many bytes of how many are done; the first is 0.
+ReportBytes: TypeAlias = Callable[[int, int], None]
+
+
+def report_nothing(_done_bytes: int, _total_bytes: int) -> None:
+    """Where nobody asked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,36 +64,55 @@ class ModelWeights:
 
 
 def load_weights(
-    model_dir: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device | str = "cpu"
+    model_dir: Path,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    report: ReportBytes = report_nothing,
 ) -> ModelWeights:
     """Read the checkpoint's safetensors files, one or many, converted to ``dtype``.
 
-    Tensors are copied one by one into the merged matrices, so that no second copy of the model is held. Raises
-    ModelError, naming the file or tensor, for what is missing, unexpected, of the wrong shape or unreadable.
+    Files are read side by side, in chunks, straight into the merged matrices: no second copy of the model is held.
+    ``report`` is called on the calling thread. Raises ModelError, naming the file or tensor, for what is missing,
+    unexpected, of the wrong shape or unreadable.
     """
+    stored = stored_tensors(model_dir)
     weights = _allocate(config, dtype, device)
     destinations = _destinations(config, weights)
-    wanted = set(destinations)
-    files = tuple(_files(model_dir))
-    for path, names in files:
-        _load_file(path, names, config, destinations)
-        wanted -= names
-    if wanted:
-        raise ModelError(f"{model_dir}: tensor {min(wanted)} is missing ({len(wanted)} in all)")
-    if config.tied_embeddings:
-        _check_tied_head([path for path, names in files if _HEAD in names], weights.embedding)
+    reads = [
+        _read_of(tensor, destinations[tensor.name]) for tensor in stored if _is_wanted(tensor, destinations, config)
+    ]
+    missing = destinations.keys() - {read.stored.name for read in reads}
+    if missing:
+        raise ModelError(f"{model_dir}: tensor {min(missing)} is missing ({len(missing)} in all)")
+    tied = config.tied_embeddings
+    second_heads = [_read_of(tensor, weights.embedding) for tensor in stored if tied and tensor.name == _HEAD]
+    counter = _ByteCounter(sum(read.stored.size_bytes for read in (*reads, *second_heads)), report)
+    read_tensors(reads, _landing(weights.embedding.device), counter.add)
+    _check_tied_head(second_heads, counter.add)
     return weights
 
 
-def random_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> ModelWeights:
-    """Weights of the model's shape that keep the scale of what goes through them; for benchmarks."""
+def random_weights(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    report: ReportBytes = report_nothing,
+) -> ModelWeights:
+    """Weights of the model's shape that keep the scale of what goes through them; for benchmarks.
+
+    They are drawn on the device, and are the same each time on the same kind of device.
+    """
     weights = _allocate(config, dtype, device)
     generator = torch.Generator(device).manual_seed(0)
-    for name, tensor in _destinations(config, weights).items():
+    destinations = _destinations(config, weights)
+    counter = _ByteCounter(sum(tensor.nbytes for tensor in destinations.values()), report)
+    for name, tensor in destinations.items():
         if "norm" in name:
             tensor.fill_(1.0)
         else:
             tensor.normal_(0.0, 1.0 if "embed" in name else tensor.shape[-1] ** -0.5, generator=generator)
+        counter.add(tensor.nbytes)
     return weights
 
 
@@ -151,72 +177,51 @@ def _parts(merged: Linear, widths: Mapping[str, int]) -> dict[str, Tensor]:
     return parts
 
 
-def _is_redundant(name: str, config: ModelConfig) -> bool:
-    """Old checkpoints store rotary frequencies, and some a tied head a second time; both are derived here."""
-    return name.endswith(".rotary_emb.inv_freq") or (name == _HEAD and config.tied_embeddings)
+def _is_wanted(tensor: StoredTensor, destinations: Mapping[str, Tensor], config: ModelConfig) -> bool:
+    """Whether the model has it. Raises ModelError when it is neither the model's nor derived from what is."""
+    if tensor.name in destinations:
+        return True
+    # Old checkpoints store rotary frequencies, and some a tied head a second time.
+    if tensor.name.endswith(".rotary_emb.inv_freq") or (tensor.name == _HEAD and config.tied_embeddings):
+        return False
+    raise ModelError(f"{tensor.path}: tensor {tensor.name} is not expected")
 
 
-def _files(model_dir: Path) -> Iterator[tuple[Path, set[str]]]:
-    """The checkpoint's files and the tensors to take from each."""
-    single, index = model_dir / _SINGLE_FILE, model_dir / _INDEX_FILE
-    if single.exists():
-        with _opened(single) as file:
-            names = set(file.keys())
-        yield single, names
-        return
-    if not index.exists():
-        raise ModelError(f"{model_dir}: has neither {_SINGLE_FILE} nor {_INDEX_FILE}; other formats are not read")
-    by_file: dict[str, set[str]] = {}
-    for name, file_name in _weight_map(index).items():
-        by_file.setdefault(file_name, set()).add(name)
-    for file_name, names in sorted(by_file.items()):
-        yield model_dir / file_name, names
-
-
-def _weight_map(index: Path) -> Mapping[str, str]:
-    try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
-        pairs = {str(name): str(file_name) for name, file_name in weight_map.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{index}: is not an index with a weight_map: {error}") from error
-    for file_name in pairs.values():
-        if Path(file_name).name != file_name:
-            raise ModelError(f"{index}: weight_map names {file_name!r}, which is not a file beside it")
-    return pairs
-
-
-def _load_file(path: Path, names: set[str], config: ModelConfig, destinations: Mapping[str, Tensor]) -> None:
-    with _opened(path) as file:
-        present = set(file.keys())
-        for name in sorted(names):
-            if name not in present:
-                raise ModelError(f"{path}: tensor {name} is missing")
-            if name in destinations:
-                _load_tensor(file, path, name, destinations[name])
-            elif not _is_redundant(name, config):
-                raise ModelError(f"{path}: tensor {name} is not expected")
-
-
-def _load_tensor(file: Any, path: Path, name: str, destination: Tensor) -> None:
-    stored = file.get_slice(name)
-    shape, expected = tuple(stored.get_shape()), tuple(destination.shape)
+def _read_of(tensor: StoredTensor, destination: Tensor) -> TensorRead:
+    """Raises ModelError when the tensor has another shape, or a dtype that no weight has."""
+    shape, expected = tensor.shape, tuple(destination.shape)
     if shape != expected:
-        raise ModelError(f"{path}: tensor {name} has shape {list(shape)}, expected {list(expected)}")
-    if stored.get_dtype() not in _FLOAT_DTYPES:
-        raise ModelError(f"{path}: tensor {name} has dtype {stored.get_dtype()}, expected {', '.join(_FLOAT_DTYPES)}")
-    destination.copy_(file.get_tensor(name))
+        raise ModelError(f"{tensor.path}: tensor {tensor.name} has shape {list(shape)}, expected {list(expected)}")
+    if tensor.dtype not in FLOAT_DTYPES:
+        known = ", ".join(FLOAT_DTYPES)
+        raise ModelError(f"{tensor.path}: tensor {tensor.name} has dtype {tensor.dtype}, expected {known}")
+    return TensorRead(stored=tensor, destination=destination)
 
 
-def _check_tied_head(paths: Sequence[Path], embedding: Tensor) -> None:
+def _landing(device: torch.device) -> Landing:
+    if device.type == "cpu":
+        return HostLanding()
+    return DeviceLanding(device, buffers=READERS + _BUFFERS_UNDER_WAY, buffer_bytes=CHUNK_BYTES)
+
+
+def _check_tied_head(reads: Sequence[TensorRead], on_read: Callable[[int], None]) -> None:
     """A second copy of a tied head must say the same: transformers 4 would ignore another one, 5 would use it."""
-    for path in paths:
-        with _opened(path) as file:
-            if not torch.equal(file.get_tensor(_HEAD).to(embedding), embedding):
-                raise ModelError(f"{path}: tensor {_HEAD} is not the embedding, to which tie_word_embeddings ties it")
+    comparison = Comparison()
+    read_tensors(reads, comparison, on_read)
+    if comparison.differs:
+        path = reads[0].stored.path
+        raise ModelError(f"{path}: tensor {_HEAD} is not the embedding, to which tie_word_embeddings ties it")
 
 
-def _opened(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{path}: is not a readable safetensors file: {error}") from error
+class _ByteCounter:
+    """Adds up bytes for a report."""
+
+    def __init__(self, total_bytes: int, report: ReportBytes) -> None:
+        self._done_bytes = 0
+        self._total_bytes = total_bytes
+        self._report = report
+        report(0, total_bytes)
+
+    def add(self, size_bytes: int) -> None:
+        self._done_bytes += size_bytes
+        self._report(self._done_bytes, self._total_bytes)

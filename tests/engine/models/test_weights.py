@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from segue.engine.models.config import ModelConfig, ModelError
-from segue.engine.models.weights import ModelWeights, load_weights
+from segue.engine.models.decoder import DecoderModel
+from segue.engine.models.weights import ModelWeights, load_weights, random_weights
 from tests.checkpoints import TinyModel, write_random_model
+from tests.engine.models.passes import Runner, make_runner
 
 
 def load(model_dir: Path, dtype: torch.dtype = torch.float32) -> ModelWeights:
@@ -61,6 +64,54 @@ def test_weights_are_converted(tmp_path: Path) -> None:
     stored = load_file(tmp_path / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
     assert stored.dtype == torch.float16
     assert torch.equal(weights.layers[1].down.weight, stored.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("wanted", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_merged_slices_are_converted_from_any_dtype_to_any(
+    tmp_path: Path, stored: torch.dtype, wanted: torch.dtype
+) -> None:
+    model_dir = write_random_model(tmp_path, TinyModel(layers=1), dtype=stored)
+    weights = load(model_dir, wanted)
+    tensors = load_file(model_dir / "model.safetensors")
+    parts = [tensors[f"model.layers.0.self_attn.{name}_proj.weight"] for name in ("q", "k", "v")]
+    assert parts[0].dtype is stored
+    assert torch.equal(weights.layers[0].qkv.weight, torch.cat(parts).to(wanted))
+    assert torch.equal(weights.head, tensors["lm_head.weight"].to(wanted))
+
+
+@pytest.mark.parametrize("second_head", [False, True])
+def test_progress_grows_from_nothing_to_all_bytes(tmp_path: Path, second_head: bool) -> None:
+    write_random_model(tmp_path, TinyModel(tied=True), dtype=torch.bfloat16)
+    if second_head:
+        head = {"lm_head.weight": load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"].clone()}
+        rewrite(tmp_path, lambda tensors: tensors.update(head))
+    reports: list[tuple[int, int]] = []
+    load_weights(
+        tmp_path, ModelConfig.load(tmp_path), torch.float32, report=lambda done, total: reports.append((done, total))
+    )
+    total = sum(tensor.nbytes for tensor in load_file(tmp_path / "model.safetensors").values())
+    assert reports[0] == (0, total)
+    assert reports[-1] == (total, total)
+    assert all(one[0] < other[0] and other[1] == total for one, other in pairwise(reports))
+
+
+def test_random_weights_keep_activations_finite_and_tell_how_far_they_are(tmp_path: Path) -> None:
+    config = ModelConfig.load(write_random_model(tmp_path, TinyModel(layers=8, family="qwen2")))
+    reports: list[tuple[int, int]] = []
+    weights = random_weights(config, torch.float16, report=lambda done, total: reports.append((done, total)))
+    assert reports[0][0] == 0
+    assert reports[-1][0] == reports[-1][1]
+    assert [done for done, _ in reports] == sorted(done for done, _ in reports)
+    assert bool((weights.norm == 1).all())
+    spread = float(weights.layers[3].down.weight.float().std())
+    assert spread == pytest.approx(config.intermediate_size**-0.5, rel=0.1)
+    again = random_weights(config, torch.float16)
+    assert torch.equal(again.layers[7].qkv.weight, weights.layers[7].qkv.weight)
+    runner = Runner(DecoderModel(config, weights), make_runner(tmp_path, dtype=torch.float16).pool)
+    logits = runner.run([(runner.add(range(3, 103), 100), 100, 100)])
+    assert bool(logits.isfinite().all())
+    assert 0.5 < float(logits.std()) < 20
 
 
 def test_tied_head_is_the_embedding(tmp_path: Path) -> None:
@@ -198,6 +249,22 @@ def test_index_that_names_an_absent_tensor_is_refused(sharded: Path) -> None:
     content["weight_map"][name] = other
     index.write_text(json.dumps(content))
     with pytest.raises(ModelError, match=rf"{other}: tensor {name} is missing"):
+        load(sharded)
+
+
+def test_truncated_shard_is_named(sharded: Path) -> None:
+    path = next(sharded.glob("model-00003-*.safetensors"))
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ModelError, match=rf"{path.name}: is not a readable safetensors file"):
+        load(sharded)
+
+
+def test_tensors_that_the_index_does_not_name_are_left_alone(sharded: Path) -> None:
+    index = sharded / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    del content["weight_map"]["model.norm.weight"]
+    index.write_text(json.dumps(content))
+    with pytest.raises(ModelError, match=r"model\.norm\.weight is missing \(1 in all\)"):
         load(sharded)
 
 
