@@ -15,6 +15,8 @@ from segue.cpu_lora.process import die_with_parent, set_process_name
 from segue.engine.channel import Channel, ChannelClosedError
 from segue.engine.messages import Shutdown, Start, StartFailed, ToEngine
 
+_PROGRESS_SECONDS = 0.1
+
 
 def main() -> int:
     """Serve until the front end ends; 1 when the engine could not start."""
@@ -52,9 +54,12 @@ def _run(channel: Channel[ToEngine]) -> int:
     from segue.config import ConfigError
     from segue.engine.instance import EngineInstance
     from segue.engine.loop import serve
+    from segue.engine.progress import Throttle
 
     try:
-        instance = EngineInstance.build(start.config)
+        instance = EngineInstance.build(start.config, Throttle(channel.send, _PROGRESS_SECONDS))
+    except ChannelClosedError:
+        raise
     except ConfigError as error:
         channel.send(StartFailed(str(error)))
         return 1

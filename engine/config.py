@@ -9,9 +9,9 @@ from segue.config import require, require_positive
 
 
 class LoadFormat(Enum):
-    """Where the model's weights come from: its folder, or chance (``DUMMY``, for benchmarks)."""
+    """Where the model's weights come from: its folder's safetensors files, or chance (``DUMMY``, for benchmarks)."""
 
-    SAFETENSORS = "safetensors"
+    AUTO = "auto"
     DUMMY = "dummy"
 
 
@@ -65,7 +65,7 @@ class EngineConfig:
     """
 
     model_dir: str
-    load_format: str = LoadFormat.SAFETENSORS.value
+    load_format: str = LoadFormat.AUTO.value
     device: str = "cpu"
     dtype: str = "float32"
     page_tokens: int = 16
@@ -95,7 +95,9 @@ class EngineConfig:
     def __post_init__(self) -> None:
         require(self.device in ("cpu", "cuda"), "device", f"must be 'cpu' or 'cuda', is {self.device!r}")
         formats = [item.value for item in LoadFormat]
-        require(self.load_format in formats, "load_format", f"must be one of {', '.join(formats)}")
+        require(
+            self.load_format in formats, "load_format", f"must be one of {', '.join(formats)}, is {self.load_format!r}"
+        )
         known = ("float32", "bfloat16", "float16")
         require(self.dtype in known, "dtype", f"must be one of {', '.join(known)}, is {self.dtype!r}")
         require_positive(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -28,10 +29,11 @@ from segue.engine.lora.points import POINT_PROJECTIONS
 from segue.engine.lora.store import AdapterStore
 from segue.engine.memory.adapter_layout import choose_chunk_elems
 from segue.engine.memory.pool import PagePool
-from segue.engine.messages import Ready, State
+from segue.engine.messages import Ready, StartProgress, State
 from segue.engine.models.config import ModelConfig
 from segue.engine.models.decoder import DecoderModel
 from segue.engine.pool_size import PageNeeds, cpu_pages, cuda_pages
+from segue.engine.progress import ReportProgress, log_lines
 from segue.engine.rate import RateMeter
 from segue.engine.runner import PassRunner
 from segue.engine.sampler import TorchSampler
@@ -47,8 +49,12 @@ _ASSUMED_PREFILL_TOKENS_PER_SECOND = 1000.0
 class EngineInstance:
     """An engine with its threads and processes. ``wake_fd`` becomes readable when something arrived from them."""
 
-    def __init__(self, config: EngineConfig) -> None:
-        """Load the model and start everything. Raises ConfigError, UnsupportedModelError, OSError, ValueError."""
+    def __init__(self, config: EngineConfig, report: ReportProgress | None = None) -> None:
+        """Load the model and start everything, telling ``report`` how far that is; by default the log.
+
+        Raises ConfigError, UnsupportedModelError, OSError, ValueError.
+        """
+        self._report = report or log_lines(_LOG)
         torch.set_num_threads(config.torch_threads)
         self.config = config
         self._model_config = ModelConfig.load(Path(config.model_dir))
@@ -92,8 +98,8 @@ class EngineInstance:
         self.engine = self._engine(runner)
 
     @classmethod
-    def build(cls, config: EngineConfig) -> EngineInstance:
-        return cls(config)
+    def build(cls, config: EngineConfig, report: ReportProgress | None = None) -> EngineInstance:
+        return cls(config, report)
 
     def __enter__(self) -> Self:
         return self
@@ -183,9 +189,16 @@ class EngineInstance:
         return cuda_pages(needs, free_bytes, config.memory_fraction, reserve)
 
     def _load_model(self, dtype: torch.dtype, device: torch.device) -> DecoderModel:
-        if LoadFormat(self.config.load_format) is LoadFormat.DUMMY:
-            return DecoderModel.random(self._model_config, dtype, device)
-        return DecoderModel.load(Path(self.config.model_dir), self._model_config, dtype, device)
+        def report(stage: str) -> Callable[[int, int], None]:
+            return lambda done, total: self._report(StartProgress(stage, done, total, "bytes"))
+
+        model_dir = Path(self.config.model_dir)
+        try:
+            if LoadFormat(self.config.load_format) is LoadFormat.DUMMY:
+                return DecoderModel.random(self._model_config, dtype, device, report("draw random weights"))
+            return DecoderModel.load(model_dir, self._model_config, dtype, device, report("load weights"))
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(f"device: the model does not fit: {str(error).splitlines()[0]}") from error
 
     def _backend(self, model: DecoderModel, chunk_elems: int) -> Backend:
         if self.config.device == "cuda":
@@ -200,7 +213,7 @@ class EngineInstance:
                 self.store,
                 chunk_elems=chunk_elems,
                 context_tokens=self._context_tokens,
-                report=lambda stage, done, total: _LOG.info("%s: %d of %d", stage, done, total),
+                report=lambda stage, done, total: self._report(StartProgress(stage, done, total)),
             )
         return Backend(
             lora=TorchDeviceLora(

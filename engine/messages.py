@@ -79,6 +79,22 @@ class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """End the engine. Closing the socket means the same."""
 
 
+class StartProgress(msgspec.Struct, frozen=True, tag=True):
+    """How far a stage of the engine's start has come, before Ready; a few times a second.
+
+    ``unit`` is what ``done`` and ``total`` count: "bytes", or a word to be read after them. Stages follow one another.
+    """
+
+    stage: str
+    done: int
+    total: int
+    unit: str = ""
+
+    @property
+    def is_complete(self) -> bool:
+        return self.done >= self.total
+
+
 class Ready(msgspec.Struct, frozen=True, tag=True):
     """The engine serves from now on."""
 
@@ -171,4 +187,4 @@ class VersionFailed(msgspec.Struct, frozen=True, tag=True):
 
 
 ToEngine = Start | Submit | Cancel | OpenVersion | CloseVersion | Evict | Preload | GetState | Shutdown
-ToFrontEnd = Ready | StartFailed | StepOutput | State | VersionFailed
+ToFrontEnd = StartProgress | Ready | StartFailed | StepOutput | State | VersionFailed

@@ -106,7 +106,7 @@ class EngineBenchConfig:
         """Raises ConfigError."""
         return EngineConfig(
             model_dir=str(model_dir),
-            load_format=(LoadFormat.SAFETENSORS if self.shape is None else LoadFormat.DUMMY).value,
+            load_format=(LoadFormat.AUTO if self.shape is None else LoadFormat.DUMMY).value,
             device=self.device,
             dtype=self.dtype,
             torch_threads=self.torch_threads,

@@ -33,6 +33,13 @@ class Dtype(StrEnum):
     FLOAT16 = "float16"
 
 
+class LoadFormat(StrEnum):
+    """Where the weights come from. AUTO is the configuration file's choice, else the model's folder."""
+
+    AUTO = "auto"
+    DUMMY = "dummy"
+
+
 def register(app: typer.Typer) -> None:
     app.command(name="serve")(serve)
 
@@ -45,6 +52,9 @@ def serve(
     listen: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Default: 127.0.0.1:50051.")] = None,
     device: Annotated[Device, typer.Option(help="Where the model runs.")] = Device.AUTO,
     dtype: Annotated[Dtype, typer.Option(help="What the model computes in.")] = Dtype.AUTO,
+    load_format: Annotated[
+        LoadFormat, typer.Option(help="dummy: random weights, for benchmarks; the folder needs config.json alone.")
+    ] = LoadFormat.AUTO,
     cpu_workers: Annotated[
         int | None, typer.Option(metavar="N", help="CPU LoRA workers; 0 streams every adapter.")
     ] = None,
@@ -63,6 +73,7 @@ def serve(
             "model_dir": None if model is None else str(model),
             "device": None if device is Device.AUTO else device.value,
             "dtype": None if dtype is Dtype.AUTO else dtype.value,
+            "load_format": None if load_format is LoadFormat.AUTO else load_format.value,
             "cpu_workers": cpu_workers,
         }
         merged = server_table(table, flags, engine_flags)
@@ -91,6 +102,9 @@ def run_server(table: Mapping[str, Any], *, where: str, address_file: Path | Non
     from segue.server.config import ServerConfig
 
     config = from_table(ServerConfig, table, where=where)
+    from rich.console import Console
+
+    from segue.cli.start_progress import shown_progress
     from segue.server.app import ServerStartError
     from segue.server.app import serve as serve_until_told
 
@@ -103,7 +117,8 @@ def run_server(table: Mapping[str, Any], *, where: str, address_file: Path | Non
         typer.echo(f"serving on {address}")
 
     try:
-        asyncio.run(serve_until_told(config, on_serving=announce))
+        with shown_progress(Console(stderr=True)) as on_progress:
+            asyncio.run(serve_until_told(config, on_serving=announce, on_progress=on_progress))
     except ServerStartError as error:
         raise UserError(str(error)) from error
 

@@ -58,11 +58,11 @@ class _TokenizerConfig(msgspec.Struct):
 class AdapterTokenizers:
     """Reads adapter folders, each version once. Its methods read files: they belong off the event loop."""
 
-    def __init__(self, adapters_dir: Path, model_dir: Path, vocabulary: Mapping[str, int]) -> None:
-        """``vocabulary`` is the base model's: token to id."""
+    def __init__(self, adapters_dir: Path, model_dir: Path, vocabulary: Mapping[str, int] | None) -> None:
+        """``vocabulary`` is the base model's, token to id; without one every adapter's will do."""
         self._root = adapters_dir
-        self._model_file = (model_dir / _TOKENIZER_FILE).read_bytes()
-        self._vocabulary = dict(vocabulary)
+        self._model_file = None if vocabulary is None else (model_dir / _TOKENIZER_FILE).read_bytes()
+        self._vocabulary = vocabulary
         remember = functools.lru_cache(_REMEMBERED_VERSIONS)
         self._checked = remember(self._check_vocabulary)
         self._template = remember(self._read_template)
@@ -76,6 +76,8 @@ class AdapterTokenizers:
         return self._template(opened.manifest.version_id, opened.folder)
 
     def _check_vocabulary(self, _version_id: int, folder: tuple[str, ...]) -> None:
+        if self._vocabulary is None:
+            return
         content = self._read(folder, _TOKENIZER_FILE, _MAX_FILE_BYTES)
         if content is None or content == self._model_file:
             return

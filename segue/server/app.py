@@ -16,8 +16,10 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from segue.engine.config import LoadFormat
 from segue.engine.lora.catalog import AdapterCatalog
 from segue.engine.models.config import ModelConfig, ModelError
+from segue.engine.progress import ReportProgress, log_lines
 from segue.errors import EngineUnavailableError
 from segue.server.adapter_service import AdapterService
 from segue.server.adapter_tokenizer import AdapterTokenizers
@@ -30,7 +32,7 @@ from segue.server.generation import GenerationService
 from segue.server.interceptor import ErrorInterceptor
 from segue.server.limits import ModelLimits
 from segue.server.server_service import ServerService
-from segue.server.tokenizer import ModelTokenizer, TokenizerError
+from segue.server.tokenizer import ModelTokenizer, NoTokenizer, TokenizerError, load_tokenizer
 from segue.v1 import adapters_pb2, adapters_pb2_grpc, generation_pb2, generation_pb2_grpc, server_pb2, server_pb2_grpc
 
 _LOG = logging.getLogger(__name__)
@@ -52,7 +54,14 @@ class ServerStartError(Exception):
 class Server:
     """One server on the running event loop: ``start`` it, then ``stop`` it, once each."""
 
-    def __init__(self, config: ServerConfig, *, engine_command: Sequence[str] = ENGINE_COMMAND) -> None:
+    def __init__(
+        self,
+        config: ServerConfig,
+        *,
+        on_progress: ReportProgress | None = None,
+        engine_command: Sequence[str] = ENGINE_COMMAND,
+    ) -> None:
+        """``on_progress`` is told how far an engine's start has come; by default the log."""
         model_dir = Path(config.engine.model_dir).resolve()
         self._config = dataclasses.replace(
             config,
@@ -65,6 +74,7 @@ class Server:
             config.supervision,
             on_status=self._on_status,
             on_version_failed=self._on_version_failed,
+            on_progress=on_progress or log_lines(_LOG),
             command=engine_command,
         )
         self._grpc = grpc.aio.server(interceptors=(ErrorInterceptor(),), options=_GRPC_OPTIONS)
@@ -79,7 +89,7 @@ class Server:
         """Listen, start the engine, and serve. Raises ServerStartError, with nothing left running."""
         try:
             model = ModelConfig.load(Path(self._config.engine.model_dir))
-            tokenizer = ModelTokenizer.load(Path(self._config.engine.model_dir))
+            tokenizer = self._load_tokenizer()
             catalog = AdapterCatalog(Path(self._config.adapters_dir), model, self._config.engine.max_lora_rank)
             pinned = self._config.pinned_adapters
             self._directory = AdapterDirectory(catalog, self._engine, self._executor, pinned)
@@ -108,13 +118,23 @@ class Server:
         await self._engine.close()
         self._executor.shutdown()
 
+    def _load_tokenizer(self) -> ModelTokenizer | NoTokenizer:
+        """Random weights say nothing anyway: a folder for them may lack a tokenizer. Raises TokenizerError."""
+        engine = self._config.engine
+        tokenizer = load_tokenizer(Path(engine.model_dir), required=engine.load_format != LoadFormat.DUMMY.value)
+        if not tokenizer.has_text:
+            _LOG.warning("%s has no tokenizer: prompts must be token ids, and answers have no text", engine.model_dir)
+        return tokenizer
+
     def _listen(self) -> None:
         try:
             self.port = self._grpc.add_insecure_port(self._config.listen)
         except RuntimeError as error:
             raise ServerStartError(f"cannot listen on {self._config.listen}: {error}") from error
 
-    def _add_services(self, model: ModelConfig, tokenizer: ModelTokenizer, directory: AdapterDirectory) -> None:
+    def _add_services(
+        self, model: ModelConfig, tokenizer: ModelTokenizer | NoTokenizer, directory: AdapterDirectory
+    ) -> None:
         config, ready = self._config, self._engine.life.ready
         limits = ModelLimits(
             name=config.model_name,
@@ -122,6 +142,7 @@ class Server:
             context_tokens=ready.context_tokens,
             eos_token_ids=model.eos_token_ids,
             default_max_tokens=config.default_max_tokens,
+            has_text=tokenizer.has_text,
         )
         generation = GenerationService(
             limits=limits,
@@ -171,13 +192,15 @@ class Server:
                     _LOG.error("%s", error)
 
 
-async def serve(config: ServerConfig, *, on_serving: Callable[[int], None]) -> None:
+async def serve(
+    config: ServerConfig, *, on_serving: Callable[[int], None], on_progress: ReportProgress | None = None
+) -> None:
     """Serve until SIGTERM or SIGINT; ``on_serving`` is called once with the port. Raises ServerStartError."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    server = Server(config)
+    server = Server(config, on_progress=on_progress)
     starting = asyncio.create_task(server.start())
     stopped = asyncio.create_task(stop.wait())
     await asyncio.wait((starting, stopped), return_when=asyncio.FIRST_COMPLETED)

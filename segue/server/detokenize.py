@@ -77,6 +77,16 @@ class WindowDetokenizer:
         return text
 
 
+class SilentDetokenizer:
+    """For models without a tokenizer: no token has text."""
+
+    def push(self, token_ids: Sequence[int]) -> str:  # noqa: ARG002
+        return ""
+
+    def flush(self) -> str:
+        return ""
+
+
 class DetokenizerFactory:
     """Makes detokenizers for one tokenizer, of the kind that its decoder needs."""
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from enum import Enum
 
 from segue.engine.config import EngineConfig
+from segue.engine.progress import ReportProgress
 from segue.errors import EngineUnavailableError
 from segue.server.config import SupervisionConfig
 from segue.server.engine_life import ENGINE_DIED, EngineLife, EngineStartError
@@ -30,7 +31,7 @@ class EngineClient:
     """The engine that serves now. Used on one event loop only.
 
     ``on_status`` is called on that loop at every change of ``status``, ``on_version_failed`` with the id of an adapter
-    version that the engine cannot serve and why.
+    version that the engine cannot serve and why, and ``on_progress`` while one starts.
     """
 
     def __init__(
@@ -40,12 +41,14 @@ class EngineClient:
         *,
         on_status: Callable[[EngineStatus], None],
         on_version_failed: Callable[[int, str], None],
+        on_progress: ReportProgress,
         command: Sequence[str] = ENGINE_COMMAND,
     ) -> None:
         self._config = config
         self._supervision = supervision
         self._on_status = on_status
         self._on_version_failed = on_version_failed
+        self._on_progress = on_progress
         self._command = tuple(command)
         self._status = EngineStatus.STARTING
         self._life: EngineLife | None = None
@@ -107,6 +110,7 @@ class EngineClient:
             self._command,
             self._config,
             start_seconds=self._supervision.start_seconds,
+            on_progress=self._on_progress,
             on_version_failed=self._on_version_failed,
         )
 

@@ -26,6 +26,7 @@ from segue.engine.messages import (
     Shutdown,
     Start,
     StartFailed,
+    StartProgress,
     State,
     StepOutput,
     Submit,
@@ -33,6 +34,7 @@ from segue.engine.messages import (
     ToFrontEnd,
     VersionFailed,
 )
+from segue.engine.progress import ReportProgress
 from segue.errors import EngineUnavailableError
 from segue.server.engine_process import EngineProcess
 from segue.server.engine_request import EngineRequest, EngineRequests
@@ -70,10 +72,12 @@ class EngineLife:
         config: EngineConfig,
         *,
         start_seconds: float,
+        on_progress: ReportProgress,
         on_version_failed: Callable[[int, str], None],
     ) -> EngineLife:
         """Start an engine and wait until it serves. Raises EngineStartError, with nothing left running.
 
+        ``on_progress`` is told how far the start has come.
         ``on_version_failed`` is called with the id of a version that the engine cannot serve, and why.
         """
         try:
@@ -82,7 +86,7 @@ class EngineLife:
             raise EngineStartError(f"the engine cannot be started: {error.strerror}") from error
         try:
             process.channel.send(Start(config))
-            answer = await asyncio.wait_for(_first_message(process), start_seconds)
+            answer = await asyncio.wait_for(_started(process, on_progress), start_seconds)
             if isinstance(answer, Ready):
                 _LOG.info("engine process %d serves", process.pid)
                 return cls(process, answer, on_version_failed)
@@ -199,7 +203,7 @@ class EngineLife:
                     future.set_result(message)
             case VersionFailed(version_id, problem):
                 self._on_version_failed(version_id, problem)
-            case Ready() | StartFailed():
+            case StartProgress() | Ready() | StartFailed():
                 raise msgspec.DecodeError(f"{type(message).__name__} after the start")
 
     def _apply_step(self, output: StepOutput) -> None:
@@ -231,8 +235,8 @@ class EngineLife:
         self._requests.clear()
 
 
-async def _first_message(process: EngineProcess) -> ToFrontEnd:
-    """The engine's first message. Raises ChannelClosedError or msgspec.DecodeError."""
+async def _started(process: EngineProcess, on_progress: ReportProgress) -> ToFrontEnd:
+    """The engine's first message that tells no progress. Raises ChannelClosedError or msgspec.DecodeError."""
     loop = asyncio.get_running_loop()
     while True:
         readable = asyncio.Event()
@@ -241,6 +245,7 @@ async def _first_message(process: EngineProcess) -> ToFrontEnd:
             await readable.wait()
         finally:
             loop.remove_reader(process.channel.fileno())
-        messages = process.channel.receive()
-        if messages:
-            return messages[0]
+        for message in process.channel.receive():
+            if not isinstance(message, StartProgress):
+                return message
+            on_progress(message)

@@ -24,7 +24,7 @@ from segue.server.engine_request import EngineRequests
 from segue.server.limits import ModelLimits
 from segue.server.registry import RequestRegistry
 from segue.server.stop_strings import StopMatcher
-from segue.server.tokenizer import ModelTokenizer
+from segue.server.tokenizer import ModelTokenizer, NoTokenizer
 from segue.server.validation import ChatPrompt, GenerationRequest, fit_max_tokens, validate
 from segue.v1 import generation_pb2 as pb
 from segue.v1 import generation_pb2_grpc
@@ -42,7 +42,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         limits: ModelLimits,
         engine: EngineClient,
         directory: AdapterDirectory,
-        tokenizer: ModelTokenizer,
+        tokenizer: ModelTokenizer | NoTokenizer,
         adapter_tokenizers: AdapterTokenizers,
         executor: Executor,
     ) -> None:

@@ -15,10 +15,14 @@ MAX_ANSWERS = 128
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelLimits:
-    """The base model that is served. ``eos_token_ids`` end an answer unless a request ignores them."""
+    """The base model that is served. ``eos_token_ids`` end an answer unless a request ignores them.
+
+    Without ``has_text`` its tokens have no text.
+    """
 
     name: str
     vocab_size: int
     context_tokens: int
     eos_token_ids: tuple[int, ...]
     default_max_tokens: int
+    has_text: bool

@@ -9,8 +9,11 @@ import jinja2
 from transformers import PreTrainedTokenizerFast
 
 from segue.errors import AdapterRejectedError, InvalidRequestError
-from segue.server.detokenize import Detokenizer, DetokenizerFactory
+from segue.server.detokenize import Detokenizer, DetokenizerFactory, SilentDetokenizer
 from segue.types import Message
+
+_TOKENIZER_FILE = "tokenizer.json"
+_NO_TOKENIZER = "the model has no tokenizer"
 
 
 class TokenizerError(ValueError):
@@ -19,6 +22,8 @@ class TokenizerError(ValueError):
 
 class ModelTokenizer:
     """A model's tokenizer.json and chat template. Safe for use by several threads."""
+
+    has_text = True
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         self._tokenizer = tokenizer
@@ -31,8 +36,8 @@ class ModelTokenizer:
     @classmethod
     def load(cls, model_dir: Path) -> ModelTokenizer:
         """Read the tokenizer of a model folder; nothing is downloaded. Raises TokenizerError."""
-        if not (model_dir / "tokenizer.json").is_file():
-            raise TokenizerError(f"{model_dir}: has no tokenizer.json")
+        if not (model_dir / _TOKENIZER_FILE).is_file():
+            raise TokenizerError(f"{model_dir}: has no {_TOKENIZER_FILE}")
         try:
             return cls(PreTrainedTokenizerFast.from_pretrained(model_dir, local_files_only=True))
         except (OSError, ValueError, TypeError, KeyError) as error:
@@ -68,6 +73,36 @@ class ModelTokenizer:
     def detokenizer(self) -> Detokenizer:
         """One for a new answer."""
         return self._detokenizers.create()
+
+
+class NoTokenizer:
+    """Takes a tokenizer's place where a model has none: prompts must be token ids, and answers have no text."""
+
+    has_text = False
+
+    def vocabulary(self) -> None:
+        return None
+
+    def encode(self, text: str) -> list[int]:  # noqa: ARG002
+        """Raises InvalidRequestError."""
+        raise InvalidRequestError.of("text", f"{_NO_TOKENIZER}: send token_ids")
+
+    def encode_chat(self, messages: Sequence[Message], template: str | None) -> list[int]:  # noqa: ARG002
+        """Raises InvalidRequestError."""
+        raise InvalidRequestError.of("chat", f"{_NO_TOKENIZER}: send token_ids")
+
+    def detokenizer(self) -> Detokenizer:
+        return SilentDetokenizer()
+
+
+def load_tokenizer(model_dir: Path, *, required: bool) -> ModelTokenizer | NoTokenizer:
+    """The tokenizer of a model folder. Without tokenizer.json there is none, unless it is ``required``.
+
+    Raises TokenizerError.
+    """
+    if required or (model_dir / _TOKENIZER_FILE).exists():
+        return ModelTokenizer.load(model_dir)
+    return NoTokenizer()
 
 
 def _first_line(error: Exception) -> str:

@@ -178,6 +178,7 @@ def _check_sampling(sampling: pb.SamplingParams, limits: ModelLimits, findings: 
     check_range("max_tokens", 1, limits.context_tokens)
     check_range("min_tokens", 0, limits.context_tokens)
     findings.require(len(sampling.stop) <= MAX_STOP_STRINGS, "sampling.stop", f"must be at most {MAX_STOP_STRINGS}")
+    findings.require(limits.has_text or not sampling.stop, "sampling.stop", "the model has no tokenizer")
     findings.require(all(sampling.stop), "sampling.stop", "must not be empty strings")
     findings.require(
         all(len(stop) <= MAX_STOP_CHARACTERS for stop in sampling.stop),

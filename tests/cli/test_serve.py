@@ -13,11 +13,12 @@ import psutil
 import pytest
 import torch
 
+from segue import Client
 from segue.cli.main import main
 from segue.cli.serve import server_table
 from segue.config import from_table
 from segue.server.config import ServerConfig
-from tests.server.rig import fake_engine_command, wait_until
+from tests.server.rig import fake_engine_command, wait_until, write_model
 
 CONFIG = """
 adapters_dir = "adapters"
@@ -40,7 +41,7 @@ from segue.cli.main import build_app
 from segue.server import app
 command = tuple(sys.argv[1].split())
 real = app.Server
-app.Server = lambda config: real(config, engine_command=command)
+app.Server = lambda config, **more: real(config, engine_command=command, **more)
 build_app()(sys.argv[2:])
 """
 
@@ -70,6 +71,10 @@ def test_options_override_the_file() -> None:
         ("[engine\n", "segue: {file}: "),
         ("listen = 'x'\n[engine]\nmodel_dir = 'x'\n", "segue: listen: must be HOST:PORT, is 'x'\n"),
         ("pinned_adapters = 'a'\n[engine]\nmodel_dir = 'x'\n", "segue: pinned_adapters: must be a list of adapters"),
+        (
+            "[engine]\nmodel_dir = 'x'\nload_format = 'gguf'\n",
+            "segue: load_format: must be one of auto, dummy, is 'gguf'",
+        ),
         ("engine = 5\n", "segue: engine: must be a table\n"),
         ("", "segue: which model? "),
     ],
@@ -144,6 +149,31 @@ def test_serve_until_a_signal(model_dir: Path, tmp_path: Path, number: signal.Si
         assert process.stderr is not None
         assert "Traceback" not in process.stderr.read()
     assert '"message": "Shutdown"' in log.read_text()
+
+
+def test_dummy_weights_need_config_json_alone(tmp_path: Path) -> None:
+    model_dir, log = write_model(tmp_path / "model"), tmp_path / "engine.log"
+    for path in model_dir.glob("token*"):
+        path.unlink()
+    without = serve("--model", str(model_dir), "--adapters", str(tmp_path), "--listen", "127.0.0.1:0")
+    assert without.stderr == f"segue: {model_dir}: has no tokenizer.json\n"
+    with serving(model_dir, tmp_path, log, "--load-format", "dummy") as (process, port):
+        (start,) = map(json.loads, log.read_text().splitlines())
+        assert start["config"]["load_format"] == "dummy"
+        with Client(f"127.0.0.1:{port}") as client:
+            assert client.generate([10, 20], max_tokens=2).token_ids == (20, 10)
+        process.terminate()
+        _, errors = process.communicate(timeout=20)
+    assert f"{model_dir} has no tokenizer: prompts must be token ids" in errors
+    told = [line.partition(": ")[2] for line in errors.splitlines() if " load weights: " in line]
+    assert told == ["load weights: 0 B of 2.00 kB", "load weights: 2.00 kB"]
+
+
+def test_the_load_format_of_the_file_holds_unless_an_option_names_another() -> None:
+    table = {"adapters_dir": "a", "engine": {"model_dir": "m", "load_format": "dummy"}}
+    assert server_table(table, {}, {"load_format": None})["engine"]["load_format"] == "dummy"
+    table["engine"] = {"model_dir": "m", "load_format": "auto"}
+    assert server_table(table, {}, {"load_format": "dummy"})["engine"]["load_format"] == "dummy"
 
 
 def test_without_typer_the_command_says_what_to_install(

@@ -34,6 +34,7 @@ from segue.engine.messages import (
     Shutdown,
     Start,
     StartFailed,
+    StartProgress,
     State,
     StepOutput,
     Submit,
@@ -49,6 +50,7 @@ PAGES = 64
 CACHED_TOKENS = 1
 TOO_WIDE_TO_PIN = 32
 NEVER_LANDS_RANK = 13
+LOADING = tuple(StartProgress("load weights", done, 2000, "bytes") for done in (0, 500, 2000))
 
 
 class Command(IntEnum):
@@ -257,7 +259,9 @@ def main() -> None:
         case "silent":
             select.select([channel], [], [])
         case "ready":
-            channel.send(_ready(start))
+            channel.send_together(LOADING[:2])
+            # In one piece: whoever reads the last report must not lose what comes with it.
+            channel.send_together((LOADING[2], _ready(start)))
             engine.serve()
 
 

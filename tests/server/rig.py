@@ -21,6 +21,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from segue import Client, RetryPolicy
 from segue.engine.config import EngineConfig
+from segue.engine.messages import StartProgress
 from segue.server.app import Server
 from segue.server.config import ServerConfig, SupervisionConfig
 
@@ -130,6 +131,7 @@ class Rig:
     adapters_dir: Path
     model_dir: Path
     engine_log: Path
+    progress: list[StartProgress]
     clients: list[Client] = field(default_factory=list)
 
     @property
@@ -192,28 +194,35 @@ def running_server(
     start_seconds: float = 60.0,
     drain_seconds: float = 0.0,
     pinned_adapters: tuple[str, ...] = (),
+    load_format: str = "auto",
+    has_tokenizer: bool = True,
 ) -> Iterator[Rig]:
     """A server of the tiny model with the adapters "alpha" and "beta"."""
     model_dir = write_model(directory / "model", chat_template=chat_template)
+    if not has_tokenizer:
+        (model_dir / "tokenizer.json").unlink()
     adapters_dir = directory / "adapters"
     for name in ("alpha", "beta"):
         write_adapter(adapters_dir / name)
     log = directory / "engine.log"
     log.touch()
     command = fake_engine_command(log, *engine_arguments, step_seconds=step_seconds)
+    config = server_config(model_dir, adapters_dir, start_seconds=start_seconds)
     config = dataclasses.replace(
-        server_config(model_dir, adapters_dir, start_seconds=start_seconds),
+        config,
+        engine=dataclasses.replace(config.engine, load_format=load_format),
         drain_seconds=drain_seconds,
         pinned_adapters=pinned_adapters,
     )
-    server = loop.run(_make_server(config, command))
+    progress: list[StartProgress] = []
+    server = loop.run(_make_server(config, command, progress))
     loop.run(server.start())
-    rig = Rig(server, loop, adapters_dir, model_dir, log)
+    rig = Rig(server, loop, adapters_dir, model_dir, log, progress)
     try:
         yield rig
     finally:
         rig.close()
 
 
-async def _make_server(config: ServerConfig, command: tuple[str, ...]) -> Server:
-    return Server(config, engine_command=command)
+async def _make_server(config: ServerConfig, command: tuple[str, ...], progress: list[StartProgress]) -> Server:
+    return Server(config, on_progress=progress.append, engine_command=command)
