@@ -1,6 +1,6 @@
 """Expand: ``out += scale * s B^T`` for every output tile of a LoRA point, from the partials that shrink left.
 
-The meaning is ``paged_lora.lora_expand_add``, with one rounding for all segments of a row. One item is one tile of the
+The meaning is ``paged_lora.add_paged_lora``, with one rounding for all segments of a row. One item is one tile of the
 output and loops over that tile's segments (its terms): no two programs write one output, and no data is added
 atomically, so the same batch gives the same bits.
 """

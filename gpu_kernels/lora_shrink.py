@@ -1,7 +1,8 @@
 """Shrink: ``x A^T`` of every segment and module of a LoRA point, as float32 partials over blocks of columns.
 
-The meaning is ``paged_lora.lora_shrink``; the work list is that of ``lora_work``. One item is a rank tile of one
-segment and module over some blocks of columns, so time follows the bytes of the adapters that are present.
+The meaning is the first product of ``paged_lora.add_paged_lora``; the work list is that of ``lora_work``. One item is a
+rank tile of one segment and module over some blocks of columns, so time follows the bytes of the adapters that are
+present.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from torch import Tensor
 from segue.engine.lora.host_plan import HostModule, HostPlan
 from segue.engine.lora.manifest import AdapterManifest
 from segue.engine.lora.transfer import ReadJob
-from segue.engine.memory.adapter_layout import AdapterLayout, ModuleLayout
+from segue.engine.memory.adapter_layout import AdapterLayout
 
 
 class LayerState(Enum):
@@ -91,14 +91,6 @@ class DeviceCopy:
     @property
     def is_complete(self) -> bool:
         return None not in self.landed_seconds
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceLayer:
-    """One landed layer: its pages, int64 [pages], and where its matrices lie in them."""
-
-    page_table: Tensor
-    modules: tuple[ModuleLayout, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from segue.engine.lora.host_plan import HostModule, HostPlan, host_modules
 from segue.engine.lora.link import LinkThrottle
 from segue.engine.lora.manifest import AdapterManifest
 from segue.engine.lora.mover import HostStore, WeightMover
-from segue.engine.lora.states import Adapter, DeviceCopy, DeviceLayer, HostLayer, LayerState, ReadPhase
+from segue.engine.lora.states import Adapter, DeviceCopy, HostLayer, LayerState, ReadPhase
 from segue.engine.lora.transfer import TransferOps
 from segue.engine.memory.adapter_layout import AdapterLayout
 from segue.engine.memory.pool import PagePool
@@ -30,7 +30,6 @@ from segue.types import Tier
 
 __all__ = [
     "AdapterStore",
-    "DeviceLayer",
     "HostLayer",
     "HostModule",
     "HostStore",
@@ -245,13 +244,6 @@ class AdapterStore:
             return Tier.DEVICE
         complete = adapter.host is not None and adapter.host.ready_layers == len(adapter.layers)
         return Tier.HOST if complete else Tier.DISK
-
-    def device_view(self, version_id: int, layer: int) -> DeviceLayer:
-        """A layer's pages and matrices on the device. Raises ValueError unless it has landed."""
-        adapter = self._adapters[version_id]
-        if adapter.device is None or adapter.layers[layer] is not LayerState.LANDED:
-            raise ValueError(f"layer {layer} of adapter version {version_id} is not on the device")
-        return DeviceLayer(adapter.device.page_table, adapter.layout.layers[layer])
 
     def device_layout(self, version_id: int) -> AdapterLayout:
         """Where the version's matrices lie in its pages."""

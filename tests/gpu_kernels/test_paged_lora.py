@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from segue.gpu_kernels.landing import land_rows
-from segue.gpu_kernels.paged_lora import lora_expand_add, lora_shrink, read_rows, row_stride
+from segue.gpu_kernels.paged_lora import PagedModule, add_paged_lora, read_rows, row_stride
 
 PAGE_TOKENS = 16
 HEAD_DIM = 16
+CHUNK_ELEMS = 32
 # Relative root mean square error: a 16-bit output is rounded once, which costs at most the unit roundoff.
 OUTPUT_TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
@@ -85,41 +87,122 @@ def test_chunks_lie_at_their_place_in_the_stream() -> None:
             assert matrix.pool_layer[page, element % page_elems] == dense[row, column]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kv_heads", [1, 3])
-@pytest.mark.parametrize("rank", [1, 24, 256])
-@pytest.mark.parametrize("tokens", [1, 63, 129])
-def test_shrink(tokens: int, rank: int, kv_heads: int, dtype: torch.dtype) -> None:
-    a = paged(random(rank, 96, dtype=dtype, seed=1), kv_heads=kv_heads)
-    x = random(tokens, 96, dtype=dtype, seed=2)
-    s = lora_shrink(x, a.pool_layer, a.page_table, a.start, rank, a.chunk_elems)
-    assert s.dtype == torch.float32
-    assert s.shape == (tokens, rank)
-    assert relative_rms(s, x.double() @ a.dense.double().T) < 1e-6
+@dataclass(frozen=True)
+class PagedPoint:
+    """A point's modules in the pages of some adapters, all at the same elements."""
+
+    pool_layer: Tensor
+    page_tables: Tensor
+    modules: list[PagedModule]
+    weights: list[list[tuple[Tensor, Tensor]]]  # [segment][module]: A [rank, in], B [out, rank]
+
+    def add(self, x: Tensor, out: Tensor, rows: slice | Tensor) -> None:
+        add_paged_lora(
+            x,
+            out,
+            rows=rows,
+            pool_layer=self.pool_layer,
+            page_tables=self.page_tables,
+            modules=self.modules,
+            chunk_elems=CHUNK_ELEMS,
+        )
+
+    def delta(self, segment: int, x: Tensor, width: int) -> Tensor:
+        """The segment's delta [rows, width] in float64; zero in columns of no module."""
+        delta = torch.zeros(len(x), width, dtype=torch.float64)
+        for module, (a, b) in zip(self.modules, self.weights[segment], strict=True):
+            columns = slice(module.column, module.column + module.width)
+            delta[:, columns] = module.scale * (x.double() @ a.double().T @ b.double().T)
+        return delta
+
+
+def paged_point(
+    sizes: Sequence[tuple[int, int, int, float]],
+    *,
+    segments: int = 1,
+    in_features: int = 96,
+    kv_heads: int = 2,
+    dtype: torch.dtype = torch.float32,
+) -> PagedPoint:
+    """``sizes`` has each module's rank, first column, width and scale. All else in the pool is NaN."""
+    modules: list[PagedModule] = []
+    end = 64
+    for rank, column, width, scale in sizes:
+        b_start = end + rank * row_stride(in_features, CHUNK_ELEMS)
+        modules.append(PagedModule(rank=rank, a_start=end, b_start=b_start, column=column, width=width, scale=scale))
+        end = b_start + rank * row_stride(width, CHUNK_ELEMS)
+    page_elems = 2 * PAGE_TOKENS * kv_heads * HEAD_DIM
+    pages = math.ceil(end / page_elems)
+    pool_layer = torch.full((segments * pages + 3, page_elems), torch.nan, dtype=dtype)
+    scattered = torch.randperm(len(pool_layer), generator=torch.Generator().manual_seed(pages))
+    page_tables = scattered[: segments * pages].view(segments, pages)
+    weights: list[list[tuple[Tensor, Tensor]]] = []
+    for segment, page_table in enumerate(page_tables):
+        weights.append([])
+        for number, module in enumerate(modules):
+            a = random(module.rank, in_features, dtype=dtype, seed=100 * segment + 2 * number)
+            b = random(module.width, module.rank, dtype=dtype, seed=100 * segment + 2 * number + 1)
+            land_rows(a, pool_layer, page_table, module.a_start, CHUNK_ELEMS)
+            land_rows(b, pool_layer, page_table, module.b_start, CHUNK_ELEMS, transpose=True)
+            weights[-1].append((a, b))
+    return PagedPoint(pool_layer, page_tables, modules, weights)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kv_heads", [1, 3])
 @pytest.mark.parametrize("rank", [1, 24, 256])
 @pytest.mark.parametrize("tokens", [1, 63, 129])
-def test_expand_adds_into_a_slice_of_columns(tokens: int, rank: int, kv_heads: int, dtype: torch.dtype) -> None:
-    b = paged(random(rank, 80, dtype=dtype, seed=1), kv_heads=kv_heads)
-    s, base = random(tokens, rank, seed=2), random(tokens, 80, dtype=dtype, seed=3)
-    merged = torch.full((tokens, 176), torch.nan, dtype=dtype)
-    merged[:, 32:112] = base
-    lora_expand_add(s, b.pool_layer, b.page_table, b.start, merged[:, 32:112], 0.625, b.chunk_elems)
-    exact = base.double() + 0.625 * (s.double() @ b.dense.double())
-    assert relative_rms(merged[:, 32:112], exact) < OUTPUT_TOLERANCE[dtype]
-    assert merged[:, :32].isnan().all()
-    assert merged[:, 112:].isnan().all()
+def test_one_module_adds_into_its_columns(tokens: int, rank: int, kv_heads: int, dtype: torch.dtype) -> None:
+    point = paged_point([(rank, 32, 80, 0.625)], kv_heads=kv_heads, dtype=dtype)
+    x, base = random(tokens, 96, dtype=dtype, seed=2), random(tokens, 176, dtype=dtype, seed=3)
+    out = base.clone()
+    point.add(x, out, slice(None))
+    exact = base.double() + point.delta(0, x, 176)
+    assert relative_rms(out[:, 32:112], exact[:, 32:112]) < OUTPUT_TOLERANCE[dtype]
+    assert torch.equal(out[:, :32], base[:, :32])
+    assert torch.equal(out[:, 112:], base[:, 112:])
 
 
-def test_expand_rounds_a_16_bit_sum_once() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows_each", [1, 5])
+@pytest.mark.parametrize("scattered", [False, True])
+def test_segments_of_one_layout_add_their_own_deltas(scattered: bool, rows_each: int, dtype: torch.dtype) -> None:
+    """Three modules of different ranks for three adapters; other rows keep their bits."""
+    point = paged_point([(8, 0, 64, 0.5), (3, 64, 16, 2.0), (24, 112, 48, 1.0)], segments=3, dtype=dtype)
+    tokens = 3 * rows_each + 4
+    x, base = random(tokens, 96, dtype=dtype, seed=2), random(tokens, 160, dtype=dtype, seed=3)
+    rows = torch.randperm(tokens, generator=torch.Generator().manual_seed(0)) if scattered else torch.arange(tokens)
+    rows, others = rows[2:-2], torch.cat([rows[:2], rows[-2:]])
+    out = base.clone()
+    point.add(x, out, rows if scattered else slice(2, tokens - 2))
+    for segment in range(3):
+        own = rows[segment * rows_each : (segment + 1) * rows_each]
+        exact = base[own].double() + point.delta(segment, x[own], 160)
+        assert relative_rms(out[own], exact) < OUTPUT_TOLERANCE[dtype]
+    assert torch.equal(out[others], base[others])
+    assert torch.equal(out[:, 80:112], base[:, 80:112])
+
+
+def test_a_16_bit_sum_is_rounded_once() -> None:
     """Adding a delta of half a rounding step 64 times over must not lose it: the sum over rank is made in float32."""
-    b = paged(torch.full((64, 32), 2.0**-9, dtype=torch.bfloat16))
+    point = paged_point([(64, 0, 32, 1.0)], dtype=torch.bfloat16)
+    (module,) = point.modules
+    a, b = torch.zeros(64, 96), torch.full((64, 32), 2.0**-9)
+    a[:, 0] = 1
+    for dense, start in ((a, module.a_start), (b, module.b_start)):
+        land_rows(dense.bfloat16(), point.pool_layer, point.page_tables[0], start, CHUNK_ELEMS)
     out = torch.ones(1, 32, dtype=torch.bfloat16)
-    lora_expand_add(torch.ones(1, 64), b.pool_layer, b.page_table, b.start, out, 1.0, b.chunk_elems)
+    point.add(torch.ones(1, 96, dtype=torch.bfloat16), out, slice(None))
     assert torch.equal(out, torch.full_like(out, 1.125))
+
+
+@pytest.mark.parametrize(("shift", "message"), [(8, "multiples of chunk_elems"), (1 << 14, "the table has")])
+def test_module_that_lies_elsewhere_is_refused(shift: int, message: str) -> None:
+    point = paged_point([(4, 0, 32, 1.0)])
+    (module,) = point.modules
+    shifted = replace(module, a_start=module.a_start + shift, b_start=module.b_start + shift)
+    with pytest.raises(ValueError, match=message):
+        replace(point, modules=[shifted]).add(torch.ones(1, 96), torch.ones(1, 32), slice(None))
 
 
 def test_misaligned_start_is_refused() -> None:

@@ -176,11 +176,11 @@ class StoreRig:
 
     def landed(self, version_id: int, layer: int) -> dict[tuple[Projection, str], Tensor]:
         """A landed layer's matrices, read back from the pages as A [rank, in] and B [out, rank]."""
-        view = self.store.device_view(version_id, layer)
-        pages, matrices = self.pool.layer(layer), {}
-        for module in view.modules:
-            a = read_rows(pages, view.page_table, module.a_start, module.rank, module.in_features, self.chunk_elems)
-            b = read_rows(pages, view.page_table, module.b_start, module.rank, module.out_features, self.chunk_elems)
+        assert self.store.layer_state(version_id, layer) is LayerState.LANDED
+        pages, table, matrices = self.pool.layer(layer), self.store.page_table(version_id), {}
+        for module in self.store.device_layout(version_id).layers[layer]:
+            a = read_rows(pages, table, module.a_start, module.rank, module.in_features, self.chunk_elems)
+            b = read_rows(pages, table, module.b_start, module.rank, module.out_features, self.chunk_elems)
             matrices[module.projection, "A"] = a
             matrices[module.projection, "B"] = b.T
         return matrices

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from segue.engine.lora.points import LoraPoint, NullLora
 from segue.gpu_kernels.landing import land_rows
-from segue.gpu_kernels.paged_lora import lora_expand_add, lora_shrink
+from segue.gpu_kernels.paged_lora import PagedModule, add_paged_lora
 from tests.checkpoints import (
     ALL_TARGETS,
     ATTENTION_TARGETS,
@@ -77,15 +77,25 @@ class FakePagedLora:
         for _ in range(self.waits):
             yield
         assert torch.equal(x, self.seen)
-        for name in POINTS[point]:
-            if (layer, name) in self.starts:
-                rank, a_start, b_start = self.starts[layer, name]
-                pages = self.pool_layers[layer], self.page_table
-                s = lora_shrink(x, *pages, a_start, rank, CHUNK_ELEMS)
-                lora_expand_add(s, *pages, b_start, out[:, COLUMNS[name]], self.scale, CHUNK_ELEMS)
+        modules = [self._module(layer, name) for name in POINTS[point] if (layer, name) in self.starts]
+        if modules:
+            add_paged_lora(
+                x,
+                out,
+                rows=slice(None),
+                pool_layer=self.pool_layers[layer],
+                page_tables=self.page_table[None],
+                modules=modules,
+                chunk_elems=CHUNK_ELEMS,
+            )
 
     def leave_layer(self, layer: int, /) -> None:
         self.calls.append(("leave", layer))
+
+    def _module(self, layer: int, name: str) -> PagedModule:
+        rank, a_start, b_start = self.starts[layer, name]
+        column, width = COLUMNS[name].start, COLUMNS[name].stop - COLUMNS[name].start
+        return PagedModule(rank=rank, a_start=a_start, b_start=b_start, column=column, width=width, scale=self.scale)
 
 
 def land_adapter(runner: Runner, adapter_dir: Path, *, waits: int = 0) -> FakePagedLora:
