@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from segue.engine.attention import AttentionBackend
 from segue.engine.lora.device_lora import DeviceLora
 from segue.engine.runner import BatchRunner
+from segue.engine.sampler import Sampler, TorchSampler
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,3 +17,4 @@ class Backend:
     lora: DeviceLora
     attention: AttentionBackend
     batches: BatchRunner | None = None
+    sampler: Sampler = field(default_factory=TorchSampler)

@@ -36,7 +36,7 @@ from segue.engine.pool_size import PageNeeds, cpu_pages, cuda_pages
 from segue.engine.progress import ReportProgress, log_lines
 from segue.engine.rate import RateMeter
 from segue.engine.runner import PassRunner
-from segue.engine.sampler import TorchSampler
+from segue.engine.sampler import Sampler
 from segue.scheduler.handoff import DeviceWhenLanded, FixedHandover, HandoffPolicy, LoadFirst, StreamLayers
 from segue.scheduler.plan import SchedulerLimits
 
@@ -95,7 +95,7 @@ class EngineInstance:
             clock=time.monotonic,
         )
         runner = PassRunner(model, self._pool, backend.attention, resources, backend.batches)
-        self.engine = self._engine(runner)
+        self.engine = self._engine(runner, backend.sampler)
 
     @classmethod
     def build(cls, config: EngineConfig, report: ReportProgress | None = None) -> EngineInstance:
@@ -225,7 +225,7 @@ class EngineInstance:
             attention=TorchAttention(self._pool, self._model_config.sliding_windows),
         )
 
-    def _engine(self, runner: PassRunner) -> Engine:
+    def _engine(self, runner: PassRunner, sampler: Sampler) -> Engine:
         config = self.config
         return Engine(
             runner=runner,
@@ -243,7 +243,7 @@ class EngineInstance:
             max_waiting=config.max_waiting,
             prefix_cache=config.prefix_cache,
             prefill_rate=RateMeter(_ASSUMED_PREFILL_TOKENS_PER_SECOND),
-            sampler=TorchSampler(),
+            sampler=sampler,
             runs_ahead=config.device == "cuda" if config.runs_ahead is None else config.runs_ahead,
             clock=time.monotonic,
             check_invariants=config.check_invariants,

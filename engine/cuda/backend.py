@@ -11,10 +11,11 @@ from segue.engine.backend import Backend
 from segue.engine.config import EngineConfig
 from segue.engine.cuda.attention import SERVED_DTYPES, SERVED_HEAD_DIMS, FlashInferAttention
 from segue.engine.cuda.batch_graphs import BatchGraphs
-from segue.engine.cuda.compile import Report, compile_lora, compile_modules, flashinfer_modules
+from segue.engine.cuda.compile import Report, compile_lora, compile_modules, compile_sampler, flashinfer_modules
 from segue.engine.cuda.lora import KernelLora, LoraSizes
 from segue.engine.cuda.ops import FlashInferOps
 from segue.engine.cuda.reserve import MAX_TABLE_ROWS, adapter_pages, max_rows
+from segue.engine.cuda.sampler import KernelSampler
 from segue.engine.lora.store import AdapterStore
 from segue.engine.memory.pool import PagePool
 from segue.engine.models.decoder import DecoderModel
@@ -45,9 +46,11 @@ def cuda_backend(
     processors = torch.cuda.get_device_properties(model.device).multi_processor_count
     lora = KernelLora(store, pool, sizes, shapes, chunk_elems, processors)
     compile_lora(lora, report, pool.dtype)
+    sampler = KernelSampler()
+    compile_sampler(sampler, report, model.config.vocab_size, model.device)
     windows = model.config.sliding_windows
     if pool.dtype not in SERVED_DTYPES or pool.head_dim not in SERVED_HEAD_DIMS:
-        return Backend(lora=lora, attention=TorchAttention(pool, windows))
+        return Backend(lora=lora, attention=TorchAttention(pool, windows), sampler=sampler)
     cores = len(os.sched_getaffinity(0))
     compile_modules(flashinfer_modules(pool.dtype, pool.head_dim, windows), report, cores=cores)
     model.use(FlashInferOps(model.config, model.device, context_tokens))
@@ -61,4 +64,4 @@ def cuda_backend(
         max_sequences=config.max_running,
         context_tokens=context_tokens,
     )
-    return Backend(lora=lora, attention=attention, batches=graphs)
+    return Backend(lora=lora, attention=attention, batches=graphs, sampler=sampler)

@@ -24,6 +24,9 @@ from filelock import FileLock
 from segue.config import ConfigError
 from segue.engine.cuda.lora import KernelLora
 from segue.engine.lora.points import LoraPoint
+from segue.engine.sampler import Sampler
+from segue.engine.sampling import SamplingRow
+from segue.engine.sampling_params import SamplingParams
 from segue.gpu_kernels.lora_tiles import Regime
 
 _LOG = logging.getLogger(__name__)
@@ -125,6 +128,14 @@ def compile_lora(lora: KernelLora, report: Report, dtype: torch.dtype) -> None:
         words, _ = lora.capacity(point, regime, 1)
         lora.launch(0, point, x, out, torch.zeros(words, dtype=torch.int32, device=device), lora.tiles[regime])
     report("compile LoRA kernels", len(kinds), len(kinds))
+
+
+def compile_sampler(sampler: Sampler, report: Report, vocab: int, device: torch.device) -> None:
+    """Choose a token by everything that a row can ask for."""
+    report("compile sampling kernels", 0, 1)
+    params = SamplingParams(seed=0, temperature=1.0, top_k=2, top_p=0.5, logit_bias={0: 1.0}, logprobs=1)
+    sampler.launch(torch.zeros(1, vocab, device=device), [SamplingRow(params=params, position=0)]).read()
+    report("compile sampling kernels", 1, 1)
 
 
 class _Cores:

@@ -14,7 +14,7 @@ from segue.scheduler.plan import pages_for
 MAX_TABLE_ROWS = 4096
 # Kernels' code, cuBLAS's workspaces and the nodes of graphs.
 _CODE_BYTES = 1 << 30
-# Sampling holds logits, two sorted copies, probabilities and int64 indices of them.
+# Sampling holds logits, those of its rows, edited ones, keys, and what torch takes to find the most likely tokens.
 _LOGIT_COPIES = 6
 # Variants and regimes of a shape at most; each graph keeps its logits.
 _GRAPHS_OF_A_SHAPE = 5
