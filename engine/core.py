@@ -102,8 +102,7 @@ class Engine:
     @property
     def can_go_on(self) -> bool:
         """Whether another step would do anything before something arrives from outside."""
-        resting = any(item.state is PassState.RESTING for item in self._passes)
-        return resting or self._progressed or len(self._flights) > 0
+        return self._progressed or len(self._flights) > 0 or any(item.can_go_on for item in self._passes)
 
     # -- messages ----------------------------------------------------------------------------------------------------
 
@@ -274,21 +273,18 @@ class Engine:
         for item in list(self._passes):
             if all(rows.request.state is RequestState.ENDING for rows in item.rows):
                 item.close()
-                self._leave(item)
-                continue
-            if item.state in (PassState.RESTING, PassState.BLOCKED):
-                with torch.inference_mode():
-                    item.advance(max_layers)
+            with torch.inference_mode():
+                item.advance(max_layers)
             if item.state is PassState.LOST:
-                self._leave(item)
                 for rows in item.rows:
                     rows.request.lost_passes += 1
                     rows.request.timeline.retry()
-                self._progressed = True
             elif item.state is PassState.DONE and self._is_verified(item):
                 self._flights.launch(item.result, self._clock())
-                self._leave(item)
-                self._progressed = True
+            elif item.state is not PassState.CLOSED:
+                continue
+            self._leave(item)
+            self._progressed = True
 
     def _is_verified(self, item: ForwardPass) -> bool:
         versions = {rows.request.version_id for rows in item.rows}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from segue.cpu_lora import Job
 from segue.engine.attention import AttentionStep
+from segue.engine.lanes import Lane
 from segue.engine.lora.apply import Blocked, LoraApplier
 from segue.engine.lora.bridge import WorkerLostError
 from segue.engine.pending import PendingToken
@@ -18,12 +19,25 @@ from segue.engine.timeline import LayerRecord
 
 
 class PassState(Enum):
-    """RESTING can go on at once, BLOCKED waits for weights or deltas, DONE has logits, LOST lost a CPU worker."""
+    """RESTING can go on at once, BLOCKED waits for weights or deltas. DRAINING is enqueued as far as it will be, but
+    the device has not done all of it. Then it is DONE and has logits, LOST a CPU worker, or was CLOSED early."""
 
     RESTING = "resting"
     BLOCKED = "blocked"
+    DRAINING = "draining"
     DONE = "done"
     LOST = "lost"
+    CLOSED = "closed"
+
+
+_TRANSITIONS: dict[PassState, frozenset[PassState]] = {
+    PassState.RESTING: frozenset({PassState.RESTING, PassState.BLOCKED, PassState.DRAINING}),
+    PassState.BLOCKED: frozenset({PassState.RESTING, PassState.BLOCKED, PassState.DRAINING}),
+    PassState.DRAINING: frozenset({PassState.DONE, PassState.LOST, PassState.CLOSED}),
+    PassState.DONE: frozenset({PassState.CLOSED}),
+    PassState.LOST: frozenset({PassState.CLOSED}),
+    PassState.CLOSED: frozenset(),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +86,8 @@ class ForwardPass:
     """Rows of one or more requests on their way through the layers. Drive it inside ``torch.inference_mode()``.
 
     ``run`` is the model's generator; it yields between layers and whenever ``applier`` is blocked, and returns logits
-    [len(rows), vocab], one row for the last token of each request's rows. ``attention`` is closed with the pass.
+    [len(rows), vocab], one row for the last token of each request's rows. ``attention`` is closed with the pass. Its
+    pages may not change hands before it is DONE, LOST or CLOSED; then ``end`` is called once.
     """
 
     def __init__(
@@ -82,6 +97,8 @@ class ForwardPass:
         applier: LoraApplier,
         attention: AttentionStep,
         run: Generator[None, None, Tensor],
+        lane: Lane,
+        end: Callable[[], None],
     ) -> None:
         """``version_id`` is the adapter that was still loading at the start, None for a warm pass."""
         self.rows = rows
@@ -90,6 +107,9 @@ class ForwardPass:
         self._applier = applier
         self._attention = attention
         self._run = run
+        self._lane = lane
+        self._end = end
+        self._end_state = PassState.CLOSED
         self._logits: Tensor | None = None
 
     @property
@@ -108,31 +128,57 @@ class ForwardPass:
         """The CPU job that a BLOCKED pass waits for, if that is what it waits for."""
         return self._applier.job if self._applier.blocked is Blocked.DELTAS else None
 
+    @property
+    def can_go_on(self) -> bool:
+        """Whether ``advance`` may bring it further with nothing coming from outside but the device's own progress."""
+        return self.state in (PassState.RESTING, PassState.DRAINING)
+
     def advance(self, max_layers: int | None) -> PassState:
         """Go on for ``max_layers`` layers (None: to the end), or until something is not there yet."""
+        if self.state in (PassState.RESTING, PassState.BLOCKED):
+            with self._lane.enter():
+                self._enqueue(max_layers)
+        if self.state is PassState.DRAINING and self._lane.is_quiet:
+            self._move_to(self._end_state)
+            self._end()
+        return self.state
+
+    def close(self) -> None:
+        """Give the pass up wherever it is; ``advance`` tells when it is CLOSED."""
+        if self.state in (PassState.RESTING, PassState.BLOCKED):
+            with self._lane.enter():
+                self._run.close()
+                self._drain(PassState.CLOSED)
+        elif self.state is PassState.DRAINING:
+            self._end_state = PassState.CLOSED
+        elif self.state is not PassState.CLOSED:
+            self._move_to(PassState.CLOSED)
+
+    def _enqueue(self, max_layers: int | None) -> None:
         layers = 0
         while self.state in (PassState.RESTING, PassState.BLOCKED):
             try:
                 next(self._run)
             except StopIteration as end:
                 self._logits = end.value
-                self._attention.close()
-                self.state = PassState.DONE
+                self._drain(PassState.DONE)
             except WorkerLostError:
-                self._applier.close()
-                self._attention.close()
-                self.state = PassState.LOST
+                self._drain(PassState.LOST)
             else:
                 blocked = self._applier.blocked is not Blocked.NOTHING
-                self.state = PassState.BLOCKED if blocked else PassState.RESTING
+                self._move_to(PassState.BLOCKED if blocked else PassState.RESTING)
                 layers += 1
                 if blocked or layers == max_layers:
                     break
-        return self.state
 
-    def close(self) -> None:
-        """Give the pass up wherever it rests."""
-        if self.state in (PassState.RESTING, PassState.BLOCKED):
-            self._attention.close()
-        self._run.close()
+    def _drain(self, end_state: PassState) -> None:
         self._applier.close()
+        self._attention.close()
+        self._lane.end()
+        self._end_state = end_state
+        self._move_to(PassState.DRAINING)
+
+    def _move_to(self, state: PassState) -> None:
+        if state not in _TRANSITIONS[self.state]:
+            raise ValueError(f"a pass cannot go from {self.state.value} to {state.value}")
+        self.state = state

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from segue.engine.attention import AttentionBackend
 from segue.engine.batch import SequenceInput, build_batch
 from segue.engine.forward_pass import ForwardPass, PassResult, PassState, RequestRows, pending_rows
+from segue.engine.lanes import Lane, Lanes, LoopLane
 from segue.engine.lora.apply import LoraApplier, LoraResources
 from segue.engine.lora.device_lora import LoraSegment
 from segue.engine.memory.pool import PagePool
@@ -43,27 +44,14 @@ class PassRunner:
         self._pool = pool
         self._attention = attention
         self._resources = resources
+        self._lanes = Lanes.on(model.device)
 
-    def start(self, rows: Sequence[RequestRows], version_id: int | None, *, cpu_allowed: bool) -> ForwardPass:
-        """A pass over these rows that has not run yet. ``version_id`` is the adapter still loading, if one is."""
-        ordered = _by_version(rows)
-        batch = build_batch(
-            [
-                SequenceInput(
-                    token_ids=item.token_ids,
-                    context_tokens=item.start,
-                    pages=item.request.pages,
-                )
-                for item in ordered
-            ],
-            page_tokens=self._pool.page_tokens,
-        )
-        applier = LoraApplier(_segments(ordered), self._resources, cpu_allowed=cpu_allowed)
-        attention = self._attention.begin(batch)
-        on_device = batch.to(self._model.device)
-        fill_pending(on_device.token_ids, pending_rows(ordered))
-        run = self._model.forward(on_device, attention, applier)
-        return ForwardPass(ordered, version_id, applier, attention, run)
+    def start(self, rows: Sequence[RequestRows], version_id: int, *, cpu_allowed: bool) -> ForwardPass:
+        """A pass over these rows that has not run yet, beside the loop's work; the adapter is still loading."""
+        lane = self._lanes.take()
+        forward_pass = self._pass(rows, version_id, lane, lambda: self._lanes.give_back(lane), cpu_allowed=cpu_allowed)
+        lane.begin()
+        return forward_pass
 
     @torch.inference_mode()
     def run(self, rows: Sequence[RequestRows]) -> PassResult:
@@ -73,11 +61,35 @@ class PassRunner:
             logits = self._batches.run(ordered, _segments(ordered))
             if logits is not None:
                 return PassResult(ordered, logits, {})
-        forward_pass = self.start(rows, None, cpu_allowed=False)
+        forward_pass = self._pass(rows, None, LoopLane(), lambda: None, cpu_allowed=False)
         state = forward_pass.advance(None)
         if state is not PassState.DONE:
             raise RuntimeError(f"a batch is {state.value}: it must never wait")
         return forward_pass.result
+
+    def _pass(
+        self,
+        rows: Sequence[RequestRows],
+        version_id: int | None,
+        lane: Lane,
+        end: Callable[[], None],
+        *,
+        cpu_allowed: bool,
+    ) -> ForwardPass:
+        ordered = _by_version(rows)
+        batch = build_batch(
+            [
+                SequenceInput(token_ids=item.token_ids, context_tokens=item.start, pages=item.request.pages)
+                for item in ordered
+            ],
+            page_tokens=self._pool.page_tokens,
+        )
+        applier = LoraApplier(_segments(ordered), self._resources, cpu_allowed=cpu_allowed)
+        attention = self._attention.begin(batch)
+        on_device = batch.to(self._model.device)
+        fill_pending(on_device.token_ids, pending_rows(ordered))
+        run = self._model.forward(on_device, attention, applier)
+        return ForwardPass(ordered, version_id, applier, attention, run, lane, end)
 
 
 def _by_version(rows: Sequence[RequestRows]) -> tuple[RequestRows, ...]:

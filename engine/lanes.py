@@ -1,0 +1,91 @@
+"""Where passes are enqueued: one that may rest or wait has a lane of its own, so that no other work waits for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
+import torch
+
+
+class Lane(Protocol):
+    """A stream of work of one pass."""
+
+    def begin(self) -> None:
+        """All that the loop thread has enqueued outside of lanes so far comes before what is enqueued here."""
+        ...
+
+    def enter(self) -> AbstractContextManager[object]:
+        """What is enqueued inside belongs to the lane."""
+        ...
+
+    def end(self) -> None:
+        """Nothing more is enqueued."""
+        ...
+
+    @property
+    def is_quiet(self) -> bool:
+        """After ``end``: whether the device has done all of it. A lane that is quiet may serve another pass."""
+        ...
+
+
+class LoopLane:
+    """The loop thread's own order of work: for passes that never wait, and where calls return when all is done."""
+
+    is_quiet = True
+
+    def begin(self) -> None:
+        """It is behind everything already."""
+
+    def enter(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def end(self) -> None:
+        """What is enqueued later comes later."""
+
+
+class StreamLane:
+    """A CUDA stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._ended: torch.cuda.Event | None = None
+
+    def begin(self) -> None:
+        self._ended = None
+        behind = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        behind.record()
+        self._stream.wait_event(behind)
+
+    def enter(self) -> AbstractContextManager[object]:
+        return torch.cuda.stream(self._stream)
+
+    def end(self) -> None:
+        self._ended = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._ended.record(self._stream)
+
+    @property
+    def is_quiet(self) -> bool:
+        return self._ended is not None and self._ended.query()  # type: ignore[no-untyped-call]
+
+
+class Lanes:
+    """Lanes for passes, made as they are needed and used again."""
+
+    def __init__(self, make: Callable[[], Lane]) -> None:
+        self._make = make
+        self._idle: list[Lane] = []
+
+    @classmethod
+    def on(cls, device: torch.device) -> Lanes:
+        """On CUDA each pass has a stream of its own."""
+        return cls(lambda: StreamLane(device)) if device.type == "cuda" else cls(LoopLane)
+
+    def take(self) -> Lane:
+        """A lane that nobody uses."""
+        return self._idle.pop() if self._idle else self._make()
+
+    def give_back(self, lane: Lane) -> None:
+        """The lane is quiet, and its pass will not use it again."""
+        self._idle.append(lane)
