@@ -49,9 +49,7 @@ class PassRunner:
     def start(self, rows: Sequence[RequestRows], version_id: int, *, cpu_allowed: bool) -> ForwardPass:
         """A pass over these rows that has not run yet, beside the loop's work; the adapter is still loading."""
         lane = self._lanes.take()
-        forward_pass = self._pass(rows, version_id, lane, lambda: self._lanes.give_back(lane), cpu_allowed=cpu_allowed)
-        lane.begin()
-        return forward_pass
+        return self._pass(rows, version_id, lane, lambda: self._lanes.give_back(lane), cpu_allowed=cpu_allowed)
 
     @torch.inference_mode()
     def run(self, rows: Sequence[RequestRows]) -> PassResult:
@@ -84,10 +82,13 @@ class PassRunner:
             ],
             page_tokens=self._pool.page_tokens,
         )
+        # What it writes to tables that batches read as well belongs to the loop's own order.
         applier = LoraApplier(_segments(ordered), self._resources, cpu_allowed=cpu_allowed)
-        attention = self._attention.begin(batch)
-        on_device = batch.to(self._model.device)
-        fill_pending(on_device.token_ids, pending_rows(ordered))
+        lane.begin()
+        with lane.enter():
+            attention = self._attention.begin(batch)
+            on_device = batch.to(self._model.device)
+            fill_pending(on_device.token_ids, pending_rows(ordered))
         run = self._model.forward(on_device, attention, applier)
         return ForwardPass(ordered, version_id, applier, attention, run, lane, end)
 

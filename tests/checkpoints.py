@@ -164,14 +164,11 @@ def reference_logits(model: torch.nn.Module, token_ids: Iterable[int]) -> torch.
 @torch.inference_mode()
 def reference_greedy(model: torch.nn.Module, prompt: Iterable[int], new_tokens: int) -> tuple[int, ...]:
     """The ``new_tokens`` greedy tokens after ``prompt``, end-of-sequence tokens ignored."""
-    ids = torch.tensor([list(prompt)])
-    cache, tokens = None, []
+    ids = list(prompt)
+    # Without a cache: how it is handed over differs between versions of transformers.
     for _ in range(new_tokens):
-        output = model(ids, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        tokens.append(int(output.logits[0, -1].argmax()))
-        ids = torch.tensor([[tokens[-1]]])
-    return tuple(tokens)
+        ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    return tuple(ids[-new_tokens:])
 
 
 @contextmanager

@@ -61,8 +61,6 @@ class FlashInferAttention:
         self._pool = pool
         self._heads = heads
         self._windows = tuple(windows)
-        # Partial results of one launch after the other, all on one stream: every wrapper may use the same.
-        self._workspace = torch.zeros(ATTENTION_BYTES, dtype=torch.uint8, device=pool.data.device)
         self._idle: list[tuple[torch.cuda.Event, _Wrappers]] = []
 
     def begin(self, batch: RowBatch) -> FlashInferStep:
@@ -106,8 +104,10 @@ class FlashInferAttention:
             if ended.query():  # type: ignore[no-untyped-call]
                 del self._idle[index]
                 return wrappers
+        # Partial results of one launch after the other: a batch's wrappers may share them, those of two batches not.
+        workspace = torch.zeros(ATTENTION_BYTES, dtype=torch.uint8, device=self._pool.data.device)
         return {
-            window: BatchPrefillWithPagedKVCacheWrapper(self._workspace, "NHD", backend="fa2")
+            window: BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD", backend="fa2")
             for window in set(self._windows)
         }
 

@@ -130,7 +130,7 @@ class BatchGraphs:
         key = shape, variant, None if variant is Variant.BASE else regime
         graph = self._graphs.get(key)
         if graph is None:
-            hook = GraphLora(self._lora, self._plans.on_device, variant.value, regime)
+            hook = GraphLora(self._lora, self._plans, variant.value, regime)
             inputs, attention = self._parts(shape)
             graph = self._graphs[key] = BatchGraph(self._model, attention, inputs, hook, self._graph_memory)
         return graph

@@ -119,6 +119,7 @@ def build(specs: Sequence[ModuleSpec], report: Report, *, cores: int) -> None:
 def compile_lora(lora: KernelLora, report: Report, dtype: torch.dtype) -> None:
     """Launch the LoRA kernels once for each LoRA point and regime, with nothing to do."""
     device = lora.tables.page_tables.device
+    workspace = lora.workspace()
     kinds = [(regime, point) for regime in Regime for point in LoraPoint]
     for done, (regime, point) in enumerate(kinds):
         report("compile LoRA kernels", done, len(kinds))
@@ -126,7 +127,8 @@ def compile_lora(lora: KernelLora, report: Report, dtype: torch.dtype) -> None:
         x = torch.zeros(16, shape.in_features, dtype=dtype, device=device)
         out = torch.zeros(16, sum(shape.out_features), dtype=dtype, device=device)
         words, _ = lora.capacity(point, regime, 1)
-        lora.launch(0, point, x, out, torch.zeros(words, dtype=torch.int32, device=device), lora.tiles[regime])
+        plan = torch.zeros(words, dtype=torch.int32, device=device)
+        lora.launch(0, point, x, out, plan, workspace, lora.tiles[regime])
     report("compile LoRA kernels", len(kinds), len(kinds))
 
 

@@ -145,11 +145,8 @@ class KernelLora:
             )
             for regime in Regime
         }
-        # Launches follow one another on one stream, so that all of them may use the same partials.
-        self._workspace = torch.zeros(
-            max(self.capacity(point, regime, sizes.max_rows)[1] for point in LoraPoint for regime in Regime),
-            dtype=torch.float32,
-            device=device,
+        self._workspace_elems = max(
+            self.capacity(point, regime, sizes.max_rows)[1] for point in LoraPoint for regime in Regime
         )
 
     def capacity(self, point: LoraPoint, regime: Regime, max_rows: int) -> tuple[int, int]:
@@ -163,7 +160,14 @@ class KernelLora:
         )
 
     def begin(self, segments: Sequence[LoraSegment]) -> KernelLoraStep:
+        for segment in segments:
+            # The pass may run on another stream than the batches that read the tables, too.
+            self.tables.row(segment.version_id)
         return KernelLoraStep(self, tuple(segments))
+
+    def workspace(self) -> Tensor:
+        """Partials of launches that follow one another on one stream: float32, enough for the largest batch."""
+        return torch.empty(self._workspace_elems, dtype=torch.float32, device=self.tables.page_tables.device)
 
     def plan(self, point: LoraPoint, segments: Sequence[LoraSegment], regime: Regime) -> NDArray[np.int32]:
         """The point's work, int32 [words]; empty where no adapter has modules there."""
@@ -183,11 +187,20 @@ class KernelLora:
             shape=self.points[point],
             tiles=self.tiles[regime],
             plan=plan,
-            workspace_elems=min(elems, self._workspace.numel()),
+            workspace_elems=min(elems, self._workspace_elems),
         )
         return plan[:used]
 
-    def launch(self, layer: int, point: LoraPoint, x: Tensor, out: Tensor, plan: Tensor, tiles: LoraTiles) -> None:
+    def launch(
+        self,
+        layer: int,
+        point: LoraPoint,
+        x: Tensor,
+        out: Tensor,
+        plan: Tensor,
+        workspace: Tensor,
+        tiles: LoraTiles,
+    ) -> None:
         """Run a plan that is on the device."""
         add_lora(
             x,
@@ -197,7 +210,7 @@ class KernelLora:
             modules=self.tables.modules[point][layer],
             scales=self.tables.scales[point][layer],
             plan=plan,
-            workspace=self._workspace,
+            workspace=workspace,
             shape=self.points[point],
             tiles=tiles,
         )
@@ -212,6 +225,7 @@ class KernelLoraStep:
         rows = sum(item.row_stop - item.row_start for item in segments)
         self._regime = regime_of(rows, len(segments))
         self._plans: dict[tuple[LoraPoint, frozenset[int]], Tensor | None] = {}
+        self._workspace: Tensor | None = None
 
     def add(self, layer: int, point: LoraPoint, x: Tensor, out: Tensor, version_ids: AbstractSet[int]) -> None:
         key = point, frozenset(version_ids)
@@ -220,16 +234,17 @@ class KernelLoraStep:
             plan = self._lora.plan(point, segments, self._regime)
             self._plans[key] = torch.from_numpy(plan).to(x.device) if len(plan) else None
         plan_on_device = self._plans[key]
-        if plan_on_device is not None:
-            self._lora.launch(layer, point, x, out, plan_on_device, self._lora.tiles[self._regime])
+        if plan_on_device is None:
+            return
+        if self._workspace is None:
+            self._workspace = self._lora.workspace()
+        self._lora.launch(layer, point, x, out, plan_on_device, self._workspace, self._lora.tiles[self._regime])
 
 
 class GraphLora:
     """The LoraHook that a decode graph captures: launches at ``points`` on plans that are replaced between runs."""
 
-    def __init__(
-        self, lora: KernelLora, plans: Mapping[LoraPoint, Tensor], points: AbstractSet[LoraPoint], regime: Regime
-    ) -> None:
+    def __init__(self, lora: KernelLora, plans: GraphPlans, points: AbstractSet[LoraPoint], regime: Regime) -> None:
         self._lora = lora
         self._tiles = lora.tiles[regime]
         self._plans = plans
@@ -243,7 +258,8 @@ class GraphLora:
 
     def finish(self, layer: int, point: LoraPoint, x: Tensor, out: Tensor) -> Iterator[None]:
         if point in self._points:
-            self._lora.launch(layer, point, x, out, self._plans[point], self._tiles)
+            plans = self._plans
+            self._lora.launch(layer, point, x, out, plans.on_device[point], plans.workspace, self._tiles)
         return iter(())
 
     def leave_layer(self, _layer: int) -> None:
@@ -251,7 +267,10 @@ class GraphLora:
 
 
 class GraphPlans:
-    """The plans that all decode graphs read: one buffer on the device for each point, filled before a run."""
+    """The plans that all graphs read: one buffer on the device for each point, filled before a run.
+
+    One graph runs after the other, so that all of them have one ``workspace``.
+    """
 
     def __init__(self, lora: KernelLora, max_rows: int) -> None:
         self._lora = lora
@@ -259,6 +278,7 @@ class GraphPlans:
         self._used: frozenset[LoraPoint] = frozenset()
         words = {point: max(lora.capacity(point, regime, max_rows)[0] for regime in Regime) for point in LoraPoint}
         device = lora.tables.page_tables.device
+        self.workspace = lora.workspace()
         self.on_device = {point: torch.zeros(count, dtype=torch.int32, device=device) for point, count in words.items()}
         self._pinned = {point: torch.zeros(count, dtype=torch.int32).pin_memory() for point, count in words.items()}
         self._spare = {point: torch.zeros_like(pinned).pin_memory() for point, pinned in self._pinned.items()}

@@ -33,13 +33,14 @@ def device_reserve(
     windows = len(set(model.sliding_windows))
     wrappers = windows * (2 + config.max_passes)
     recorded = max(workspace_bytes(shape, model.heads, model.kv_heads, model.head_dim, processors) for shape in shapes)
+    attention = ATTENTION_BYTES * (1 + config.max_passes) + context_tokens * model.head_dim * 4
     logit_rows = _LOGIT_COPIES * (config.max_running + config.max_passes)
     logit_rows += _GRAPHS_OF_A_SHAPE * sum(shape.sequences for shape in shapes)
     context_pages = pages_for(context_tokens, config.page_tokens)
     return {
         "activations": _activation_bytes(config, model, item_bytes),
         "logits": logit_rows * model.vocab_size * 4,
-        "attention": ATTENTION_BYTES + recorded + wrappers * PLAN_BYTES + context_tokens * model.head_dim * 4,
+        "attention": attention + recorded + wrappers * PLAN_BYTES,
         "page tables": 4 * context_pages * (config.max_running + config.max_passes),
         "LoRA plans and tables": _lora_bytes(config, model, item_bytes, processors),
         "code": _CODE_BYTES,
@@ -57,7 +58,7 @@ def _activation_bytes(config: EngineConfig, model: ModelConfig, item_bytes: int)
 
 
 def _lora_bytes(config: EngineConfig, model: ModelConfig, item_bytes: int, processors: int) -> int:
-    """The partials of the largest plan, a plan for each point, and the tables of adapters."""
+    """The partials of the largest plan, for batches and for each pass; a plan for each point, and adapters' tables."""
     shapes = dict(model.projection_shapes())
     page_elems = 2 * config.page_tokens * model.kv_heads * model.head_dim
     chunk_elems = choose_chunk_elems(page_elems, {width for shape in shapes.values() for width in shape})
@@ -86,7 +87,7 @@ def _lora_bytes(config: EngineConfig, model: ModelConfig, item_bytes: int, proce
         partials = max(partials, *(capacity.workspace_elems for capacity in capacities))
         plans += max(capacity.words for capacity in capacities)
     table = adapter_pages(config, model, page_elems, chunk_elems) + model.layers * len(shapes) * 4
-    return 4 * (partials + plans + MAX_TABLE_ROWS * table)
+    return 4 * (partials * (2 + config.max_passes) + plans + MAX_TABLE_ROWS * table)
 
 
 def adapter_pages(config: EngineConfig, model: ModelConfig, page_elems: int, chunk_elems: int) -> int:

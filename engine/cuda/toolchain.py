@@ -39,6 +39,8 @@ def prepare_cuda(environ: MutableMapping[str, str]) -> None:
 
     Raises ConfigError, one line that says what is missing and what brings it.
     """
+    # As many streams as may wait for a worker, each of them without holding others up in a queue that they share.
+    environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     driver = driver_library()
     problem = device_problem(torch.__version__, torch.version.cuda, driver, _usable_devices)
     if problem:

@@ -1,4 +1,4 @@
-"""A pass in a lane that the device is late with: its pages stay its own, and its tokens come, when the lane is quiet."""
+"""A pass in a lane that the device is late with keeps its pages, and its tokens come, until the lane is quiet."""
 
 from __future__ import annotations
 
