@@ -203,7 +203,8 @@ class KernelLora:
     @property
     def dependent_launch(self) -> bool:
         """Whether the device can begin a launch under the one before."""
-        return torch.cuda.get_device_capability(self.tables.page_tables.device) >= (9, 0)
+        device = self.tables.page_tables.device
+        return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 class KernelLoraStep:
