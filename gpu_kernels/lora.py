@@ -35,7 +35,6 @@ def add_lora(
     workspace: Tensor,
     shape: PointShape,
     tiles: LoraTiles,
-    dependent_launch: bool = True,
 ) -> None:
     """Add every delta of ``plan`` into ``out`` [T, sum of out_features], in place, from x [T, in_features].
 
@@ -44,13 +43,16 @@ def add_lora(
     of this layer's adapters, rank 0 where a module is not targeted; ``scales`` is float32 [slots, modules]; ``plan``
     int32 [words] is what ``plan_point`` wrote with the same ``shape`` and ``tiles``; ``workspace`` float32 holds the
     partials. Rows of tensors may be strided, their elements are contiguous. A layer's rank may be at most that of the
-    plan. ``dependent_launch`` lets expand load weights while shrink runs, where the device can do so (compute
-    capability 9.0). Raises ValueError for a wrong shape, dtype or device.
+    plan. Raises ValueError for a wrong shape, dtype or device.
     """
     weights = LoraWeights(pool_layer=pool_layer, page_tables=page_tables, modules=modules, scales=scales)
-    dependent = dependent_launch and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
-    shrink_lora(x, weights, plan, workspace, shape, tiles, dependent_launch=dependent)
-    expand_lora(out, weights, plan, workspace, shape, tiles, dependent_launch=dependent)
+    shrink_lora(x, weights, plan, workspace, shape, tiles, early_release=True)
+    expand_lora(out, weights, plan, workspace, shape, tiles, early_start=True)
+
+
+def overlaps(device: torch.device) -> bool:
+    """Whether the device can begin a launch under the one before: programmatic dependent launch, capability 9.0."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,12 +73,16 @@ def shrink_lora(
     shape: PointShape,
     tiles: LoraTiles,
     *,
-    dependent_launch: bool = False,
+    early_start: bool = False,
+    early_release: bool = False,
 ) -> None:
     """The first launch of ``add_lora``: partials of x A^T into ``workspace``. Needs nothing of the base product.
 
-    With ``dependent_launch`` the launch behind it may begin early. Raises ValueError as ``add_lora``.
+    With ``early_start`` it begins under the launch before it, as soon as that lets it, and loads weights meanwhile;
+    with ``early_release`` it lets the launch behind it begin. Neither does anything where the device cannot overlap
+    them. Raises ValueError as ``add_lora``.
     """
+    can_overlap = overlaps(x.device)
     _check_weights(x, weights, plan, workspace, shape, tiles)
     if x.dim() != 2 or x.shape[1] != shape.in_features:
         raise ValueError(f"x: must be [T, {shape.in_features}], is {list(x.shape)}")
@@ -86,8 +92,9 @@ def shrink_lora(
         in_features=shape.in_features, row_tile=tiles.rows, ranks=tiles.ranks, span=tiles.span, step=tiles.step,
         vector_ranks=tiles.vector[0], vector_columns=tiles.vector[1], chunk_elems=tiles.chunk_elems,
         page_chunks=tiles.page_chunks, stages=tiles.stages, vector_stages=tiles.vector_stages,
-        header_words=HEADER_WORDS, item_words=SHRINK_WORDS, dependent_launch=dependent_launch,
-        interpreted=knobs.runtime.interpret, num_warps=tiles.shrink_warps, maxnreg=tiles.shrink_registers,
+        header_words=HEADER_WORDS, item_words=SHRINK_WORDS, early_start=early_start and can_overlap,
+        early_release=early_release and can_overlap, interpreted=knobs.runtime.interpret, num_warps=tiles.shrink_warps,
+        maxnreg=tiles.shrink_registers, **({"launch_pdl": True} if early_start and can_overlap else {}),
     )  # fmt: skip
 
 
@@ -99,13 +106,13 @@ def expand_lora(
     shape: PointShape,
     tiles: LoraTiles,
     *,
-    dependent_launch: bool = False,
+    early_start: bool = False,
 ) -> None:
     """The second launch of ``add_lora``, behind the first: its partials times B^T, added into ``out``.
 
-    With ``dependent_launch`` it must directly follow a ``shrink_lora`` that has it, too. Raises ValueError as
-    ``add_lora``.
+    ``early_start`` as in ``shrink_lora``. Raises ValueError as ``add_lora``.
     """
+    early_start = early_start and overlaps(out.device)
     _check_weights(out, weights, plan, workspace, shape, tiles)
     if out.dim() != 2 or out.shape[1] != sum(shape.out_features):
         raise ValueError(f"out: must be [T, {sum(shape.out_features)}], is {list(out.shape)}")
@@ -114,9 +121,9 @@ def expand_lora(
         plan, workspace, weights.pool_layer, tables, tables.stride(0), modules, modules.stride(0), scales,
         scales.stride(0), out, out.stride(0), out_align=gcd(16, *shape.out_features), row_tile=tiles.rows,
         wide_ranks=tiles.wide[0], wide_columns=tiles.wide[1], tall_ranks=tiles.tall[0], tall_columns=tiles.tall[1],
-        chunk_elems=tiles.chunk_elems, page_chunks=tiles.page_chunks, dependent_launch=dependent_launch,
+        chunk_elems=tiles.chunk_elems, page_chunks=tiles.page_chunks, early_start=early_start,
         interpreted=knobs.runtime.interpret, num_warps=tiles.expand_warps, num_stages=tiles.expand_stages,
-        maxnreg=tiles.expand_registers, **({"launch_pdl": True} if dependent_launch else {}),
+        maxnreg=tiles.expand_registers, **({"launch_pdl": True} if early_start else {}),
     )  # fmt: skip
 
 

@@ -91,7 +91,6 @@ class BatchGraphs:
         self._pool = pool
         self._lora = lora
         self._plans = GraphPlans(lora, max_rows)
-        self._branch = torch.cuda.Stream(model.device)  # type: ignore[no-untyped-call]
         self.shapes = batch_shapes(max_rows, max_sequences)
         self._attention = RecordedAttention(pool, windows, model.config.heads, self.shapes)
         largest = BatchShape(max(item.rows for item in self.shapes), max(item.sequences for item in self.shapes))
@@ -138,7 +137,7 @@ class BatchGraphs:
         key = shape, splits, variant, None if variant is Variant.BASE else regime
         graph = self._graphs.get(key)
         if graph is None:
-            hook = GraphLora(self._lora, self._plans, variant.value, regime, self._branch)
+            hook = GraphLora(self._lora, self._plans, variant.value, regime)
             inputs, attention = self._parts(shape, splits)
             graph = self._graphs[key] = BatchGraph(self._model, attention, inputs, hook, self._graph_memory)
         return graph

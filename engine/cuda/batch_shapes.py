@@ -49,17 +49,26 @@ def batch_shapes(max_rows: int, max_sequences: int) -> tuple[BatchShape, ...]:
     )
 
 
+def prompt_tiles(shape: BatchShape, heads: int, kv_heads: int, head_dim: int, multiprocessors: int) -> tuple[int, int]:
+    """Query rows of a tile, and programs for each head of KV, of FlashInfer's kernel for prompts.
+
+    As PrefillPlan in FlashInfer 0.6 reckons for graphs.
+    """
+    group = heads // kv_heads
+    longest = max(0, shape.rows - shape.sequences + 1) * group
+    tile_rows = 16 if longest <= 16 else 64 if longest <= 64 or head_dim >= 256 else 128
+    tiles = -(-shape.rows * group // tile_rows) + shape.sequences - 1
+    return tile_rows, max(2 * multiprocessors // kv_heads, tiles)
+
+
 def workspace_bytes(shape: BatchShape, heads: int, kv_heads: int, head_dim: int, multiprocessors: int) -> int:
     """What FlashInfer's plan of a shape takes of its workspace: float32 partial results of all parts of the work.
 
     As DecodePlan and PrefillPlan in FlashInfer 0.6 reckon for graphs, with a kilobyte for alignment.
     """
-    group = heads // kv_heads
-    if shape.decodes and group in DECODE_GROUPS:
+    if shape.decodes and heads // kv_heads in DECODE_GROUPS:
         rows = _DECODE_PROGRAMS * multiprocessors // kv_heads
     else:
-        longest = max(0, shape.rows - shape.sequences + 1) * group
-        tile_rows = 16 if longest <= 16 else 64 if longest <= 64 or head_dim >= 256 else 128
-        tiles = -(-shape.rows * group // tile_rows) + shape.sequences - 1
-        rows = max(2 * multiprocessors // kv_heads, tiles) * tile_rows
+        tile_rows, programs = prompt_tiles(shape, heads, kv_heads, head_dim, multiprocessors)
+        rows = programs * tile_rows
     return heads * rows * (head_dim + 1) * 4 + 1024

@@ -133,10 +133,10 @@ def compile_lora(lora: KernelLora, report: Report, dtype: torch.dtype) -> None:
         words, _ = lora.capacity(point, regime, 1)
         plan = torch.zeros(words, dtype=torch.int32, device=device)
         parts = lora.weights(0, point), plan, workspace, shape, lora.tiles[regime]
-        # In a graph on its own, elsewhere overlapping.
-        for dependent in {False, lora.dependent_launch}:
-            shrink_lora(x, *parts, dependent_launch=dependent)
-            expand_lora(out, *parts, dependent_launch=dependent)
+        # In a graph the base product comes between them, elsewhere nothing does.
+        for early_release in (True, False):
+            shrink_lora(x, *parts, early_start=True, early_release=early_release)
+        expand_lora(out, *parts, early_start=True)
     report("compile LoRA kernels", len(kinds), len(kinds))
 
 

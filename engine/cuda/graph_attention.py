@@ -13,7 +13,7 @@ from flashinfer.prefill import BatchPrefillWithPagedKVCacheWrapper
 from torch import Tensor
 
 from segue.engine.cuda.batch_inputs import BatchInputs
-from segue.engine.cuda.batch_shapes import DECODE_GROUPS, PLAN_BYTES, BatchShape, workspace_bytes
+from segue.engine.cuda.batch_shapes import DECODE_GROUPS, PLAN_BYTES, BatchShape, prompt_tiles, workspace_bytes
 from segue.engine.memory.pool import PagePool
 
 # Of FlashInfer; both have `run`, and what `plan` leaves behind.
@@ -67,11 +67,10 @@ class GraphAttention(ABC):
         All runs but the last must have ended. This is what ``wrapper.plan`` does, without its own copies of the inputs.
         """
         for window, wrapper in self._wrappers.items():
+            pinned = self._plans[window].turn()
+            self._clear(pinned)
             wrapper._plan_info = wrapper._cached_module.plan(
-                wrapper._float_workspace_buffer,
-                wrapper._int_workspace_buffer,
-                self._plans[window].turn(),
-                *self._work(window),
+                wrapper._float_workspace_buffer, wrapper._int_workspace_buffer, pinned, *self._work(window)
             )
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -88,6 +87,10 @@ class GraphAttention(ABC):
         wrapper = self._wrapper(window, workspace)
         wrapper._int_workspace_buffer = self._plans[window].on_device
         return wrapper
+
+    def _clear(self, pinned: Tensor) -> None:
+        """Prepare the memory of a plan for what the plan leaves as it is."""
+        return None
 
     @abstractmethod
     def _wrapper(self, window: int | None, workspace: Tensor) -> _Wrapper:
@@ -145,6 +148,22 @@ class PromptAttention(GraphAttention):
             kv_data_type=pool.dtype,
         )
         return wrapper
+
+    def _clear(self, pinned: Tensor) -> None:
+        """Programs for which there is no work must find some: where KV is not split, nothing tells them that.
+
+        The plan begins with the sequence of each program, then the tile of its rows, each list a multiple of 16 bytes.
+        They get the first tile of the last sequence, which has no rows, or else, in a full batch, is made once more.
+        """
+        if self._splits:
+            return
+        shape, pool = self._inputs.shape, self._pool
+        processors = torch.cuda.get_device_properties(pool.data.device).multi_processor_count
+        _, programs = prompt_tiles(shape, self._heads, pool.kv_heads, pool.head_dim, processors)
+        list_elems = -(-programs // 4) * 4
+        lists = pinned[: 8 * list_elems].view(torch.int32)
+        lists[:list_elems] = shape.sequences - 1
+        lists[list_elems:] = 0
 
     def _work(self, window: int | None) -> tuple[object, ...]:
         host, shape, pool = self._inputs.host, self._inputs.shape, self._pool

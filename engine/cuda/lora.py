@@ -200,12 +200,6 @@ class KernelLora:
             scales=self.tables.scales[point][layer],
         )
 
-    @property
-    def dependent_launch(self) -> bool:
-        """Whether the device can begin a launch under the one before."""
-        device = self.tables.page_tables.device
-        return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-
 
 class KernelLoraStep:
     """See DeviceLoraStep. Plans are made when a point first needs them, and serve all layers."""
@@ -237,44 +231,32 @@ class KernelLoraStep:
             lora.points[point],
             lora.tiles[self._regime],
         )
-        shrink_lora(x, *parts, dependent_launch=lora.dependent_launch)
-        expand_lora(out, *parts, dependent_launch=lora.dependent_launch)
+        shrink_lora(x, *parts, early_start=True, early_release=True)
+        expand_lora(out, *parts, early_start=True)
 
 
 class GraphLora:
     """The LoraHook that a graph captures: launches at ``points`` on plans that are replaced between runs.
 
-    Shrink needs nothing of the base product, and so goes to a branch of the graph beside it.
+    Shrink comes before the base product, of which it needs nothing: it can begin under the small kernel that makes x.
     """
 
-    def __init__(
-        self,
-        lora: KernelLora,
-        plans: GraphPlans,
-        points: AbstractSet[LoraPoint],
-        regime: Regime,
-        branch: torch.cuda.Stream,
-    ) -> None:
+    def __init__(self, lora: KernelLora, plans: GraphPlans, points: AbstractSet[LoraPoint], regime: Regime) -> None:
         self._lora = lora
         self._tiles = lora.tiles[regime]
         self._plans = plans
         self._points = points
-        self._branch = branch
 
     def enter_layer(self, _layer: int) -> Iterator[None]:
         return iter(())
 
     def begin(self, layer: int, point: LoraPoint, x: Tensor) -> None:
-        if point not in self._points:
-            return
-        self._branch.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._branch):
-            shrink_lora(x, *self._parts(layer, point))
+        if point in self._points:
+            shrink_lora(x, *self._parts(layer, point), early_start=True)
 
     def finish(self, layer: int, point: LoraPoint, _x: Tensor, out: Tensor) -> Iterator[None]:
         if point in self._points:
-            torch.cuda.current_stream().wait_stream(self._branch)
-            expand_lora(out, *self._parts(layer, point))
+            expand_lora(out, *self._parts(layer, point), early_start=True)
         return iter(())
 
     def leave_layer(self, _layer: int) -> None:
