@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from enum import Enum
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from segue.engine.batch import RowBatch
 from segue.engine.cuda.batch_inputs import BatchInputs, BatchMemory
 from segue.engine.cuda.batch_shapes import BatchShape, batch_shapes
-from segue.engine.cuda.graph_attention import GraphAttention, RecordedAttention
+from segue.engine.cuda.graph_attention import AttentionKind, GraphAttention, RecordedAttention
 from segue.engine.cuda.lora import GraphLora, GraphPlans, KernelLora, regime_of
 from segue.engine.forward_pass import RequestRows
 from segue.engine.lora.device_lora import LoraSegment
@@ -21,9 +22,8 @@ from segue.engine.memory.pool import PagePool
 from segue.engine.models.decoder import DecoderModel
 from segue.gpu_kernels.lora_tiles import Regime
 
-# KV up to here is not split among programs where rows of prompts are present: there is enough to do without, and
-# merging their results takes longer than it saves.
-_WHOLE_KV_TOKENS = 4096
+# Which of cuBLAS's two interfaces chooses the faster kernels, by rows: measured on an H200, docs/notes-kernels.md.
+_LT_ROWS = range(17, 257)
 
 
 class Variant(Enum):
@@ -35,7 +35,7 @@ class Variant(Enum):
 
 
 class BatchGraph:
-    """One shape, variant and regime, with the KV of long sequences split or not."""
+    """One shape, kind of attention, variant and regime."""
 
     def __init__(
         self, model: DecoderModel, attention: GraphAttention, inputs: BatchInputs, lora: LoraHook, memory: Any
@@ -55,11 +55,12 @@ class BatchGraph:
         )
         inputs.fill(())
         attention.plan()
-        _drain(model, batch, attention, lora)
-        torch.cuda.synchronize()
-        # Other threads go on copying meanwhile.
-        with torch.cuda.graph(self._graph, pool=memory, capture_error_mode="thread_local"):
-            self._logits = _drain(model, batch, attention, lora)
+        with _blas_for(inputs.shape.rows):
+            _drain(model, batch, attention, lora)
+            torch.cuda.synchronize()
+            # Other threads go on copying meanwhile.
+            with torch.cuda.graph(self._graph, pool=memory, capture_error_mode="thread_local"):
+                self._logits = _drain(model, batch, attention, lora)
 
     def run(self, rows: Sequence[RequestRows]) -> Tensor:
         """Logits [len(rows), vocab], valid until the next run of any graph.
@@ -97,8 +98,8 @@ class BatchGraphs:
         max_pages = pool.token_pages(context_tokens) * max_sequences
         self._batch_memory = BatchMemory(largest, max_pages, model.device)
         self._inputs: dict[BatchShape, BatchInputs] = {}
-        self._attentions: dict[tuple[BatchShape, bool], GraphAttention] = {}
-        self._graphs: dict[tuple[BatchShape, bool, Variant, Regime | None], BatchGraph] = {}
+        self._attentions: dict[tuple[BatchShape, AttentionKind], GraphAttention] = {}
+        self._graphs: dict[tuple[BatchShape, AttentionKind, Variant, Regime | None], BatchGraph] = {}
         self._graph_memory = torch.cuda.graph_pool_handle()
 
     def run(self, rows: Sequence[RequestRows], segments: Sequence[LoraSegment]) -> Tensor | None:
@@ -111,8 +112,8 @@ class BatchGraphs:
         regime = regime_of(row_count, len(segments))
         used = self._plans.fill(segments, regime)
         variant = next(item for item in Variant if used <= item.value)
-        longest_tokens = max(item.start + item.count for item in rows)
-        return self._graph(shape, longest_tokens > _WHOLE_KV_TOKENS, variant, regime).run(rows)
+        kind = self._attention.kind(shape, [item.start + item.count for item in rows])
+        return self._graph(shape, kind, variant, regime).run(rows)
 
     @torch.inference_mode()
     def record_all(self, report: Callable[[int, int], None]) -> None:
@@ -121,7 +122,7 @@ class BatchGraphs:
         for done, (shape, variant, regime) in enumerate(kinds):
             report(done, len(kinds))
             self._plans.fill((), regime)
-            self._graph(shape, False, variant, regime)
+            self._graph(shape, self._attention.kind(shape, ()), variant, regime)
         report(len(kinds), len(kinds))
 
     def _kinds(self) -> Iterator[tuple[BatchShape, Variant, Regime]]:
@@ -131,28 +132,37 @@ class BatchGraphs:
                 for regime in sorted(regimes, key=lambda item: item.value)[: 1 if variant is Variant.BASE else None]:
                     yield shape, variant, regime
 
-    def _graph(self, shape: BatchShape, long: bool, variant: Variant, regime: Regime) -> BatchGraph:
-        # Where all rows decode, the kernel splits what is long by itself.
-        splits = long or shape.decodes
-        key = shape, splits, variant, None if variant is Variant.BASE else regime
+    def _graph(self, shape: BatchShape, kind: AttentionKind, variant: Variant, regime: Regime) -> BatchGraph:
+        key = shape, kind, variant, None if variant is Variant.BASE else regime
         graph = self._graphs.get(key)
         if graph is None:
             hook = GraphLora(self._lora, self._plans, variant.value, regime)
-            inputs, attention = self._parts(shape, splits)
+            inputs, attention = self._parts(shape, kind)
             graph = self._graphs[key] = BatchGraph(self._model, attention, inputs, hook, self._graph_memory)
         return graph
 
-    def _parts(self, shape: BatchShape, splits: bool) -> tuple[BatchInputs, GraphAttention]:
+    def _parts(self, shape: BatchShape, kind: AttentionKind) -> tuple[BatchInputs, GraphAttention]:
         """What the graphs of a shape share."""
         inputs = self._inputs.get(shape)
         if inputs is None:
             pool = self._pool
             inputs = BatchInputs(shape, self._batch_memory, pool.page_tokens, pool.padding_page)
             self._inputs[shape] = inputs
-        attention = self._attentions.get((shape, splits))
+        attention = self._attentions.get((shape, kind))
         if attention is None:
-            attention = self._attentions[shape, splits] = self._attention.begin(inputs, splits=splits)
+            attention = self._attentions[shape, kind] = self._attention.begin(inputs, kind)
         return inputs, attention
+
+
+@contextmanager
+def _blas_for(rows: int) -> Iterator[None]:
+    """Have torch call the interface of cuBLAS that is faster for so many rows."""
+    before = torch.backends.cuda.preferred_blas_library()
+    torch.backends.cuda.preferred_blas_library("cublaslt" if rows in _LT_ROWS else "cublas")
+    try:
+        yield
+    finally:
+        torch.backends.cuda.preferred_blas_library(before)
 
 
 def _drain(model: DecoderModel, batch: RowBatch, step: GraphAttention, lora: LoraHook) -> Tensor:

@@ -15,15 +15,11 @@ _DECODE_PROGRAMS = 16
 
 @dataclass(frozen=True, slots=True, order=True)
 class BatchShape:
-    """How many rows and sequences a recorded batch has room for. Where they are equal, it ``decodes``: each sequence
-    has one row."""
+    """How many rows and sequences a recorded batch has room for. In one that ``decodes`` each sequence has one row."""
 
     rows: int
     sequences: int
-
-    @property
-    def decodes(self) -> bool:
-        return self.rows == self.sequences
+    decodes: bool = False
 
     def holds(self, rows: int, sequences: int) -> bool:
         """Whether a batch fits. Rows that are not used belong to a sequence that is not used."""
@@ -32,21 +28,30 @@ class BatchShape:
         return rows <= self.rows and (sequences < self.sequences or (sequences == self.sequences and rows == self.rows))
 
 
+# Up to so many rows a shape has a sequence for each: FlashInfer's kernel then takes 16 query rows at a time, and there
+# are programs for all multiprocessors. Beyond, it takes 128.
+_SMALL_TILE_ROWS = 128
+
+
 def batch_shapes(max_rows: int, max_sequences: int) -> tuple[BatchShape, ...]:
     """The shapes that are recorded, in the order in which they are tried.
 
     First those of batches that only decode: 1, 2, 4, then every 8 sequences to 64, every 16 to 256, every 64 beyond.
-    Then those with rows of prompts: every 16 rows to 64, every 32 to 256, every 64 to 512, every 256 beyond, a quarter
-    of them free for rows behind each sequence's first.
+    Then those with rows of prompts: every 16 rows to 64, every 32 to 256, every 64 to 512, every 256 beyond; above 128
+    a quarter of them is free for rows behind each sequence's first.
     """
     decodes = {1, 2, 4, *range(8, 65, 8), *range(80, 257, 16), *range(320, max_sequences, 64)}
     sizes = [*sorted(size for size in decodes if size < max_sequences), max_sequences]
     mixed = {*range(16, 65, 16), *range(96, 257, 32), *range(320, 513, 64), *range(768, max_rows, 256)}
     rows = [*sorted(size for size in mixed if size < max_rows), max_rows]
     return (
-        *(BatchShape(size, size) for size in sizes),
-        *(BatchShape(count, min(max_sequences + 1, 3 * count // 4)) for count in rows if count > 1),
+        *(BatchShape(size, size, decodes=True) for size in sizes),
+        *(BatchShape(count, _mixed_sequences(count, max_sequences)) for count in rows if count > 1),
     )
+
+
+def _mixed_sequences(rows: int, max_sequences: int) -> int:
+    return rows if rows <= _SMALL_TILE_ROWS else min(max_sequences + 1, 3 * rows // 4)
 
 
 def prompt_tiles(shape: BatchShape, heads: int, kv_heads: int, head_dim: int, multiprocessors: int) -> tuple[int, int]:
@@ -66,9 +71,8 @@ def workspace_bytes(shape: BatchShape, heads: int, kv_heads: int, head_dim: int,
 
     As DecodePlan and PrefillPlan in FlashInfer 0.6 reckon for graphs, with a kilobyte for alignment.
     """
+    tile_rows, programs = prompt_tiles(shape, heads, kv_heads, head_dim, multiprocessors)
+    rows = programs * tile_rows
     if shape.decodes and heads // kv_heads in DECODE_GROUPS:
-        rows = _DECODE_PROGRAMS * multiprocessors // kv_heads
-    else:
-        tile_rows, programs = prompt_tiles(shape, heads, kv_heads, head_dim, multiprocessors)
-        rows = programs * tile_rows
+        rows = max(rows, _DECODE_PROGRAMS * multiprocessors // kv_heads)
     return heads * rows * (head_dim + 1) * 4 + 1024

@@ -27,7 +27,6 @@ from segue.engine.lora.points import LoraPoint
 from segue.engine.sampler import Sampler
 from segue.engine.sampling import SamplingRow
 from segue.engine.sampling_params import SamplingParams
-from segue.gpu_kernels.lora import expand_lora, shrink_lora
 from segue.gpu_kernels.lora_tiles import Regime
 
 _LOG = logging.getLogger(__name__)
@@ -132,11 +131,7 @@ def compile_lora(lora: KernelLora, report: Report, dtype: torch.dtype) -> None:
         out = torch.zeros(16, sum(shape.out_features), dtype=dtype, device=device)
         words, _ = lora.capacity(point, regime, 1)
         plan = torch.zeros(words, dtype=torch.int32, device=device)
-        parts = lora.weights(0, point), plan, workspace, shape, lora.tiles[regime]
-        # In a graph the base product comes between them, elsewhere nothing does.
-        for early_release in (True, False):
-            shrink_lora(x, *parts, early_start=True, early_release=early_release)
-        expand_lora(out, *parts, early_start=True)
+        lora.launch(0, point, x, out, plan, workspace, lora.tiles[regime])
     report("compile LoRA kernels", len(kinds), len(kinds))
 
 

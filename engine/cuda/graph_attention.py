@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from enum import Enum
 from typing import TypeAlias
 
 import torch
@@ -23,6 +24,22 @@ _Wrapper: TypeAlias = BatchPrefillWithPagedKVCacheWrapper | BatchDecodeWithPaged
 def window_left(window: int | None) -> int:
     """FlashInfer's name for a window: how many tokens before itself a row sees; -1 for all."""
     return -1 if window is None else window - 1
+
+
+# Decode: from so many sequences on, and up to so many tokens of KV each on average, rows are served one by one.
+_LARGE_DECODE = 96
+_SHORT_KV_TOKENS = 256
+# Rows of large prompts: KV up to here is not split. There is enough to do, and merging takes more than it saves.
+_WHOLE_KV_TOKENS = 4096
+
+
+class AttentionKind(Enum):
+    """How a batch's attention is computed: tiles of rows with the KV of each sequence SPLIT among programs or WHOLE, or
+    single ROWS without tensor cores."""
+
+    SPLIT = "split"
+    WHOLE = "whole"
+    ROWS = "rows"
 
 
 class PlanMemory:
@@ -88,9 +105,9 @@ class GraphAttention(ABC):
         wrapper._int_workspace_buffer = self._plans[window].on_device
         return wrapper
 
-    def _clear(self, pinned: Tensor) -> None:
+    def _clear(self, pinned: Tensor) -> None:  # noqa: ARG002
         """Prepare the memory of a plan for what the plan leaves as it is."""
-        return None
+        return
 
     @abstractmethod
     def _wrapper(self, window: int | None, workspace: Tensor) -> _Wrapper:
@@ -247,12 +264,23 @@ class RecordedAttention:
         self._workspace = torch.zeros(size_bytes, dtype=torch.uint8, device=device)
         self._plans = {window: PlanMemory(device) for window in set(windows)}
 
-    def begin(self, inputs: BatchInputs, *, splits: bool) -> GraphAttention:
-        """The attention of the batches that these inputs bring. ``splits``: see PromptAttention."""
+    def kind(self, shape: BatchShape, total_tokens: Sequence[int]) -> AttentionKind:
+        """What serves sequences with so many tokens in KV best, as measured on an H200: docs/notes-kernels.md."""
+        if shape.decodes:
+            is_short = sum(total_tokens) <= _SHORT_KV_TOKENS * len(total_tokens)
+            served = self._heads // self._pool.kv_heads in DECODE_GROUPS
+            is_large = shape.sequences >= _LARGE_DECODE
+            return AttentionKind.ROWS if served and is_large and is_short else AttentionKind.SPLIT
+        if shape.sequences == shape.rows or max(total_tokens, default=0) > _WHOLE_KV_TOKENS:
+            return AttentionKind.SPLIT
+        return AttentionKind.WHOLE
+
+    def begin(self, inputs: BatchInputs, kind: AttentionKind) -> GraphAttention:
+        """The attention of the batches that these inputs bring."""
         parts = self._pool, self._windows, self._heads, self._workspace, self._plans, inputs
-        if inputs.shape.decodes and self._heads // self._pool.kv_heads in DECODE_GROUPS:
+        if kind is AttentionKind.ROWS:
             return DecodeAttention(*parts)
-        return PromptAttention(*parts, splits=splits)
+        return PromptAttention(*parts, splits=kind is AttentionKind.SPLIT)
 
 
 def _one_page_each(shape: BatchShape, padding_page: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -77,7 +77,7 @@ def test_rows_are_found_again(seed: int) -> None:
 
 
 def test_a_full_shape_and_none_at_all() -> None:
-    made = inputs(BatchShape(3, 3))
+    made = inputs(BatchShape(3, 3, decodes=True))
     made.fill([RequestRows(request(number, 5, [number, number + 10]), 4, 1) for number in (1, 2, 3)])
     assert made.on_device.sequence_of_row.tolist() == [0, 1, 2]
     assert made.on_device.logit_rows.tolist() == [0, 1, 2]
@@ -87,7 +87,7 @@ def test_a_full_shape_and_none_at_all() -> None:
 
 
 def test_a_token_under_way_is_taken_from_the_device() -> None:
-    made = inputs(BatchShape(4, 4))
+    made = inputs(BatchShape(4, 4, decodes=True))
     known, unknown = request(1, 5, [1, 2]), request(2, 5, [3, 4])
     unknown.ahead_tokens, unknown.pending_token = 1, PendingToken(torch.tensor([7, 8]), 1)
     made.fill([RequestRows(known, 4, 1), RequestRows(unknown, 5, 1)])
@@ -102,9 +102,10 @@ def test_what_a_shape_holds() -> None:
     assert shape.holds(9, 1)
     assert not shape.holds(15, 12), "the row that is not used has no sequence"
     assert not shape.holds(17, 1)
-    assert BatchShape(4, 4).holds(4, 4)
-    assert BatchShape(4, 4).holds(3, 3)
-    assert not BatchShape(4, 4).holds(4, 3), "one row for each sequence"
+    decode = BatchShape(4, 4, decodes=True)
+    assert decode.holds(4, 4)
+    assert decode.holds(3, 3)
+    assert not decode.holds(4, 3), "one row for each sequence"
 
 
 @pytest.mark.parametrize(("max_rows", "max_sequences"), [(640, 128), (512, 64), (48, 16), (192, 64)])
@@ -121,9 +122,7 @@ def test_every_batch_has_a_shape(max_rows: int, max_sequences: int) -> None:
 
 def test_the_workspace_is_what_a_plan_takes() -> None:
     """By hand for 128 wide heads on 132 multiprocessors: query heads x parts x rows of a part x 129 floats."""
-    decode, mixed = BatchShape(128, 128), BatchShape(256, 129)
-    assert workspace_bytes(decode, 32, 8, 128, 132) == 32 * (16 * 132 // 8) * 129 * 4 + 1024
+    small, mixed = BatchShape(128, 128), BatchShape(256, 129)
+    assert workspace_bytes(small, 32, 8, 128, 132) == 32 * (128 * 4 // 16 + 127) * 16 * 129 * 4 + 1024
     assert workspace_bytes(mixed, 32, 8, 128, 132) == 32 * (256 * 4 // 128 + 128) * 128 * 129 * 4 + 1024
-    # Seven query heads for each of KV: served by the kernel for prompts.
-    assert workspace_bytes(decode, 28, 4, 128, 132) == 28 * (128 * 7 // 16 + 127) * 16 * 129 * 4 + 1024
-    assert workspace_bytes(BatchShape(1, 1), 28, 4, 128, 132) == 28 * 66 * 16 * 129 * 4 + 1024
+    assert workspace_bytes(BatchShape(1, 1, decodes=True), 32, 8, 128, 132) == 32 * 33 * 16 * 129 * 4 + 1024
