@@ -61,17 +61,18 @@ class BatchMemory:
     def __init__(self, largest: BatchShape, max_pages: int, device: torch.device) -> None:
         """``max_pages`` bounds the pages of all sequences of a batch together."""
         elems = BatchBuffers.size_elems(largest, max_pages + largest.sequences)
-        self._buffers = [_host_buffer(elems, device), _host_buffer(elems, device)]
+        self.buffers = (_host_buffer(elems, device), _host_buffer(elems, device))
+        self._turn = 0
         self.device = torch.zeros(elems, dtype=torch.int32, device=device)
 
     @property
-    def host(self) -> Tensor:
-        """The buffer that was filled last."""
-        return self._buffers[0]
+    def turn(self) -> int:
+        """Which of ``buffers`` was filled last."""
+        return self._turn
 
-    def turn(self) -> None:
+    def take_turn(self) -> None:
         """Fill the other buffer from now on. All runs but the last must have ended."""
-        self._buffers.reverse()
+        self._turn = 1 - self._turn
 
 
 class BatchInputs:
@@ -86,16 +87,17 @@ class BatchInputs:
         self._page_tokens = page_tokens
         self._padding_page = padding_page
         self.on_device = BatchBuffers.of(memory.device, shape)
+        self._on_host = [BatchBuffers.of(buffer, shape) for buffer in memory.buffers]
         self.total_tokens = torch.ones(shape.sequences, dtype=torch.int32)
 
     @property
     def host(self) -> BatchBuffers:
         """What was filled in last; ``total_tokens`` int32 [sequences] are the tokens in KV with the batch's."""
-        return BatchBuffers.of(self._memory.host, self.shape)
+        return self._on_host[self._memory.turn]
 
     def fill(self, rows: Sequence[RequestRows]) -> None:
         """Take a batch that the shape holds. All runs but the last must have ended."""
-        self._memory.turn()
+        self._memory.take_turn()
         host = self.host
         counts = np.array([item.count for item in rows], dtype=np.int32)
         starts = np.array([item.start for item in rows], dtype=np.int32)
@@ -121,8 +123,9 @@ class BatchInputs:
         host.indptr[1:] = torch.from_numpy(ends)
         all_pages = int(ends[-1])
         _write(host.indices[:all_pages], np.fromiter(pages, np.int32, all_pages - unused), self._padding_page)
-        size = len(self._memory.host) - len(host.indices) + all_pages
-        self._memory.device[:size].copy_(self._memory.host[:size], non_blocking=True)
+        buffer = self._memory.buffers[self._memory.turn]
+        size = len(buffer) - len(host.indices) + all_pages
+        self._memory.device[:size].copy_(buffer[:size], non_blocking=True)
         fill_pending(self.on_device.token_ids, pending_rows(rows))
 
 
