@@ -25,16 +25,31 @@ class FakeLateLane:
     def __init__(self) -> None:
         self.queries_left: int | None = None
         self.begun = False
+        self.layers_ahead = 0
+        self.is_late = False
 
     def begin(self) -> None:
         assert not self.begun, "another pass is in the lane"
         self.begun = True
         self.queries_left = None
+        self.layers_ahead = 0
 
     def enter(self) -> AbstractContextManager[object]:
         assert self.begun
         assert self.queries_left is None, "the pass had ended"
         return nullcontext()
+
+    def mark(self) -> None:
+        self.layers_ahead += 1
+        assert self.layers_ahead <= 2, "the pass is too far ahead"
+
+    @property
+    def is_close(self) -> bool:
+        # A layer is done every other time that it is asked.
+        self.is_late = not self.is_late
+        if self.layers_ahead and not self.is_late:
+            self.layers_ahead -= 1
+        return self.layers_ahead < 2
 
     def end(self) -> None:
         self.queries_left = QUERIES
