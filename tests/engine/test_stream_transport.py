@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -39,7 +40,7 @@ MOST_ROWS = {"cpu": 12, "cuda": 129}
 # (in, out) features of two projections that share their input, as at a LoRA point.
 SHAPES = ((64, (64, 32)), (72, (40, 72)), (256, (192, 64)), (33, (7, 65)))
 GAP = 5
-SLOTS = 4
+SLOTS = 8
 
 
 class NanRing(JobRing):
@@ -106,16 +107,13 @@ class StreamRig:
         self, x: Tensor, segments: tuple[LoraSegment, ...], tasks: Sequence[DeltaTask], delta_width: int
     ) -> PostedJob:
         """Post a job as soon as there is a slot."""
-        posted: list[PostedJob] = []
-
-        def try_again() -> bool:
+        deadline = time.monotonic() + 20
+        self.bridge.reap()
+        while (posted := self.bridge.post(x, segments, tasks, delta_width)) is None:
+            assert time.monotonic() < deadline, "no slot and no worker"
+            time.sleep(20e-6)
             self.bridge.reap()
-            job = self.bridge.post(x, segments, tasks, delta_width)
-            posted.extend([] if job is None else [job])
-            return job is not None
-
-        assert try_again() or wait_until(try_again), "no slot and no worker"
-        return posted[0]
+        return posted
 
     def finish(self) -> None:
         """Wait for everything that is under way."""
