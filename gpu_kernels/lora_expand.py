@@ -59,7 +59,7 @@ def _expand_one(
     columns: tl.constexpr,
     chunk_elems: tl.constexpr,
     page_chunks: tl.constexpr,
-    dependent_launch: tl.constexpr,
+    early_start: tl.constexpr,
     interpreted: tl.constexpr,
 ) -> None:
     """Rows of one segment of at most ``ranks`` ranks, over the item's column blocks."""
@@ -85,10 +85,10 @@ def _expand_one(
     target = out + tl.load(item + 3).to(tl.int64) * out_stride + tl.multiple_of(tl.load(item + 14), out_align)
     target = target + row[:, None].to(tl.int64) * out_stride + place[None, :]  # [row_tile, columns]
     inside = (row < rows)[:, None] & (place < width)[None, :]  # [row_tile, columns]
-    base = tl.load(target, mask=inside, other=0.0)  # [row_tile, columns]
     scale = tl.load(item + 13).to(tl.float32, bitcast=True) * tl.load(scales + slot * scale_stride + module)
-    if dependent_launch:
-        gdc_wait()  # Shrink's partials are there from here on; weights were on their way before.
+    if early_start:
+        gdc_wait()  # Partials and the base product are there from here on; weights were on their way before.
+    base = tl.load(target, mask=inside, other=0.0)  # [row_tile, columns]
     s = _sum_partials(partials, item, tl.load(item + 5), rows, 0, row_tile, ranks, interpreted)
     # Scaled before it is rounded: what a 16-bit dtype holds of the product stays in its range.
     left = (s * scale).to(b.dtype)  # [row_tile, ranks]
@@ -124,7 +124,7 @@ def _expand_any(
     columns: tl.constexpr,
     chunk_elems: tl.constexpr,
     page_chunks: tl.constexpr,
-    dependent_launch: tl.constexpr,
+    early_start: tl.constexpr,
     interpreted: tl.constexpr,
 ) -> None:
     """Rows with any number of segments and ranks, over one column block."""
@@ -138,10 +138,10 @@ def _expand_any(
     inside = (row < rows)[:, None] & (place < width)[None, :]  # [row_tile, columns]
     target = out + tl.load(item + 3).to(tl.int64) * out_stride + tl.multiple_of(tl.load(item + 14), out_align)
     target = target + row[:, None].to(tl.int64) * out_stride + place[None, :]  # [row_tile, columns]
+    if early_start:
+        gdc_wait()
     base = tl.load(target, mask=inside, other=0.0)  # [row_tile, columns]
     total = base.to(tl.float32)  # [row_tile, columns]
-    if dependent_launch:
-        gdc_wait()
     for number in range(loop_bound(tl.load(item + 6), interpreted)):
         term = item
         if number > 0:
@@ -184,7 +184,7 @@ def expand_kernel(
     tall_columns: tl.constexpr,
     chunk_elems: tl.constexpr,
     page_chunks: tl.constexpr,
-    dependent_launch: tl.constexpr,
+    early_start: tl.constexpr,
     interpreted: tl.constexpr,
 ) -> None:
     """A persistent grid over the expand items of ``plan``; arguments as in ``lora.add_lora``."""
@@ -201,18 +201,21 @@ def expand_kernel(
         if kind == 0:
             _expand_one(
                 item, partials, pool, page_tables, page_table_stride, modules, module_stride, scales, scale_stride, out,
-                out_stride, out_align, row_tile, wide_ranks, wide_columns, chunk_elems, page_chunks, dependent_launch,
+                out_stride, out_align, row_tile, wide_ranks, wide_columns, chunk_elems, page_chunks, early_start,
                 interpreted,
             )  # fmt: skip
         elif kind == 1:
             _expand_one(
                 item, partials, pool, page_tables, page_table_stride, modules, module_stride, scales, scale_stride, out,
-                out_stride, out_align, row_tile, tall_ranks, tall_columns, chunk_elems, page_chunks, dependent_launch,
+                out_stride, out_align, row_tile, tall_ranks, tall_columns, chunk_elems, page_chunks, early_start,
                 interpreted,
             )  # fmt: skip
         else:
             _expand_any(
                 item, further, partials, pool, page_tables, page_table_stride, modules, module_stride, scales,
                 scale_stride, out, out_stride, out_align, row_tile, tall_ranks, tall_columns, chunk_elems, page_chunks,
-                dependent_launch, interpreted,
+                early_start, interpreted,
             )  # fmt: skip
+    if early_start:
+        # A program without items must not end before the launch that this one began under: the next would begin, too.
+        gdc_wait()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import triton
 from triton import language as tl
-from triton.language.extra.cuda import gdc_launch_dependents
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from segue.gpu_kernels.paged_rows import add_product, loop_bound, row_offsets
 
@@ -31,6 +31,7 @@ def _shrink_row(
     chunk_elems: tl.constexpr,
     page_chunks: tl.constexpr,
     vector_stages: tl.constexpr,
+    early_start: tl.constexpr,
     interpreted: tl.constexpr,
 ) -> None:
     """One row of x at ``x`` times a tile of A, without tensor cores."""
@@ -47,6 +48,8 @@ def _shrink_row(
         place = column + tl.arange(0, columns)  # [columns]
         present = (tile < rank)[:, None] & (place < in_features)[None, :]
         a = tl.load(pool + offsets, mask=present, other=0.0)  # [ranks, columns]
+        if early_start:
+            gdc_wait()  # x is there from here on; weights were on their way before.
         value = tl.load(x + place, mask=place < in_features, other=0.0)  # [columns]
         total += tl.sum(a.to(tl.float32) * value.to(tl.float32)[None, :], axis=1)
     tl.store(partials + tl.arange(0, ranks), total)
@@ -74,6 +77,7 @@ def _shrink_rows(
     chunk_elems: tl.constexpr,
     page_chunks: tl.constexpr,
     stages: tl.constexpr,
+    early_start: tl.constexpr,
     interpreted: tl.constexpr,
 ) -> None:
     """``rows`` rows of x from ``x`` on times a tile of A, through tensor cores."""
@@ -81,6 +85,8 @@ def _shrink_rows(
     row = tl.arange(0, row_tile)  # [row_tile]
     tile = rank_start + tl.arange(0, ranks)  # [ranks]
     total = tl.zeros((row_tile, ranks), dtype=tl.float32)  # [row_tile, ranks]
+    if early_start:
+        gdc_wait()
     for block in range(loop_bound(first, interpreted), loop_bound(first + count, interpreted)):
         column = block * span
         offsets = row_offsets(
@@ -122,10 +128,11 @@ def shrink_kernel(
     interpreted: tl.constexpr,
     header_words: tl.constexpr,
     item_words: tl.constexpr,
-    dependent_launch: tl.constexpr,
+    early_start: tl.constexpr,
+    early_release: tl.constexpr,
 ) -> None:
-    """A persistent grid over the shrink items of ``plan``; arguments as in ``lora.add_lora``."""
-    if dependent_launch:
+    """A persistent grid over the shrink items of ``plan``; arguments as in ``lora.shrink_lora``."""
+    if early_release:
         gdc_launch_dependents()
     items = tl.load(plan)
     for index in range(
@@ -150,11 +157,15 @@ def shrink_kernel(
         if rows == 0:
             _shrink_row(
                 x_rows, pool, page_table, a_start, rank, rank_start, blocks & 0xFFFF, blocks >> 16, target,
-                in_features, vector_ranks, vector_columns, chunk_elems, page_chunks, vector_stages, interpreted,
+                in_features, vector_ranks, vector_columns, chunk_elems, page_chunks, vector_stages, early_start,
+                interpreted,
             )  # fmt: skip
         else:
             _shrink_rows(
                 x_rows, x_stride, rows, pool, page_table, a_start, rank, rank_start, blocks & 0xFFFF, blocks >> 16,
                 target, partial_stride, in_features, row_tile, ranks, span, step, chunk_elems, page_chunks, stages,
-                interpreted,
+                early_start, interpreted,
             )  # fmt: skip
+    if early_start:
+        # A program without items must not end before the launch that this one began under: the next would begin, too.
+        gdc_wait()

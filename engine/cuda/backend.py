@@ -55,7 +55,7 @@ def cuda_backend(
     compile_lora(lora, report, pool.dtype)
     compile_host_rows(report, pool.dtype, model.device)
     sampler = KernelSampler()
-    compile_sampler(sampler, report, model.config.vocab_size, model.device)
+    compile_sampler(sampler, report, model.config.vocab_size, pool.dtype, model.device)
     windows = model.config.sliding_windows
     if pool.dtype not in SERVED_DTYPES or pool.head_dim not in SERVED_HEAD_DIMS:
         return Backend(lora=lora, attention=TorchAttention(pool, windows), sampler=sampler)

@@ -28,6 +28,7 @@ from segue.engine.sampler import Sampler
 from segue.engine.sampling import SamplingRow
 from segue.engine.sampling_params import SamplingParams
 from segue.gpu_kernels.host_rows import add_rows, pack_rows
+from segue.gpu_kernels.lora import expand_lora, shrink_lora
 from segue.gpu_kernels.lora_tiles import Regime
 
 _LOG = logging.getLogger(__name__)
@@ -72,9 +73,9 @@ class Module:
 
 def flashinfer_modules(dtype: torch.dtype, head_dim: int, windows: Iterable[int | None]) -> list[Module]:
     """What ``attention``, ``graph_attention`` and ``ops`` call, for a model whose layers have these ``windows``."""
-    from flashinfer import activation, norm, page, prefill, rope
+    from flashinfer import activation, decode, norm, page, prefill, rope
     from flashinfer.jit.activation import gen_act_and_mul_module
-    from flashinfer.jit.attention import gen_batch_prefill_module
+    from flashinfer.jit.attention import gen_batch_decode_module, gen_batch_prefill_module
     from flashinfer.jit.norm import gen_norm_module
     from flashinfer.jit.page import gen_page_module
     from flashinfer.jit.rope import gen_rope_module
@@ -92,6 +93,9 @@ def flashinfer_modules(dtype: torch.dtype, head_dim: int, windows: Iterable[int 
         modules.append(
             Module(spec=gen_batch_prefill_module(*kind), load=partial(prefill.get_batch_prefill_module, *kind))
         )
+        # The same, but without the kind of the products.
+        row = (dtype, dtype, dtype, torch.int32, head_dim, head_dim, 0, windowed, False)
+        modules.append(Module(spec=gen_batch_decode_module(*row), load=partial(decode.get_batch_decode_module, *row)))
     return modules
 
 
@@ -129,7 +133,11 @@ def compile_lora(lora: KernelLora, report: Report, dtype: torch.dtype) -> None:
         out = torch.zeros(16, sum(shape.out_features), dtype=dtype, device=device)
         words, _ = lora.capacity(point, regime, 1)
         plan = torch.zeros(words, dtype=torch.int32, device=device)
-        lora.launch(0, point, x, out, plan, workspace, lora.tiles[regime])
+        parts = lora.weights(0, point), plan, workspace, shape, lora.tiles[regime]
+        # In a graph the base product comes between them, elsewhere nothing does.
+        for early_release in (True, False):
+            shrink_lora(x, *parts, early_start=True, early_release=early_release)
+        expand_lora(out, *parts, early_start=True)
     report("compile LoRA kernels", len(kinds), len(kinds))
 
 
@@ -145,11 +153,11 @@ def compile_host_rows(report: Report, dtype: torch.dtype, device: torch.device) 
     report("compile kernels of CPU rows", 1, 1)
 
 
-def compile_sampler(sampler: Sampler, report: Report, vocab: int, device: torch.device) -> None:
-    """Choose a token by everything that a row can ask for."""
+def compile_sampler(sampler: Sampler, report: Report, vocab: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Choose a token by everything that a row can ask for, from logits in ``dtype``."""
     report("compile sampling kernels", 0, 1)
     params = SamplingParams(seed=0, temperature=1.0, top_k=2, top_p=0.5, logit_bias={0: 1.0}, logprobs=1)
-    sampler.launch(torch.zeros(1, vocab, device=device), [SamplingRow(params=params, position=0)]).read()
+    sampler.launch(torch.zeros(1, vocab, dtype=dtype, device=device), [SamplingRow(params=params, position=0)]).read()
     report("compile sampling kernels", 1, 1)
 
 
