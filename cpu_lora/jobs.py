@@ -188,4 +188,9 @@ class Job:
         state = self.poll()
         if state is not JobState.DONE:
             raise RuntimeError(f"job {self.sequence} of slot {self.slot} has no deltas: it is {state.value}")
+        return self.deltas_buffer
+
+    @property
+    def deltas_buffer(self) -> npt.NDArray[Any]:
+        """Where ``deltas`` are going to be: for a CUDA stream, which waits for the reply flags itself."""
         return self._view(self.deltas_offset, self._deltas_shape)

@@ -104,6 +104,14 @@ class Engine:
         """Whether another step would do anything before something arrives from outside."""
         return self._progressed or len(self._flights) > 0 or any(item.can_go_on for item in self._passes)
 
+    @property
+    def must_look_again(self) -> bool:
+        """Whether all that can go on are passes that wait for the device: a short sleep costs nothing."""
+        if self._progressed or len(self._flights) > 0:
+            return False
+        going = [item for item in self._passes if item.can_go_on]
+        return bool(going) and all(item.must_look_again for item in going)
+
     # -- messages ----------------------------------------------------------------------------------------------------
 
     def submit(self, submit: Submit) -> None:
@@ -144,8 +152,7 @@ class Engine:
         self.steps += 1
         self._progressed = False
         self._apply_store_events()
-        for version_id in self._bridge.reap():
-            self._store.drop_host(version_id)
+        self._bridge.reap()
         if any(flight.needs_reading for flight in self._flights):
             self._settle(len(self._flights))
         plan = self._planner.plan(len(self._passes))

@@ -19,7 +19,7 @@ from segue.engine.timeline import LayerRecord
 
 
 class PassState(Enum):
-    """RESTING can go on at once, BLOCKED waits for weights or deltas. DRAINING is enqueued as far as it will be, but
+    """RESTING can go on at once, BLOCKED waits for something. DRAINING is enqueued as far as it will be, but
     the device has not done all of it. Then it is DONE and has logits, LOST a CPU worker, or was CLOSED early."""
 
     RESTING = "resting"
@@ -131,7 +131,14 @@ class ForwardPass:
     @property
     def can_go_on(self) -> bool:
         """Whether ``advance`` may bring it further with nothing coming from outside but the device's own progress."""
-        return self.state in (PassState.RESTING, PassState.DRAINING)
+        return self.state is PassState.RESTING or self.must_look_again
+
+    @property
+    def must_look_again(self) -> bool:
+        """Whether it waits for the device, or for a slot of a job that is over, which wake nobody."""
+        if self.state is PassState.BLOCKED:
+            return self._applier.blocked in (Blocked.DEVICE, Blocked.SLOT)
+        return self.state is PassState.DRAINING
 
     def advance(self, max_layers: int | None) -> PassState:
         """Go on for ``max_layers`` layers (None: to the end), or until something is not there yet."""
@@ -139,7 +146,8 @@ class ForwardPass:
             with self._lane.enter():
                 self._enqueue(max_layers)
         if self.state is PassState.DRAINING and self._lane.is_quiet:
-            self._move_to(self._end_state)
+            is_lost = self._end_state is PassState.DONE and self._applier.has_lost_worker
+            self._move_to(PassState.LOST if is_lost else self._end_state)
             self._end()
         return self.state
 

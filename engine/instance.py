@@ -22,7 +22,7 @@ from segue.engine.core import Engine
 from segue.engine.cuda.toolchain import prepare_cuda
 from segue.engine.device import device_streams
 from segue.engine.lora.apply import LoraResources
-from segue.engine.lora.bridge import CpuBridge
+from segue.engine.lora.bridge import CpuBridge, HostTransport, RowTransport
 from segue.engine.lora.device_lora import TorchDeviceLora
 from segue.engine.lora.manifest import Projection
 from segue.engine.lora.points import POINT_PROJECTIONS
@@ -83,7 +83,8 @@ class EngineInstance:
             streams=streams,
             wake=self._wake,
         )
-        self.bridge = CpuBridge(self.workers, JobRing(self.workers), self.store.link, streams.device)
+        ring = JobRing(self.workers)
+        self.bridge = CpuBridge(self.workers, ring, self._transport(ring), self.store.link, self.store)
         backend = self._backend(model, chunk_elems)
         resources = LoraResources(
             store=self.store,
@@ -112,6 +113,7 @@ class EngineInstance:
     def close(self) -> None:
         """Stop threads and processes and give all memory back."""
         self.workers.close()
+        self.bridge.close()
         self.store.close()
         self._streams.unregister_host(self._memory.address)
         self._memory.close()
@@ -224,6 +226,16 @@ class EngineInstance:
             ),
             attention=TorchAttention(self._pool, self._model_config.sliding_windows),
         )
+
+    def _transport(self, ring: JobRing) -> RowTransport:
+        if self.config.device != "cuda":
+            return HostTransport(ring)
+        try:
+            from segue.engine.cuda.bridge import StreamTransport
+            from segue.engine.cuda.stream_flags import DriverFlags
+        except ImportError as error:
+            raise ConfigError(f"device: 'cuda' needs cuda-bindings and triton, and {error}") from error
+        return StreamTransport(ring, DriverFlags(self._memory.address, self._streams.device))
 
     def _engine(self, runner: PassRunner, sampler: Sampler) -> Engine:
         config = self.config

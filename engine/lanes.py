@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
+
+# Of a pass whose weights are landing: what is enqueued further ahead has chosen where its deltas come from too early.
+_LAYERS_AHEAD = 2
 
 
 class Lane(Protocol):
@@ -18,6 +22,15 @@ class Lane(Protocol):
 
     def enter(self) -> AbstractContextManager[object]:
         """What is enqueued inside belongs to the lane."""
+        ...
+
+    def mark(self) -> None:
+        """Another layer has been enqueued."""
+        ...
+
+    @property
+    def is_close(self) -> bool:
+        """Whether the device has got so far that the next layer is at most two layers ahead of it."""
         ...
 
     def end(self) -> None:
@@ -34,12 +47,16 @@ class LoopLane:
     """The loop thread's own order of work: for passes that never wait, and where calls return when all is done."""
 
     is_quiet = True
+    is_close = True
 
     def begin(self) -> None:
         """It is behind everything already."""
 
     def enter(self) -> AbstractContextManager[object]:
         return nullcontext()
+
+    def mark(self) -> None:
+        """It has been computed."""
 
     def end(self) -> None:
         """What is enqueued later comes later."""
@@ -51,15 +68,28 @@ class StreamLane:
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._ended: torch.cuda.Event | None = None
+        self._layers: deque[torch.cuda.Event] = deque()
 
     def begin(self) -> None:
         self._ended = None
+        self._layers.clear()
         behind = torch.cuda.Event()  # type: ignore[no-untyped-call]
         behind.record()
         self._stream.wait_event(behind)
 
     def enter(self) -> AbstractContextManager[object]:
         return torch.cuda.stream(self._stream)
+
+    def mark(self) -> None:
+        layer = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        layer.record(self._stream)
+        self._layers.append(layer)
+
+    @property
+    def is_close(self) -> bool:
+        while self._layers and self._layers[0].query():  # type: ignore[no-untyped-call]
+            self._layers.popleft()
+        return len(self._layers) < _LAYERS_AHEAD
 
     def end(self) -> None:
         self._ended = torch.cuda.Event()  # type: ignore[no-untyped-call]

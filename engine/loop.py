@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import time
 
 from segue.engine.channel import Channel, ChannelClosedError
 from segue.engine.core import Engine
@@ -22,6 +23,7 @@ from segue.engine.messages import (
 )
 
 _JOB_WAIT_SECONDS = 0.0005
+_DEVICE_NAP_SECONDS = 50e-6
 _RETRY_MILLISECONDS = 1
 _IDLE_MILLISECONDS = 1000
 
@@ -44,7 +46,7 @@ def serve(instance: EngineInstance, channel: Channel[ToEngine]) -> None:
             channel.flush()
         except ChannelClosedError:
             return
-        if not instance.engine.can_go_on:
+        if instance.engine.must_look_again or not instance.engine.can_go_on:
             _sleep(instance, channel, poller)
 
 
@@ -70,12 +72,16 @@ def _take(instance: EngineInstance, channel: Channel[ToEngine], message: ToEngin
 
 
 def _sleep(instance: EngineInstance, channel: Channel[ToEngine], poller: select.poll) -> None:
-    """Until a message, a landing, a worker's reply or a worker's change of state."""
+    """Until a message, a landing, a worker's reply or a worker's change of state; only for a moment if the device is
+    waited for, which wakes nobody."""
     engine: Engine = instance.engine
     jobs = [job for job in (item.job for item in engine.passes) if job is not None]
     if jobs and instance.bridge.wait(jobs, _JOB_WAIT_SECONDS):
         return
     if jobs:
+        timeout = 0
+    elif engine.must_look_again:
+        time.sleep(_DEVICE_NAP_SECONDS)
         timeout = 0
     elif engine.passes or instance.bridge.orphans:
         timeout = _RETRY_MILLISECONDS

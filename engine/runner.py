@@ -83,7 +83,7 @@ class PassRunner:
             page_tokens=self._pool.page_tokens,
         )
         # What it writes to tables that batches read as well belongs to the loop's own order.
-        applier = LoraApplier(_segments(ordered), self._resources, cpu_allowed=cpu_allowed)
+        applier = LoraApplier(_segments(ordered), self._resources, lane, cpu_allowed=cpu_allowed)
         lane.begin()
         with lane.enter():
             attention = self._attention.begin(batch)

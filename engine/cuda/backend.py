@@ -11,7 +11,14 @@ from segue.engine.backend import Backend
 from segue.engine.config import EngineConfig
 from segue.engine.cuda.attention import SERVED_DTYPES, SERVED_HEAD_DIMS, FlashInferAttention
 from segue.engine.cuda.batch_graphs import BatchGraphs
-from segue.engine.cuda.compile import Report, compile_lora, compile_modules, compile_sampler, flashinfer_modules
+from segue.engine.cuda.compile import (
+    Report,
+    compile_host_rows,
+    compile_lora,
+    compile_modules,
+    compile_sampler,
+    flashinfer_modules,
+)
 from segue.engine.cuda.lora import KernelLora, LoraSizes
 from segue.engine.cuda.ops import FlashInferOps
 from segue.engine.cuda.reserve import MAX_TABLE_ROWS, adapter_pages, max_rows
@@ -46,6 +53,7 @@ def cuda_backend(
     processors = torch.cuda.get_device_properties(model.device).multi_processor_count
     lora = KernelLora(store, pool, sizes, shapes, chunk_elems, processors)
     compile_lora(lora, report, pool.dtype)
+    compile_host_rows(report, pool.dtype, model.device)
     sampler = KernelSampler()
     compile_sampler(sampler, report, model.config.vocab_size, pool.dtype, model.device)
     windows = model.config.sliding_windows

@@ -27,6 +27,7 @@ from segue.engine.lora.points import LoraPoint
 from segue.engine.sampler import Sampler
 from segue.engine.sampling import SamplingRow
 from segue.engine.sampling_params import SamplingParams
+from segue.gpu_kernels.host_rows import add_rows, pack_rows
 from segue.gpu_kernels.lora_tiles import Regime
 
 _LOG = logging.getLogger(__name__)
@@ -133,6 +134,18 @@ def compile_lora(lora: KernelLora, report: Report, dtype: torch.dtype) -> None:
         plan = torch.zeros(words, dtype=torch.int32, device=device)
         lora.launch(0, point, x, out, plan, workspace, lora.tiles[regime])
     report("compile LoRA kernels", len(kinds), len(kinds))
+
+
+def compile_host_rows(report: Report, dtype: torch.dtype, device: torch.device) -> None:
+    """Carry rows to host memory and back, at widths that are multiples of 16."""
+    report("compile kernels of CPU rows", 0, 1)
+    rows = torch.zeros(1, 16, dtype=dtype, device=device)
+    buffer = torch.zeros(1, 16, dtype=dtype, pin_memory=device.type == "cuda")
+    pack_rows(rows, None, buffer)
+    add_rows(buffer, None, rows, [(0, 0, 16)])
+    # The buffer may not serve anybody else before.
+    rows.cpu()
+    report("compile kernels of CPU rows", 1, 1)
 
 
 def compile_sampler(sampler: Sampler, report: Report, vocab: int, dtype: torch.dtype, device: torch.device) -> None:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from segue.cpu_lora import DeltaTask, Job, JobState
-from segue.engine.lora.bridge import CpuBridge, PostedJob, WorkerLostError, element_type
+from segue.engine.lanes import Lane
+from segue.engine.lora.bridge import ColumnRanges, CpuBridge, PostedJob, WorkerLostError, element_type
 from segue.engine.lora.device_lora import DeviceLora, LoraSegment
 from segue.engine.lora.manifest import Projection
 from segue.engine.lora.points import POINT_PROJECTIONS, LoraPoint
@@ -27,9 +28,13 @@ _REPORTED = {LayerSource.DEVICE: LoraSource.DEVICE, LayerSource.CPU: LoraSource.
 
 
 class Blocked(Enum):
-    """What a resting pass waits for. NOTHING is a pass that rests at a layer boundary and can go on."""
+    """What a resting pass waits for. NOTHING is a pass that rests at a layer boundary and can go on.
+
+    DEVICE: it is as far ahead of the device as it may be.
+    """
 
     NOTHING = "nothing"
+    DEVICE = "device"
     WEIGHTS = "weights"
     SLOT = "slot"
     DELTAS = "deltas"
@@ -38,14 +43,11 @@ class Blocked(Enum):
 
 @dataclass(slots=True)
 class _CpuPart:
-    """The rows of one LoRA point that go to the workers, and where their deltas belong.
-
-    ``columns`` are (offset in the reply, offset in the merged output, width) for each projection present.
-    """
+    """The rows of one LoRA point that go to the workers, and where their deltas belong."""
 
     segments: tuple[LoraSegment, ...]
     tasks: tuple[DeltaTask, ...]
-    columns: tuple[tuple[int, int, int], ...]
+    columns: ColumnRanges
     delta_width: int
     posted: PostedJob | None = None
 
@@ -67,14 +69,18 @@ class LoraApplier:
     """The LoraHook of one pass. ``blocked`` says what it waits for whenever its generators have yielded.
 
     ``cpu_allowed`` is False for a pass that lost its CPU workers too often. A pass of which every adapter has landed
-    never waits. ``close`` must be called when the pass is given up before its end.
+    never waits. Another keeps close to the device in its ``lane``: what is not enqueued yet can still choose weights
+    that land meanwhile. ``close`` must be called when the pass is given up before its end.
     """
 
-    def __init__(self, segments: tuple[LoraSegment, ...], resources: LoraResources, *, cpu_allowed: bool) -> None:
+    def __init__(
+        self, segments: tuple[LoraSegment, ...], resources: LoraResources, lane: Lane, *, cpu_allowed: bool
+    ) -> None:
         self.blocked = Blocked.NOTHING
         self.records: dict[int, list[LayerRecord]] = {}
         self._segments = segments
         self._resources = resources
+        self._lane = lane
         self._device = resources.device_lora.begin(segments)
         self._cpu_allowed = cpu_allowed
         self._versions = tuple(dict.fromkeys(segment.version_id for segment in segments))
@@ -83,6 +89,7 @@ class LoraApplier:
         self._sources: dict[int, LayerSource] = {}
         self._held: list[int] = []
         self._part: _CpuPart | None = None
+        self._added: list[PostedJob] = []
         self._start_seconds = 0.0
 
     @property
@@ -90,8 +97,23 @@ class LoraApplier:
         """The job whose deltas the pass waits for."""
         return self._part.posted.job if self._part is not None and self._part.posted is not None else None
 
+    @property
+    def has_lost_worker(self) -> bool:
+        """Whether deltas that were added are garbage; final when the device has done all that was enqueued."""
+        self._added = [posted for posted in self._added if posted.poll() is not JobState.DONE]
+        return any(posted.poll() is JobState.FAILED for posted in self._added)
+
     def enter_layer(self, layer: int) -> Iterator[None]:
-        """Choose each adapter's source; yield while one of them can be served by neither device nor CPU."""
+        """Choose each adapter's source; yield while one of them can be served by neither device nor CPU.
+
+        Raises WorkerLostError when a worker was lost.
+        """
+        while self._is_loading and not self._lane.is_close:
+            self.blocked = Blocked.DEVICE
+            yield
+        self.blocked = Blocked.NOTHING
+        if self.has_lost_worker:
+            raise WorkerLostError
         for version_id in self._versions:
             while True:
                 source = self._choose(version_id, layer)
@@ -130,14 +152,16 @@ class LoraApplier:
             yield
             self._post(part, x)
         posted = part.posted
-        while posted.job.poll() is JobState.PENDING:
+        while not self._resources.bridge.may_add(posted):
             self.blocked = Blocked.DELTAS
             yield
         while posted.link_seconds > self._resources.clock():
             self.blocked = Blocked.LINK
             yield
         self.blocked = Blocked.NOTHING
-        self._add_from_cpu(part, posted.job, out)
+        self._part = None
+        self._resources.bridge.add(posted, part.columns, out)
+        self._added.append(posted)
 
     def leave_layer(self, _layer: int) -> None:
         """Record the layer and let go of host weights."""
@@ -146,14 +170,19 @@ class LoraApplier:
             record = LayerRecord(_REPORTED[self._sources[version_id]], self._start_seconds, now)
             self.records.setdefault(version_id, []).append(record)
         self._drop_held()
+        self._lane.mark()
 
     def close(self) -> None:
         """Give up the pass: a job under way becomes an orphan that holds its host weights until it is complete."""
         part, self._part = self._part, None
         if part is not None and part.posted is not None:
-            self._resources.bridge.orphan(part.posted.job, tuple(self._held))
-            self._held = []
+            self._resources.bridge.leave(part.posted)
         self._drop_held()
+
+    @property
+    def _is_loading(self) -> bool:
+        store = self._resources.store
+        return any(not store.is_landed(version) for version in self._versions if version not in self._landed)
 
     def _choose(self, version_id: int, layer: int) -> LayerSource:
         if version_id in self._landed:
@@ -197,7 +226,7 @@ class LoraApplier:
         width = columns[-1][0] + columns[-1][2]
         return _CpuPart(segments=segments, tasks=tuple(tasks), columns=columns, delta_width=width)
 
-    def _columns(self, point: LoraPoint, present: list[Projection]) -> tuple[tuple[int, int, int], ...]:
+    def _columns(self, point: LoraPoint, present: list[Projection]) -> ColumnRanges:
         columns = []
         in_reply = in_output = 0
         for projection in POINT_PROJECTIONS[point]:
@@ -224,24 +253,7 @@ class LoraApplier:
         )
 
     def _post(self, part: _CpuPart, x: Tensor) -> None:
-        rows = [x[segment.row_start : segment.row_stop] for segment in part.segments]
-        part.posted = self._resources.bridge.post(
-            rows[0] if len(rows) == 1 else torch.cat(rows), part.tasks, part.delta_width
-        )
-
-    def _add_from_cpu(self, part: _CpuPart, job: Job, out: Tensor) -> None:
-        try:
-            deltas = self._resources.bridge.take(job)
-            row = 0
-            for segment in part.segments:
-                stop = row + segment.row_stop - segment.row_start
-                for in_reply, in_output, width in part.columns:
-                    target = out[segment.row_start : segment.row_stop, in_output : in_output + width]
-                    target += deltas[row:stop, in_reply : in_reply + width]
-                row = stop
-        finally:
-            self._resources.bridge.release(job)
-            self._part = None
+        part.posted = self._resources.bridge.post(x, part.segments, part.tasks, part.delta_width)
 
     def _drop_held(self) -> None:
         for version_id in self._held:

@@ -16,6 +16,7 @@ from segue.engine.messages import StepOutput, Submit
 from segue.engine.sampling_params import SamplingParams
 
 _MAX_WAIT_SECONDS = 0.01
+_DEVICE_NAP_SECONDS = 50e-6
 
 
 class BenchmarkError(Exception):
@@ -108,7 +109,9 @@ class EngineDriver:
         if failures:
             raise BenchmarkError(f"an adapter cannot be served: {failures[0].message}")
         self._check(output)
-        if not self._engine.can_go_on:
+        if self._engine.must_look_again:
+            time.sleep(_DEVICE_NAP_SECONDS)
+        elif not self._engine.can_go_on:
             ready, _, _ = select.select([self._instance.wake_fd], [], [], _MAX_WAIT_SECONDS)
             if ready:
                 os.eventfd_read(self._instance.wake_fd)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from segue.cpu_lora import (
+    CpuLoraConfig,
     DeltaTask,
     ElementType,
     JobRing,
+    SharedLayout,
     SharedMemory,
     WorkerPool,
 )
@@ -99,3 +103,30 @@ class Rig:
         deltas = job.deltas.copy()
         self.ring.release(job)
         return deltas
+
+
+@contextmanager
+def running_rigs() -> Iterator[Callable[..., Rig]]:
+    """What starts a rig with CpuLoraConfig's ``settings``; all are closed, and checked for leftovers, at the end."""
+    rigs: list[Rig] = []
+
+    def start(**settings: Any) -> Rig:
+        sizes = {"row_bytes": 1 << 18, "delta_bytes": 1 << 18, "store_bytes": 1 << 22}
+        config = CpuLoraConfig(**(sizes | settings))
+        memory = SharedMemory.create(SharedLayout.plan(config))
+        memory.allocate_store(config.store_bytes)
+        pool = WorkerPool(config, memory)
+        rig = Rig(memory, pool, JobRing(pool))
+        rigs.append(rig)
+        pool.start()
+        assert pool.wait_ready(config.workers, 120), pool.events
+        return rig
+
+    yield start
+    for rig in rigs:
+        pids = [*rig.pool.worker_pids, *([rig.pool.zygote_pid] if rig.pool.zygote_pid else [])]
+        rig.pool.close()
+        assert rig.pool.failure is None
+        assert all(process_is_gone(pid) for pid in pids)
+        rig.memory.close()
+    assert not [name for name in os.listdir("/dev/shm") if "segue" in name]

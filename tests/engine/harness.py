@@ -114,7 +114,9 @@ class EngineHarness:
             self.answers[failed.number].failed = failed
         for failure in failures:
             self.version_failures[failure.version_id] = failure.message
-        if not self.engine.can_go_on:
+        if self.engine.must_look_again:
+            time.sleep(50e-6)
+        elif not self.engine.can_go_on:
             time.sleep(0.0005)
 
     def run_until(self, condition: Callable[[], bool], timeout_seconds: float = 60.0) -> None:

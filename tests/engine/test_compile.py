@@ -13,7 +13,14 @@ import torch
 
 from segue.config import ConfigError
 from segue.engine.config import EngineConfig
-from segue.engine.cuda.compile import Module, build, compile_lora, compile_modules, flashinfer_modules
+from segue.engine.cuda.compile import (
+    Module,
+    build,
+    compile_host_rows,
+    compile_lora,
+    compile_modules,
+    flashinfer_modules,
+)
 from segue.engine.cuda.lora import KernelLora, LoraSizes
 from segue.engine.instance import EngineInstance
 from tests.checkpoints import TinyModel, write_random_adapter, write_random_model
@@ -130,6 +137,14 @@ def test_the_lora_kernels_are_launched_with_nothing_to_do(tmp_path: Path) -> Non
         lora = KernelLora(instance.store, pool, sizes, shapes, 16, multiprocessors=2)
         compile_lora(lora, lambda _stage, done, total: told.append((done, total)), pool.dtype)
     assert told == [(done, 12) for done in range(13)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernels_of_cpu_rows_are_launched(dtype: torch.dtype) -> None:
+    told: list[tuple[int, int]] = []
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    compile_host_rows(lambda _stage, done, total: told.append((done, total)), dtype, device)
+    assert told == [(0, 1), (1, 1)]
 
 
 @pytest.mark.gpu

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,39 +12,10 @@ from segue.engine.lanes import Lanes
 from segue.engine.request import RequestState
 from segue.types import FinishReason
 from tests.checkpoints import TinyModel, load_reference, reference_greedy, write_random_adapter, write_random_model
+from tests.engine.fake_lanes import QUERIES, FakeLateLane
 from tests.engine.harness import EngineHarness
 
 PROMPT = [7, 21, 90, 14, 33]
-QUERIES = 5
-
-
-class FakeLateLane:
-    """Computes at once, as the CPU does, and says so only when it has been asked several times."""
-
-    def __init__(self) -> None:
-        self.queries_left: int | None = None
-        self.begun = False
-
-    def begin(self) -> None:
-        assert not self.begun, "another pass is in the lane"
-        self.begun = True
-        self.queries_left = None
-
-    def enter(self) -> AbstractContextManager[object]:
-        assert self.begun
-        assert self.queries_left is None, "the pass had ended"
-        return nullcontext()
-
-    def end(self) -> None:
-        self.queries_left = QUERIES
-
-    @property
-    def is_quiet(self) -> bool:
-        if self.queries_left is None:
-            return False
-        self.queries_left = max(0, self.queries_left - 1)
-        self.begun = self.queries_left > 0
-        return not self.begun
 
 
 @pytest.fixture(scope="module")
@@ -58,12 +28,20 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture
-def late_lanes(monkeypatch: pytest.MonkeyPatch) -> None:
+def late_lanes(monkeypatch: pytest.MonkeyPatch) -> list[FakeLateLane]:
+    """All lanes that engines have made."""
+    lanes: list[FakeLateLane] = []
+
+    def make() -> FakeLateLane:
+        lanes.append(FakeLateLane())
+        return lanes[-1]
+
     def on(device: torch.device) -> Lanes:
         assert device.type == "cpu"
-        return Lanes(FakeLateLane)
+        return Lanes(make)
 
     monkeypatch.setattr(Lanes, "on", on)
+    return lanes
 
 
 @pytest.mark.usefixtures("late_lanes")
@@ -99,3 +77,14 @@ def test_pages_of_one_that_was_cancelled_come_back_when_the_lane_is_quiet(folder
         assert finished is not None
         assert finished.reason is FinishReason.CANCELLED
         assert not harness.engine.passes
+
+
+@pytest.mark.parametrize("cpu_layers", [0, 3])
+def test_a_cold_pass_is_at_most_two_layers_ahead(
+    folders: tuple[Path, Path], late_lanes: list[FakeLateLane], cpu_layers: int
+) -> None:
+    handoff = HandoffConfig(mode="fixed", cpu_layers=cpu_layers)
+    with EngineHarness(*folders, handoff=handoff, copy_bytes_per_second=4e4) as harness:
+        number = harness.submit(PROMPT, "a", max_tokens=2)
+        harness.run_until(lambda: bool(harness.answers[number].tokens))
+        assert [lane.most_ahead for lane in late_lanes] == [2]
