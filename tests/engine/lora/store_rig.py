@@ -14,18 +14,19 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from segue.engine.device import CpuStreams, DeviceStreams
 from segue.engine.lora.catalog import AdapterCatalog
 from segue.engine.lora.events import StoreEvent
+from segue.engine.lora.landing import LandLayer
 from segue.engine.lora.manifest import AdapterManifest, Projection
 from segue.engine.lora.store import AdapterStore, LayerState
 from segue.engine.lora.transfer import TransferOps, read_into
 from segue.engine.memory.adapter_layout import choose_chunk_elems
 from segue.engine.memory.pool import PagePool
-from segue.gpu_kernels.landing import land_rows
+from segue.gpu_kernels.landing import land_matrices
 from segue.gpu_kernels.paged_lora import read_rows
 from tests.engine.lora.adapter_folders import MODEL, SmallModel, tensor_name, write_folder
-
-PATIENCE_SECONDS = 20.0
+from tests.engine.lora.fake_streams import PATIENCE_SECONDS, FakeStreams
 
 
 class FakeGate:
@@ -63,11 +64,13 @@ class FakeGate:
 class FakeSharedMemory:
     """Plain memory in place of the memfd; records how far it was made touchable."""
 
+    extent_bytes = 1000
+
     def __init__(self, size_bytes: int) -> None:
         self.store: npt.NDArray[np.uint8] = np.zeros(size_bytes, dtype=np.uint8)
         self.touchable_bytes = 0
 
-    def allocate_store(self, stop_bytes: int) -> None:
+    def wait_until_ready(self, stop_bytes: int) -> None:
         self.touchable_bytes = max(self.touchable_bytes, stop_bytes)
 
 
@@ -83,6 +86,8 @@ class StoreRig:
     copy_bytes_per_second: float | None = None
     reads: FakeGate = field(default_factory=FakeGate)
     copies: FakeGate = field(default_factory=FakeGate)
+    streams: DeviceStreams = field(default_factory=CpuStreams)
+    land: LandLayer = land_matrices
     on_read: Callable[[], None] = lambda: None
     on_land: Callable[[], None] = lambda: None
     events: list[StoreEvent] = field(default_factory=list)
@@ -108,6 +113,7 @@ class StoreRig:
             chunk_elems=self.chunk_elems,
             wake=self.wakes.set,
             copy_bytes_per_second=self.copy_bytes_per_second,
+            streams=self.streams,
             ops=TransferOps(read_into=self._read, land=self._land),
         )
         self.capacity_bytes = self.store.host_free_bytes
@@ -170,13 +176,18 @@ class StoreRig:
         """Open the gates, close, and make sure that everything came back."""
         self.reads.open()
         self.copies.open()
+        if isinstance(self.streams, FakeStreams):
+            self.streams.run_free()
         self.store.close()
         self.pool.check()
         assert self.pool.free_pages == self.pool.pages
 
     def landed(self, version_id: int, layer: int) -> dict[tuple[Projection, str], Tensor]:
-        """A landed layer's matrices, read back from the pages as A [rank, in] and B [out, rank]."""
-        assert self.store.layer_state(version_id, layer) is LayerState.LANDED
+        """A landed layer's matrices, read back from the pages as A [rank, in] and B [out, rank].
+
+        Of one that is enqueued, if the device has passed its event.
+        """
+        assert self.store.layer_state(version_id, layer) in (LayerState.ENQUEUED, LayerState.LANDED)
         pages, table, matrices = self.pool.layer(layer), self.store.page_table(version_id), {}
         for module in self.store.device_layout(version_id).layers[layer]:
             a = read_rows(pages, table, module.a_start, module.rank, module.in_features, self.chunk_elems)
@@ -211,12 +222,12 @@ class StoreRig:
         self.on_read()
         return read_into(descriptor, buffer, offset)
 
-    def _land(
-        self, source: Tensor, pool_layer: Tensor, page_table: Tensor, start: int, chunk_elems: int, *, transpose: bool
-    ) -> None:
-        self.copies.pass_through()
-        self.on_land()
-        land_rows(source, pool_layer, page_table, start, chunk_elems, transpose=transpose)
+    def _land(self, staging: Tensor, table: Tensor, pool_layer: Tensor, page_table: Tensor, chunk_elems: int) -> None:
+        for index in range(len(table)):
+            for _ in "AB":
+                self.copies.pass_through()
+                self.on_land()
+            self.land(staging, table[index : index + 1], pool_layer, page_table, chunk_elems)
 
 
 def expected(tensors: dict[str, Tensor], layer: int, dtype: torch.dtype) -> dict[tuple[Projection, str], Tensor]:
