@@ -84,6 +84,7 @@ class StoreRig:
     pages: int = 64
     dtype: torch.dtype = torch.float32
     copy_bytes_per_second: float | None = None
+    staging_bytes: int = 0
     reads: FakeGate = field(default_factory=FakeGate)
     copies: FakeGate = field(default_factory=FakeGate)
     streams: DeviceStreams = field(default_factory=CpuStreams)
@@ -94,7 +95,7 @@ class StoreRig:
 
     def __post_init__(self) -> None:
         self.wakes = threading.Event()
-        self.memory = FakeSharedMemory(self.host_bytes)
+        self.memory = self.make_memory()
         self.pool = PagePool(
             layers=self.model.layers,
             pages=self.pages,
@@ -102,6 +103,7 @@ class StoreRig:
             kv_heads=1,
             head_dim=16,
             dtype=self.dtype,
+            device=self.streams.device,
             poison_freed=True,
         )
         self.chunk_elems = choose_chunk_elems(
@@ -113,11 +115,15 @@ class StoreRig:
             chunk_elems=self.chunk_elems,
             wake=self.wakes.set,
             copy_bytes_per_second=self.copy_bytes_per_second,
+            staging_bytes=self.staging_bytes,
             streams=self.streams,
             ops=TransferOps(read_into=self._read, land=self._land),
         )
         self.capacity_bytes = self.store.host_free_bytes
         self.catalog = AdapterCatalog(self.root, self.model, 256)
+
+    def make_memory(self) -> FakeSharedMemory:
+        return FakeSharedMemory(self.host_bytes)
 
     def add(self, name: str, tensors: dict[str, Tensor] | None = None, config: dict[str, object] | None = None) -> int:
         """Write a folder unless it is there, open it, hand it to the store; its version id."""
@@ -192,8 +198,8 @@ class StoreRig:
         for module in self.store.device_layout(version_id).layers[layer]:
             a = read_rows(pages, table, module.a_start, module.rank, module.in_features, self.chunk_elems)
             b = read_rows(pages, table, module.b_start, module.rank, module.out_features, self.chunk_elems)
-            matrices[module.projection, "A"] = a
-            matrices[module.projection, "B"] = b.T
+            matrices[module.projection, "A"] = a.cpu()
+            matrices[module.projection, "B"] = b.T.cpu()
         return matrices
 
     def in_host(self, version_id: int, layer: int) -> dict[tuple[Projection, str], Tensor]:
