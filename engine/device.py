@@ -2,39 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from segue.config import ConfigError
 
 
 class DeviceStreams(Protocol):
-    """A device's copy stream beside the stream of the engine's loop thread.
+    """What a device has beside the stream of the engine's loop thread: one stream that copies, and one that lands.
 
     Work of the loop thread is in one order, so that pages may go from one pass to another as soon as the first is
-    enqueued. Copies of weights run beside it, on a thread of their own.
+    enqueued. Weights are copied and landed beside it, enqueued by a thread of their own.
     """
 
     @property
     def device(self) -> torch.device: ...
 
+    @property
+    def staging_slots(self) -> int:
+        """How many layers may be between copy and landing."""
+        ...
+
     def register_host(self, address: int, size_bytes: int) -> None:
-        """Have the device copy from this host memory at full speed. Raises MemoryError when it cannot."""
+        """Have the device copy from this host memory, whole pages of it, at full speed.
+
+        Raises MemoryError when it cannot.
+        """
         ...
 
     def unregister_host(self, address: int) -> None:
-        """The memory is about to go."""
+        """The memory that was registered from ``address`` on is about to go."""
         ...
 
     def fence(self) -> torch.cuda.Event | None:
         """A mark behind all that the calling thread has enqueued so far."""
         ...
 
-    def copies(self, behind: torch.cuda.Event | None) -> AbstractContextManager[None]:
-        """What is enqueued inside runs behind the mark, and has ended when the block is left."""
+    def upload(self, words: Tensor) -> Tensor:
+        """A copy of host integers on the device, in the order of what the calling thread enqueues; does not wait."""
+        ...
+
+    def staging(self, size_bytes: int) -> Tensor:
+        """Memory uint8 [size_bytes] for what ``enqueue_copy`` writes and ``enqueue_landing`` reads.
+
+        It must have been done with on the device before it is dropped.
+        """
+        ...
+
+    def enqueue_copy(self, work: Callable[[], None], after: Iterable[torch.cuda.Event]) -> torch.cuda.Event | None:
+        """Have the copy stream do what ``work`` enqueues, behind ``after`` and all copies before.
+
+        A fresh event recorded behind it; None where it has been done.
+        """
+        ...
+
+    def enqueue_landing(self, work: Callable[[], None], after: Iterable[torch.cuda.Event]) -> torch.cuda.Event | None:
+        """The same on the landing stream."""
         ...
 
 
@@ -42,6 +68,7 @@ class CpuStreams:
     """On the CPU everything is done when its call returns."""
 
     device = torch.device("cpu")
+    staging_slots = 1
 
     def register_host(self, address: int, size_bytes: int) -> None:
         """The CPU reads all memory alike."""
@@ -52,18 +79,31 @@ class CpuStreams:
     def fence(self) -> None:
         return None
 
-    def copies(self, behind: torch.cuda.Event | None) -> AbstractContextManager[None]:  # noqa: ARG002
-        return nullcontext()
+    def upload(self, words: Tensor) -> Tensor:
+        return words.clone()
+
+    def staging(self, size_bytes: int) -> Tensor:
+        return torch.empty(size_bytes, dtype=torch.uint8)
+
+    def enqueue_copy(self, work: Callable[[], None], after: Iterable[torch.cuda.Event]) -> None:  # noqa: ARG002
+        work()
+
+    def enqueue_landing(self, work: Callable[[], None], after: Iterable[torch.cuda.Event]) -> None:  # noqa: ARG002
+        work()
 
 
 class CudaStreams:
     """One CUDA device. Raises ConfigError when there is none that torch can use."""
+
+    # The copy of one layer runs beside the landing of the one before, which may be late behind other kernels.
+    staging_slots = 4
 
     def __init__(self) -> None:
         if not torch.cuda.is_available():
             raise ConfigError(f"device: is 'cuda', but torch {torch.__version__} finds no CUDA device")
         self.device = torch.device("cuda", torch.cuda.current_device())
         self._copy_stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        self._landing_stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
 
     def register_host(self, address: int, size_bytes: int) -> None:
         status = torch.cuda.cudart().cudaHostRegister(address, size_bytes, 0)  # type: ignore[no-untyped-call]
@@ -78,13 +118,33 @@ class CudaStreams:
         event.record()
         return event
 
-    @contextmanager
-    def copies(self, behind: torch.cuda.Event | None) -> Iterator[None]:
+    def upload(self, words: Tensor) -> Tensor:
+        # torch keeps the pinned memory until the copy has ended, and uses it again.
+        return words.pin_memory().to(self.device, non_blocking=True)
+
+    def staging(self, size_bytes: int) -> Tensor:
+        # Memory that the loop's stream gave back may still be written there.
         with torch.cuda.stream(self._copy_stream):
-            if behind is not None:
-                self._copy_stream.wait_event(behind)
-            yield
-            self._copy_stream.synchronize()
+            return torch.empty(size_bytes, dtype=torch.uint8, device=self.device)
+
+    def enqueue_copy(self, work: Callable[[], None], after: Iterable[torch.cuda.Event]) -> torch.cuda.Event:
+        return _enqueue(self._copy_stream, work, after)
+
+    def enqueue_landing(self, work: Callable[[], None], after: Iterable[torch.cuda.Event]) -> torch.cuda.Event:
+        return _enqueue(self._landing_stream, work, after)
+
+
+def _enqueue(
+    stream: torch.cuda.Stream, work: Callable[[], None], after: Iterable[torch.cuda.Event]
+) -> torch.cuda.Event:
+    for event in after:
+        stream.wait_event(event)
+    with torch.cuda.stream(stream):
+        work()
+        # Who waits for it on the host sleeps, else a core would be busy with waiting.
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        event.record()
+    return event
 
 
 def device_streams(device: str) -> DeviceStreams:

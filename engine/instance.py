@@ -27,8 +27,10 @@ from segue.engine.lora.device_lora import TorchDeviceLora
 from segue.engine.lora.manifest import Projection
 from segue.engine.lora.points import POINT_PROJECTIONS
 from segue.engine.lora.store import AdapterStore
+from segue.engine.lora.transfer import TransferOps
 from segue.engine.memory.adapter_layout import choose_chunk_elems
 from segue.engine.memory.pool import PagePool
+from segue.engine.memory.prepared_store import PreparedStore
 from segue.engine.messages import Ready, StartProgress, State
 from segue.engine.models.config import ModelConfig
 from segue.engine.models.decoder import DecoderModel
@@ -52,7 +54,7 @@ class EngineInstance:
     def __init__(self, config: EngineConfig, report: ReportProgress | None = None) -> None:
         """Load the model and start everything, telling ``report`` how far that is; by default the log.
 
-        Raises ConfigError, UnsupportedModelError, OSError, ValueError.
+        Raises ConfigError, UnsupportedModelError, MemoryError, OSError, ValueError.
         """
         self._report = report or log_lines(_LOG)
         torch.set_num_threads(config.torch_threads)
@@ -62,25 +64,26 @@ class EngineInstance:
         dtype = _DTYPES[config.dtype]
         if config.device == "cuda":
             prepare_cuda(os.environ)
-        streams = self._streams = device_streams(config.device)
+        streams = device_streams(config.device)
         model = self._load_model(dtype, streams.device)
         self.wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._worker_restarts = 0
         cpu_config = _cpu_config(config, self._model_config, dtype.itemsize)
         self._memory = SharedMemory.create(SharedLayout.plan(cpu_config))
-        self._memory.allocate_store(config.host_store_bytes)
-        streams.register_host(self._memory.address, self._memory.size_bytes)
+        self._host_store = PreparedStore(self._memory, streams)
         self._pool = self._page_pool(dtype, streams.device)
         self.workers = WorkerPool(cpu_config, self._memory, on_event=self._on_worker_event)
         self.workers.start()
         shapes = dict(self._model_config.projection_shapes())
         chunk_elems = choose_chunk_elems(self._pool.page_elems, {width for shape in shapes.values() for width in shape})
         self.store = AdapterStore(
-            memory=self._memory,
+            memory=self._host_store,
             pool=self._pool,
             chunk_elems=chunk_elems,
             copy_bytes_per_second=config.copy_bytes_per_second,
+            ops=_transfer_ops(self._pool, chunk_elems),
             streams=streams,
+            staging_bytes=config.max_lora_rank * dtype.itemsize * sum(sum(shape) for shape in shapes.values()),
             wake=self._wake,
         )
         ring = JobRing(self.workers)
@@ -97,6 +100,7 @@ class EngineInstance:
         )
         runner = PassRunner(model, self._pool, backend.attention, resources, backend.batches)
         self.engine = self._engine(runner, backend.sampler)
+        self._host_store.wait_until_ready(min(self._host_store.extent_bytes, config.host_store_bytes))
 
     @classmethod
     def build(cls, config: EngineConfig, report: ReportProgress | None = None) -> EngineInstance:
@@ -112,10 +116,11 @@ class EngineInstance:
 
     def close(self) -> None:
         """Stop threads and processes and give all memory back."""
+        self._host_store.stop()
         self.workers.close()
         self.bridge.close()
         self.store.close()
-        self._streams.unregister_host(self._memory.address)
+        self._host_store.close()
         self._memory.close()
         os.close(self.wake_fd)
 
@@ -207,7 +212,7 @@ class EngineInstance:
             try:
                 from segue.engine.cuda.backend import cuda_backend
             except ImportError as error:
-                raise ConfigError(f"device: 'cuda' needs flashinfer-python and triton, and {error}") from error
+                raise _not_installed(error) from error
             return cuda_backend(
                 self.config,
                 model,
@@ -268,6 +273,22 @@ class EngineInstance:
 
     def _wake(self) -> None:
         os.eventfd_write(self.wake_fd, 1)
+
+
+def _transfer_ops(pool: PagePool, chunk_elems: int) -> TransferOps:
+    """How layers land on the pool's device. Raises ConfigError where that takes what is not installed."""
+    if pool.data.device.type == "cpu":
+        return TransferOps()
+    try:
+        from segue.gpu_kernels.land_layer import compile_landing, land_layer
+    except ImportError as error:
+        raise _not_installed(error) from error
+    compile_landing(pool.layer(0), chunk_elems)
+    return TransferOps(land=land_layer)
+
+
+def _not_installed(error: ImportError) -> ConfigError:
+    return ConfigError(f"device: 'cuda' needs flashinfer-python and triton, and {error}")
 
 
 def handoff_policy(config: HandoffConfig) -> HandoffPolicy:

@@ -1,7 +1,7 @@
 """Landing on a GPU: one launch writes one layer of an adapter from a staging buffer into its pages.
 
-The meaning is ``landing.land_rows`` for A as it is and for B transposed, for every module of the layer. Both sides are
-read and written in runs of consecutive elements: B goes through a tile.
+The meaning is ``landing.land_matrices``. Both sides are read and written in runs of consecutive elements: B goes
+through a tile.
 """
 
 from __future__ import annotations
@@ -12,11 +12,9 @@ from torch import Tensor
 from triton import knobs
 from triton import language as tl
 
+from segue.gpu_kernels.landing import LANDING_WORDS
 from segue.gpu_kernels.paged_rows import loop_bound, row_offsets
 
-# Words of a module's row in the table: source of A, source of B, rank, in_features, out_features, first chunk of A,
-# first chunk of B.
-LANDING_WORDS = 7
 _TILE_ROWS, _TILE_COLUMNS = 32, 64
 _PROGRAMS_PER_MATRIX = 64
 
@@ -65,17 +63,14 @@ def landing_kernel(
 
 
 def land_layer(staging: Tensor, table: Tensor, pool_layer: Tensor, page_table: Tensor, chunk_elems: int) -> None:
-    """Write a layer of an adapter into its pages.
+    """See ``landing.land_matrices``; ``page_table`` may be int32, and what the tables say is not checked.
 
-    ``staging`` [elements] of the pool's dtype holds the layer in checkpoint order: A [rank, in_features] and B
-    [out_features, rank] of each module. ``table`` is int64 [modules, 7]: element offsets of A and B in ``staging``,
-    rank, in_features, out_features, and the first chunks of A and B in the layer's stream. ``pool_layer`` is
-    [pages, page_elems], contiguous, and ``page_table`` int32 or int64 [n]. Only the matrices' own elements are
-    written. What the table says is not checked. Raises ValueError for a wrong shape, dtype or device.
+    Pointers that are multiples of 16 bytes have one compiled kernel for all layers. Raises ValueError for a wrong
+    shape, dtype or device.
     """
     tensors = (staging, table, pool_layer, page_table)
     if not staging.is_cuda and not knobs.runtime.interpret:
-        raise ValueError(f"staging: the kernel needs a CUDA device, it is on {staging.device}; see landing.land_rows")
+        raise ValueError(f"staging: the kernel needs a CUDA device, is on {staging.device}; see landing.land_matrices")
     if any(tensor.device != staging.device for tensor in tensors):
         raise ValueError(f"every tensor must be on one device, they are on {[str(t.device) for t in tensors]}")
     if any(not tensor.is_contiguous() for tensor in tensors) or staging.dtype != pool_layer.dtype:
@@ -93,3 +88,9 @@ def land_layer(staging: Tensor, table: Tensor, pool_layer: Tensor, page_table: T
         chunk_elems=chunk_elems, page_chunks=pool_layer.shape[1] // chunk_elems, table_words=LANDING_WORDS,
         interpreted=knobs.runtime.interpret, num_warps=4,
     )  # fmt: skip
+
+
+def compile_landing(pool_layer: Tensor, chunk_elems: int) -> None:
+    """Compile the kernel for a pool, by a launch that has nothing to do. It takes a second the first time."""
+    nothing = torch.zeros(1, LANDING_WORDS, dtype=torch.int64, device=pool_layer.device)
+    land_layer(pool_layer.new_empty(1), nothing, pool_layer, nothing.view(-1), chunk_elems)

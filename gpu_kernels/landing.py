@@ -1,4 +1,7 @@
-"""Landing: writing an adapter's matrices into pages, in the layout that ``paged_lora`` reads."""
+"""Landing: writing an adapter's matrices into pages, in the layout that ``paged_lora`` reads.
+
+This is the torch reference: the CPU device runs it, and it says what ``land_layer`` means.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,27 @@ import torch
 from torch import Tensor
 
 from segue.gpu_kernels.paged_lora import covered_pages, row_stride
+
+# Words of a module's row in a landing table: source of A, source of B, rank, in_features, out_features, first chunk of
+# A, first chunk of B. Sources are elements from the beginning of what was staged.
+LANDING_WORDS = 7
+
+
+def land_matrices(staging: Tensor, table: Tensor, pool_layer: Tensor, page_table: Tensor, chunk_elems: int) -> None:
+    """Write a layer of an adapter into its pages, A as it is and B transposed, for every module.
+
+    ``staging`` [elements] of the pool's dtype holds the layer in checkpoint order: A [rank, in_features] and B
+    [out_features, rank] of each module. ``table`` is int64 [modules, LANDING_WORDS]. ``pool_layer`` is
+    [pages, page_elems], contiguous, and ``page_table`` int64 [n]. Only the matrices' own elements are written. Raises
+    ValueError when a matrix ends behind the table.
+    """
+    for a, b, rank, in_features, out_features, a_chunk, b_chunk in table.tolist():
+        for source, rows, columns, chunk, transpose in (
+            (a, rank, in_features, a_chunk, False),
+            (b, out_features, rank, b_chunk, True),
+        ):
+            matrix = staging[source : source + rows * columns].view(rows, columns)
+            land_rows(matrix, pool_layer, page_table, chunk * chunk_elems, chunk_elems, transpose=transpose)
 
 
 def land_rows(
@@ -27,7 +51,7 @@ def land_rows(
     first = start // chunk_elems
     stream = torch.arange(first, first + rows * stride // chunk_elems, device=page_table.device)
     target = page_table[stream // chunks_per_page] * chunks_per_page + stream % chunks_per_page
-    target = target.view(rows, -1)
+    target = target.view(rows, stride // chunk_elems)
 
     whole = columns // chunk_elems
     if whole:

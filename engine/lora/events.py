@@ -15,6 +15,15 @@ class LayerHost:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerEnqueued:
+    """The device will have a layer's weights behind an event: see ``AdapterStore.landing_event``."""
+
+    version_id: int
+    layer: int
+    monotonic_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class LayerLanded:
     """A layer's weights are on the device."""
 
@@ -40,4 +49,4 @@ class LoadFailed:
     monotonic_seconds: float
 
 
-StoreEvent = LayerHost | LayerLanded | Verified | LoadFailed
+StoreEvent = LayerHost | LayerEnqueued | LayerLanded | Verified | LoadFailed

@@ -1,6 +1,6 @@
 """What moves an adapter's weights between disk, host memory and device, and owns the memory that they take.
 
-All state changes on the thread that calls the methods. A reader thread and a copy thread carry out jobs and report
+All state changes on the thread that calls the methods. Threads that read and copy carry out jobs and report
 completions, which ``apply`` turns into changes of state. Pages and host bytes are given back only when no job refers to
 them: a copy that is dropped while one does is kept aside, off its adapter, until the last of them has ended.
 """
@@ -17,14 +17,16 @@ import numpy.typing as npt
 import torch
 
 from segue.engine.device import DeviceStreams
-from segue.engine.lora.events import LayerHost, LayerLanded, LoadFailed, StoreEvent, Verified
+from segue.engine.lora.copier import CopierThread
+from segue.engine.lora.events import LayerEnqueued, LayerHost, LayerLanded, LoadFailed, StoreEvent, Verified
 from segue.engine.lora.host_memory import HostExtents
+from segue.engine.lora.landing import LayerLander
 from segue.engine.lora.link import LinkThrottle
-from segue.engine.lora.states import Adapter, DeviceCopy, HostCopy, LayerState, ReadPhase
+from segue.engine.lora.states import UNDER_WAY, Adapter, DeviceCopy, HostCopy, LayerState, ReadPhase
 from segue.engine.lora.transfer import (
     Completion,
-    CopierThread,
     CopyEnded,
+    CopyEnqueued,
     CopyJob,
     LayerRead,
     ReadEnded,
@@ -41,13 +43,17 @@ _ASSUMED_COPY_BYTES_PER_SECOND = 10e9
 
 
 class HostStore(Protocol):
-    """The shared memory that holds the host copies: ``store`` is uint8 [bytes]."""
+    """The memory that holds the host copies: ``store`` is uint8 [bytes], of which each ``extent_bytes`` are ready to
+    be touched and copied at another time."""
 
     @property
     def store(self) -> npt.NDArray[np.uint8]: ...
 
-    def allocate_store(self, stop_bytes: int) -> None:
-        """Make the bytes below ``stop_bytes`` touchable. Raises MemoryError."""
+    @property
+    def extent_bytes(self) -> int: ...
+
+    def wait_until_ready(self, stop_bytes: int) -> None:
+        """Wait until the bytes below ``stop_bytes`` may be touched. Raises MemoryError when they never will."""
 
 
 class WeightMover:
@@ -63,10 +69,10 @@ class WeightMover:
         streams: DeviceStreams,
         wake: Callable[[], None],
         ops: TransferOps,
+        staging_bytes: int,
     ) -> None:
         self.extents = HostExtents(len(memory.store))
         self._pool = pool
-        self._streams = streams
         self._wake = wake
         self._leaving_hosts: list[HostCopy] = []
         self._leaving_devices: list[DeviceCopy] = []
@@ -79,20 +85,21 @@ class WeightMover:
         host = torch.from_numpy(memory.store)
         self._reader = ReaderThread(
             host=host,
-            make_touchable=memory.allocate_store,
+            make_touchable=memory.wait_until_ready,
             dtype=pool.dtype,
             read_into=ops.read_into,
             report=self._report,
         )
-        self._copier = CopierThread(
+        lander = LayerLander(
             host=host,
+            extent_bytes=memory.extent_bytes,
             pool_layer=pool.layer,
             chunk_elems=chunk_elems,
-            link=link,
             land=ops.land,
             streams=streams,
-            report=self._report,
+            staging_bytes=staging_bytes,
         )
+        self._copier = CopierThread(lander=lander, link=link, report=self._report)
 
     @property
     def leaving_pages(self) -> int:
@@ -116,6 +123,8 @@ class WeightMover:
                     self._on_layer_read(completion)
                 case ReadEnded():
                     touched(self._on_read_ended(completion))
+                case CopyEnqueued():
+                    self._on_copy_enqueued(completion)
                 case CopyEnded():
                     touched(self._on_copy_ended(completion))
         events, self._events = tuple(self._events), []
@@ -138,25 +147,23 @@ class WeightMover:
         self._reads[job] = (adapter, adapter.host)
         self._reader.put(job)
 
-    def enqueue_ready(self, adapter: Adapter) -> None:
+    def start_copies(self, adapter: Adapter) -> None:
         """Start the copies of the layers that are in host memory, in order."""
         host, device = adapter.host, adapter.device
         if host is None or device is None or adapter.phase is ReadPhase.FAILED:
             return
-        while device.enqueued < host.ready_layers:
-            layer = device.enqueued
+        while device.started < host.ready_layers:
+            layer = device.started
             job = CopyJob(
                 version_id=adapter.version_id,
                 layer=layer,
                 planned=adapter.plan.layers[layer],
-                layouts=adapter.layout.layers[layer],
                 copy_offset=host.offset,
-                page_table=device.page_table,
+                place=device.place,
                 cancelled=device.cancelled,
-                behind=device.behind,
             )
             adapter.move_layer(layer, LayerState.LANDING)
-            device.enqueued += 1
+            device.started += 1
             device.copies += 1
             host.copies += 1
             self._copies[job] = (adapter, host, device)
@@ -169,7 +176,7 @@ class WeightMover:
         adapter.device = None
         device.cancelled.set()
         for layer, state in enumerate(adapter.layers):
-            if state in (LayerState.LANDING, LayerState.LANDED):
+            if state in UNDER_WAY or state is LayerState.LANDED:
                 adapter.move_layer(layer, LayerState.ABSENT if adapter.host is None else LayerState.HOST)
         if device.copies:
             self._leaving_devices.append(device)
@@ -204,7 +211,7 @@ class WeightMover:
         return copy_seconds + self._read_rate.seconds_for(adapter.manifest.weight_bytes)
 
     def close(self, adapters: Sequence[Adapter]) -> None:
-        """Stop both threads and give back every page and descriptor of ``adapters``, which are all there are."""
+        """Stop the threads and give back every page and descriptor of ``adapters``, which are all there are."""
         self._reader.close()
         self._copier.close()
         for adapter in adapters:
@@ -260,7 +267,7 @@ class WeightMover:
             adapter.move_layer(done.layer, LayerState.HOST)
             host.ready_layers = done.layer + 1
             self._events.append(LayerHost(adapter.version_id, done.layer, done.monotonic_seconds))
-            self.enqueue_ready(adapter)
+            self.start_copies(adapter)
 
     def _on_read_ended(self, done: ReadEnded) -> Adapter:
         adapter, host = self._reads.pop(done.job)
@@ -276,11 +283,19 @@ class WeightMover:
                 self._events.append(Verified(adapter.version_id, done.monotonic_seconds))
         return adapter
 
+    def _on_copy_enqueued(self, done: CopyEnqueued) -> None:
+        adapter, _, device = self._copies[done.job]
+        if adapter.device is device:
+            adapter.move_layer(done.job.layer, LayerState.ENQUEUED)
+            device.landing_events[done.job.layer] = done.landed
+            self._events.append(LayerEnqueued(adapter.version_id, done.job.layer, done.monotonic_seconds))
+
     def _on_copy_ended(self, done: CopyEnded) -> Adapter:
         adapter, host, device = self._copies.pop(done.job)
         layer = done.job.layer
         host.copies -= 1
         device.copies -= 1
+        device.landing_events[layer] = None
         self._free_if_left(host)
         if adapter.device is not device:
             if device.copies == 0:

@@ -8,29 +8,37 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 import torch
-from torch import Tensor
 
 from segue.engine.lora.host_plan import HostModule, HostPlan
+from segue.engine.lora.landing import LandingPlace, LandingTables
 from segue.engine.lora.manifest import AdapterManifest
 from segue.engine.lora.transfer import ReadJob
 from segue.engine.memory.adapter_layout import AdapterLayout
 
 
 class LayerState(Enum):
-    """Where one layer of an adapter is. A LANDED layer may or may not be in host memory as well."""
+    """Where one layer of an adapter is.
+
+    LANDING is for the copy thread to take up. The device has an ENQUEUED layer and lands it behind an event, and may
+    use it behind that event. A LANDED layer may or may not be in host memory as well.
+    """
 
     ABSENT = "absent"
     READING = "reading"
     HOST = "host"
     LANDING = "landing"
+    ENQUEUED = "enqueued"
     LANDED = "landed"
 
+
+UNDER_WAY = frozenset({LayerState.LANDING, LayerState.ENQUEUED})
 
 LAYER_TRANSITIONS: Mapping[LayerState, frozenset[LayerState]] = {
     LayerState.ABSENT: frozenset({LayerState.READING}),
     LayerState.READING: frozenset({LayerState.HOST, LayerState.ABSENT}),
     LayerState.HOST: frozenset({LayerState.LANDING, LayerState.ABSENT}),
-    LayerState.LANDING: frozenset({LayerState.LANDED, LayerState.HOST}),
+    LayerState.LANDING: frozenset({LayerState.ENQUEUED, LayerState.LANDED, LayerState.HOST}),
+    LayerState.ENQUEUED: frozenset({LayerState.LANDED, LayerState.HOST}),
     LayerState.LANDED: frozenset({LayerState.HOST, LayerState.ABSENT}),
 }
 
@@ -75,18 +83,23 @@ class HostCopy:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class DeviceCopy:
-    """Pages of the pool. Layers are enqueued and land in order; ``copies`` of them are under way.
+    """Pages of the pool. The copies of ``started`` layers were started, in order; ``copies`` of them are under way.
 
-    ``behind`` marks the work on the device that may still use the pages as what they were before.
+    ``landing_events`` has a layer's event while it is ENQUEUED.
     """
 
     pages: tuple[int, ...]
-    page_table: Tensor
-    behind: torch.cuda.Event | None
+    place: LandingPlace
     landed_seconds: list[float | None]
-    enqueued: int = 0
+    landing_events: list[torch.cuda.Event | None]
+    started: int = 0
     copies: int = 0
     cancelled: threading.Event = field(default_factory=threading.Event)
+
+    @classmethod
+    def to_fill(cls, pages: tuple[int, ...], place: LandingPlace, layers: int) -> DeviceCopy:
+        """Pages in which none of an adapter's ``layers`` layers has landed."""
+        return cls(pages=pages, place=place, landed_seconds=[None] * layers, landing_events=[None] * layers)
 
     @property
     def is_complete(self) -> bool:
@@ -108,6 +121,7 @@ class Adapter:
     descriptor: int
     plan: HostPlan
     layout: AdapterLayout
+    landing_tables: LandingTables
     layers: list[LayerState]
     last_used_seconds: float
     phase: ReadPhase = ReadPhase.UNREAD
@@ -119,6 +133,21 @@ class Adapter:
     readers: int = 0
     host: HostCopy | None = None
     device: DeviceCopy | None = None
+
+    @classmethod
+    def on_disk(
+        cls, manifest: AdapterManifest, descriptor: int, plan: HostPlan, layout: AdapterLayout, now: float
+    ) -> Adapter:
+        """A version that has just become known. ``plan`` and ``layout`` are those of the manifest."""
+        return cls(
+            manifest=manifest,
+            descriptor=descriptor,
+            plan=plan,
+            layout=layout,
+            landing_tables=LandingTables.of(plan, layout),
+            layers=[LayerState.ABSENT] * len(manifest.layers),
+            last_used_seconds=now,
+        )
 
     @property
     def version_id(self) -> int:
@@ -155,16 +184,18 @@ class Adapter:
         assert self.users >= 0, f"{where}: {self.users} users"
         states = self.layers
         if self.device is None:
-            assert not {LayerState.LANDING, LayerState.LANDED} & set(states), f"{where}: landed without pages"
+            assert not {*UNDER_WAY, LayerState.LANDED} & set(states), f"{where}: landed without pages"
         else:
-            landing = states.count(LayerState.LANDING)
+            landing = sum(state in UNDER_WAY for state in states)
             assert landing == self.device.copies, f"{where}: {landing} layers land, {self.device.copies} copies"
+            events = [event is not None for event in self.device.landing_events]
+            assert [state is LayerState.ENQUEUED for state in states] == events, f"{where}: events of layers"
             landed = [seconds is not None for seconds in self.device.landed_seconds]
             assert [state is LayerState.LANDED for state in states] == landed, f"{where}: landed layers"
             waits = self.host is not None or self.phase in (ReadPhase.WAITING, ReadPhase.FAILED)
             assert waits or self.device.is_complete, f"{where}: an incomplete device copy without a host copy"
         if self.host is None:
-            assert not {LayerState.READING, LayerState.HOST, LayerState.LANDING} & set(states), f"{where}: host layers"
+            assert not {LayerState.READING, LayerState.HOST, *UNDER_WAY} & set(states), f"{where}: host layers"
             assert self.phase is not ReadPhase.READING, f"{where}: reading into nothing"
             assert self.phase is not ReadPhase.VERIFIED or self.is_device_complete, f"{where}: verified but nowhere"
         else:

@@ -1,7 +1,7 @@
 """The adapter store: which adapter versions are known and where each of their layers is: disk, host memory, device.
 
-All state changes on the thread that calls the store's methods. A reader thread and a copy thread carry out jobs and
-report completions, which ``drain`` applies. Pages and host bytes are given back only when no job refers to them.
+All state changes on the thread that calls the store's methods. Threads that read and copy carry out jobs and report
+completions, which ``drain`` applies. Pages and host bytes are given back only when no job refers to them.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from segue.engine.device import CpuStreams, DeviceStreams
-from segue.engine.lora.events import LayerHost, LayerLanded, LoadFailed, StoreEvent, Verified
+from segue.engine.lora.events import LayerEnqueued, LayerHost, LayerLanded, LoadFailed, StoreEvent, Verified
 from segue.engine.lora.host_plan import HostModule, HostPlan, host_modules
+from segue.engine.lora.landing import LandingPlace
 from segue.engine.lora.link import LinkThrottle
 from segue.engine.lora.manifest import AdapterManifest
 from segue.engine.lora.mover import HostStore, WeightMover
@@ -33,6 +34,7 @@ __all__ = [
     "HostLayer",
     "HostModule",
     "HostStore",
+    "LayerEnqueued",
     "LayerHost",
     "LayerLanded",
     "LayerState",
@@ -47,8 +49,9 @@ class AdapterStore:
     """The adapter versions of one engine.
 
     ``wake`` is called on one of the store's threads whenever ``drain`` has something to apply. ``link`` is throttled to
-    ``copy_bytes_per_second``; others may charge it too. Without ``streams`` the device is the CPU. An unknown version
-    raises KeyError where nothing else is said.
+    ``copy_bytes_per_second``; others may charge it too. Without ``streams`` the device is the CPU. ``staging_bytes``
+    are those of the largest layer that is expected; a larger one makes room when it comes. An unknown version raises
+    KeyError where nothing else is said.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class AdapterStore:
         copy_bytes_per_second: float | None = None,
         ops: TransferOps | None = None,
         streams: DeviceStreams | None = None,
+        staging_bytes: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.link = LinkThrottle(copy_bytes_per_second)
@@ -78,6 +82,7 @@ class AdapterStore:
             streams=self._streams,
             wake=wake,
             ops=ops or TransferOps(),
+            staging_bytes=staging_bytes,
         )
 
     # -- versions and their users ------------------------------------------------------------------------------------
@@ -102,14 +107,8 @@ class AdapterStore:
         except BaseException:
             os.close(descriptor)
             raise
-        self._adapters[manifest.version_id] = Adapter(
-            manifest=manifest,
-            descriptor=descriptor,
-            plan=plan,
-            layout=AdapterLayout.plan(manifest, page_elems=self._pool.page_elems, chunk_elems=self._chunk_elems),
-            layers=[LayerState.ABSENT] * len(manifest.layers),
-            last_used_seconds=self._clock(),
-        )
+        layout = AdapterLayout.plan(manifest, page_elems=self._pool.page_elems, chunk_elems=self._chunk_elems)
+        self._adapters[manifest.version_id] = Adapter.on_disk(manifest, descriptor, plan, layout, self._clock())
 
     def close_version(self, version_id: int) -> None:
         """Forget a version as soon as it has no users.
@@ -175,15 +174,11 @@ class AdapterStore:
             raise ValueError(f"adapter version {version_id} has its pages")
         if len(pages) != adapter.layout.pages:
             raise ValueError(f"adapter version {version_id} needs {adapter.layout.pages} pages, not {len(pages)}")
-        adapter.device = DeviceCopy(
-            pages=pages,
-            page_table=torch.tensor(pages, dtype=torch.int64, device=self._pool.data.device),
-            behind=self._streams.fence(),
-            landed_seconds=[None] * len(adapter.layers),
-        )
+        place = LandingPlace.on_device(adapter.landing_tables, pages, self._streams)
+        adapter.device = DeviceCopy.to_fill(pages, place, len(adapter.layers))
         adapter.evict_host_when_dropped = False
         self.start_load(version_id)
-        self._mover.enqueue_ready(adapter)
+        self._mover.start_copies(adapter)
         self._start_waiting()
 
     def drain(self) -> tuple[StoreEvent, ...]:
@@ -217,6 +212,14 @@ class AdapterStore:
     def layer_state(self, version_id: int, layer: int) -> LayerState:
         """Where a layer is."""
         return self._adapters[version_id].layers[layer]
+
+    def landing_event(self, version_id: int, layer: int) -> torch.cuda.Event | None:
+        """Of an ENQUEUED layer: the event, recorded, behind which a stream of the device may use it.
+
+        None for any other, and where the device has no streams. A LANDED layer can be used with no wait.
+        """
+        device = self._adapters[version_id].device
+        return None if device is None else device.landing_events[layer]
 
     def is_in_host(self, version_id: int, layer: int) -> bool:
         """Whether a layer is in host memory; it may be on the device as well."""
@@ -257,7 +260,7 @@ class AdapterStore:
         device = self._adapters[version_id].device
         if device is None:
             raise ValueError(f"adapter version {version_id} has no pages")
-        return device.page_table
+        return device.place.page_table
 
     def host_view(self, version_id: int, layer: int) -> HostLayer:
         """A layer's matrices in the host store. Raises ValueError unless it is there."""
@@ -322,7 +325,7 @@ class AdapterStore:
         self._settle(adapter)
 
     def close(self) -> None:
-        """Stop both threads and give back every page, byte and descriptor. May be called twice."""
+        """Stop the threads and give back every page, byte and descriptor. May be called twice."""
         self._mover.close(tuple(self._adapters.values()))
         self._adapters.clear()
         self._waiting.clear()

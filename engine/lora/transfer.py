@@ -1,7 +1,7 @@
-"""The two threads that move weights: one from files to host memory, one from host memory to the device's pages.
+"""The jobs of the threads that move weights, and the thread that reads them from files into host memory.
 
-They carry out jobs strictly in order and report each with a completion; they change no state of the store's. Whatever
-goes wrong in them is reported as a failure of the job.
+The threads carry out jobs strictly in order and report each with a completion; they change no state of the store's.
+Whatever goes wrong in them is reported as a failure of the job.
 """
 
 from __future__ import annotations
@@ -13,18 +13,16 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from queue import SimpleQueue
-from typing import Generic, Protocol, TypeVar
+from queue import Queue
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from segue.engine.device import DeviceStreams
 from segue.engine.lora.adapter_path import FileIdentity, identity_of
 from segue.engine.lora.host_plan import HostPlan, PlannedLayer, PlannedTensor
-from segue.engine.lora.link import LinkThrottle
-from segue.engine.memory.adapter_layout import ModuleLayout
-from segue.gpu_kernels.landing import land_rows
+from segue.engine.lora.landing import LandingPlace, LandLayer
+from segue.gpu_kernels.landing import land_matrices
 
 FILE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -39,14 +37,6 @@ class WeightsError(Exception):
     """The weights cannot be served. The message says why and may be shown to users."""
 
 
-class LandInto(Protocol):
-    """Writes one matrix into pages: see gpu_kernels.landing."""
-
-    def __call__(
-        self, source: Tensor, pool_layer: Tensor, page_table: Tensor, start: int, chunk_elems: int, *, transpose: bool
-    ) -> None: ...
-
-
 def read_into(descriptor: int, buffer: memoryview, offset: int) -> int:
     """Read from a file straight into ``buffer``."""
     return os.preadv(descriptor, [buffer], offset)
@@ -57,7 +47,7 @@ class TransferOps:
     """The two operations that move bytes; tests put slow or failing ones in their place."""
 
     read_into: ReadInto = read_into
-    land: LandInto = land_rows
+    land: LandLayer = land_matrices
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -74,19 +64,23 @@ class ReadJob:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class CopyJob:
-    """Copy one layer from host memory at ``copy_offset`` to its pages. ``cancelled`` skips it if not begun.
-
-    ``behind`` marks the work that may still use the pages as what they were before.
-    """
+    """Copy one layer from host memory at ``copy_offset`` to its pages. ``cancelled`` skips it if not begun."""
 
     version_id: int
     layer: int
     planned: PlannedLayer
-    layouts: tuple[ModuleLayout, ...]
     copy_offset: int
-    page_table: Tensor
+    place: LandingPlace
     cancelled: threading.Event
-    behind: torch.cuda.Event | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class EnqueuedCopy:
+    """A copy job that the device has, and the event recorded behind it."""
+
+    job: CopyJob
+    landed: torch.cuda.Event
+    start_seconds: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,8 +104,17 @@ class ReadEnded:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CopyEnqueued:
+    """The device lands the layer before it passes the event, which has been recorded."""
+
+    job: CopyJob
+    landed: torch.cuda.Event
+    monotonic_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CopyEnded:
-    """A copy job has ended: landed, cancelled (neither), or failed."""
+    """A copy job has ended: landed, cancelled (neither), or failed. ``seconds`` are those the link was busy with it."""
 
     job: CopyJob
     landed: bool
@@ -120,22 +123,22 @@ class CopyEnded:
     monotonic_seconds: float
 
 
-Completion = LayerRead | ReadEnded | CopyEnded
-_Job = TypeVar("_Job", ReadJob, CopyJob)
+Completion = LayerRead | ReadEnded | CopyEnqueued | CopyEnded
+_Job = TypeVar("_Job", ReadJob, CopyJob, EnqueuedCopy)
 
 
-class _JobThread(ABC, Generic[_Job]):
-    """A thread that carries out jobs in the order in which they were put."""
+class JobThread(ABC, Generic[_Job]):
+    """A thread that carries out jobs in the order in which they were put, at most ``max_jobs`` (0: any) in waiting."""
 
-    def __init__(self, name: str, report: Callable[[Completion], None]) -> None:
+    def __init__(self, name: str, report: Callable[[Completion], None], max_jobs: int = 0) -> None:
         self._report = report
         self._stopped = threading.Event()
-        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
+        self._jobs: Queue[_Job | None] = Queue(max_jobs)
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     def put(self, job: _Job) -> None:
-        """Queue a job; exactly one end of it is reported, unless the thread is stopped before."""
+        """Queue a job, when there is room; exactly one end of it is reported, unless the thread is stopped before."""
         self._jobs.put(job)
 
     def close(self) -> None:
@@ -156,7 +159,7 @@ class _JobThread(ABC, Generic[_Job]):
         """Do the job and report its end."""
 
 
-class ReaderThread(_JobThread[ReadJob]):
+class ReaderThread(JobThread[ReadJob]):
     """Reads weights files into the host store.
 
     ``host`` is the host store as uint8 [bytes]. ``make_touchable(stop_bytes)`` is called before bytes below it are
@@ -186,7 +189,7 @@ class ReaderThread(_JobThread[ReadJob]):
         try:
             verified = self._read(job)
         except Exception as error:  # noqa: BLE001 - whatever it is, the job's users must learn that it failed
-            failure = _failure_message(error, "read")
+            failure = failure_message(error, "read")
         now = time.monotonic()
         self._report(ReadEnded(job=job, verified=verified, failure=failure, seconds=now - begin, monotonic_seconds=now))
 
@@ -235,66 +238,6 @@ class ReaderThread(_JobThread[ReadJob]):
         return True
 
 
-class CopierThread(_JobThread[CopyJob]):
-    """Copies layers to the device through a staging buffer and writes them into their pages.
-
-    ``pool_layer(i)`` is layer i's pages [pages, page_elems]; ``link`` says when each copy's bytes have gone through. A
-    layer has landed on the device, for every stream of it, when its end is reported.
-    """
-
-    def __init__(
-        self,
-        *,
-        host: Tensor,
-        pool_layer: Callable[[int], Tensor],
-        chunk_elems: int,
-        link: LinkThrottle,
-        land: LandInto,
-        streams: DeviceStreams,
-        report: Callable[[Completion], None],
-    ) -> None:
-        self._host = host
-        self._streams = streams
-        self._pool_layer = pool_layer
-        self._chunk_elems = chunk_elems
-        self._link = link
-        self._land = land
-        self._staging = torch.empty(0, dtype=torch.uint8, device=streams.device)
-        super().__init__("segue-lora-copier", report)
-
-    def _carry_out(self, job: CopyJob) -> None:
-        begin = time.monotonic()
-        landed, failure = False, None
-        try:
-            if not job.cancelled.is_set():
-                self._copy(job)
-                landed = not self._stopped.is_set()
-        except Exception as error:  # noqa: BLE001 - whatever it is, the job's users must learn that it failed
-            failure = _failure_message(error, "copied to the device")
-        now = time.monotonic()
-        self._report(CopyEnded(job=job, landed=landed, failure=failure, seconds=now - begin, monotonic_seconds=now))
-
-    def _copy(self, job: CopyJob) -> None:
-        end_seconds = self._link.book(job.planned.host_bytes)
-        pages = self._pool_layer(job.layer)
-        size = job.planned.host_bytes
-        if self._staging.numel() < size:
-            self._staging = torch.empty(size, dtype=torch.uint8, device=pages.device)
-        start = job.copy_offset + job.planned.host_start
-        with self._streams.copies(job.behind):
-            self._staging[:size].copy_(self._host[start : start + size], non_blocking=True)
-            for module, layout in zip(job.planned.modules, job.layouts, strict=True):
-                self._land_matrix(job, module.a, layout.a_start, pages, transpose=False)
-                self._land_matrix(job, module.b, layout.b_start, pages, transpose=True)
-        self._link.wait_until(end_seconds, self._stopped)
-
-    def _land_matrix(self, job: CopyJob, tensor: PlannedTensor, start: int, pages: Tensor, *, transpose: bool) -> None:
-        staged = tensor.host_start - job.planned.host_start
-        matrix = self._staging[staged : staged + tensor.host_bytes].view(pages.dtype)
-        matrix = matrix.view(tensor.span.rows, tensor.span.columns)
-        self._land(matrix, pages, job.page_table, start, self._chunk_elems, transpose=transpose)
-
-
 def _is_unchanged(descriptor: int, identity: FileIdentity) -> bool:
     status = os.fstat(descriptor)
     now = identity_of(status)
@@ -302,7 +245,8 @@ def _is_unchanged(descriptor: int, identity: FileIdentity) -> bool:
     return now == identity or (status.st_nlink == 0 and now[:4] == identity[:4])
 
 
-def _failure_message(error: Exception, doing: str) -> str:
+def failure_message(error: Exception, doing: str) -> str:
+    """Why weights could not be ``doing``, as users may see it; the log has what they may not."""
     if isinstance(error, WeightsError):
         return str(error)
     if isinstance(error, MemoryError):

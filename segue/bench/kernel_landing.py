@@ -9,7 +9,7 @@ from torch import Tensor
 
 from segue.bench.kernel_cases import KernelModel
 from segue.gpu_kernels.land_layer import land_layer
-from segue.gpu_kernels.landing import land_rows
+from segue.gpu_kernels.landing import land_matrices
 
 
 class Landing(NamedTuple):
@@ -27,15 +27,15 @@ class LandingBatch:
         self.rank = rank
         self._model, self._dtype, self._device = model, dtype, device
         shapes = (model.points["qkv"], model.points["o"])
-        self._rows = []
+        rows = []
         end = 0
         for columns, width in ((shape.in_features, width) for shape in shapes for width in shape.out_features):
             middle = end + rank * columns
             chunks = end // model.chunk_elems, middle // model.chunk_elems
-            self._rows.append((end, middle, rank, columns, width, *chunks))
+            rows.append((end, middle, rank, columns, width, *chunks))
             end = middle + rank * width
         self._elems = end
-        self._table = torch.tensor(self._rows).to(device)
+        self._table = torch.tensor(rows).to(device)
         self._page_table = torch.randperm(-(-end // model.page_elems)).to(device)
 
     @property
@@ -57,11 +57,6 @@ class LandingBatch:
         """Whether the kernel writes what the torch reference writes, bit for bit, and nothing else."""
         layer = self.make_layer()
         expected = layer.pool.clone()
-        chunk = self._model.chunk_elems
-        for a, b, rank, columns, width, a_chunk, b_chunk in self._rows:
-            down = layer.staging[a : a + rank * columns].view(rank, columns)
-            up = layer.staging[b : b + width * rank].view(width, rank)
-            land_rows(down, expected, self._page_table, a_chunk * chunk, chunk)
-            land_rows(up, expected, self._page_table, b_chunk * chunk, chunk, transpose=True)
+        land_matrices(layer.staging, self._table, expected, self._page_table, self._model.chunk_elems)
         self.run(layer)
         return torch.equal(layer.pool.nan_to_num(), expected.nan_to_num())

@@ -24,8 +24,11 @@ def test_cuda_without_a_device_is_one_clear_line(tmp_path: Path) -> None:
 def test_on_the_cpu_nothing_is_under_way() -> None:
     streams = device_streams("cpu")
     assert isinstance(streams, CpuStreams)
-    with streams.copies(None):
-        assert streams.device.type == "cpu"
+    assert streams.device.type == "cpu"
+    done: list[str] = []
+    streams.enqueue_copy(lambda: done.append("copied"), [])
+    streams.enqueue_landing(lambda: done.append("landed"), [])
+    assert done == ["copied", "landed"]
 
 
 def test_dummy_weights_need_no_checkpoint_and_are_the_same_each_time(tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from segue.gpu_kernels.land_layer import LANDING_WORDS, land_layer
-from segue.gpu_kernels.landing import land_rows
+from segue.gpu_kernels.land_layer import land_layer
+from segue.gpu_kernels.landing import LANDING_WORDS, land_matrices
 from segue.gpu_kernels.paged_lora import row_stride
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -34,14 +34,10 @@ def test_a_layer_lands_as_its_matrices_do(ranks: tuple[int, ...], kv_heads: int,
     pages = -(-end // page_elems)
     page_table = torch.randperm(pages + 3, generator=torch.Generator().manual_seed(0))[:pages]
     expected = torch.full((pages + 3, page_elems), torch.nan, dtype=dtype)
-    for a, b, rank, columns, out, a_chunk, b_chunk in starts:
-        down, up = staging[a : a + rank * columns].view(rank, columns), staging[b : b + out * rank].view(out, rank)
-        if rank:
-            land_rows(down, expected, page_table, a_chunk * chunk_elems, chunk_elems)
-            land_rows(up, expected, page_table, b_chunk * chunk_elems, chunk_elems, transpose=True)
+    table = torch.tensor(starts)
+    land_matrices(staging, table, expected, page_table, chunk_elems)
 
     pool = torch.full_like(expected, torch.nan).to(DEVICE)
-    table = torch.tensor(starts)
     land_layer(staging.to(DEVICE), table.to(DEVICE), pool, page_table.to(DEVICE), chunk_elems)
     torch.testing.assert_close(pool.cpu(), expected, rtol=0, atol=0, equal_nan=True)
 

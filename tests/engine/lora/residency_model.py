@@ -8,7 +8,7 @@ from pathlib import Path
 from hypothesis.vendor.pretty import RepresentationPrinter
 from torch import Tensor
 
-from segue.engine.lora.events import LayerHost, LayerLanded, LoadFailed, StoreEvent, Verified
+from segue.engine.lora.events import LayerEnqueued, LayerHost, LayerLanded, LoadFailed, StoreEvent, Verified
 from segue.engine.lora.manifest import AdapterManifest, Projection
 from segue.engine.lora.store import HostLayer
 from tests.engine.lora.stepped_rig import LANDING_ERROR, READ_ERROR
@@ -35,6 +35,7 @@ class Version:
     spoilt: bool = False
     stale: bool = False
     layers_read: int = 0
+    layers_enqueued: int = 0
     layers_landed: int = 0
 
     def __repr__(self) -> str:
@@ -68,6 +69,9 @@ class Version:
                 assert layer in (0, self.layers_read), "layers are read in order"
                 assert layer != self.nan_layer
                 self.layers_read = layer + 1
+            case LayerEnqueued(layer=layer):
+                assert self.failed or layer in (0, self.layers_enqueued), "layers are enqueued in order"
+                self.layers_enqueued = layer + 1
             case LayerLanded(layer=layer):
                 assert self.failed or layer in (0, self.layers_landed), "layers land in order"
                 self.layers_landed = layer + 1

@@ -1,4 +1,4 @@
-"""A store rig whose two threads go one step at a time, when a test says so: any order of events, the same every time.
+"""A store rig whose threads go one step at a time, when a test says so: any order of events, the same every time.
 
 Threads that stand between two steps change nothing, so whatever is seen then is what a drain at that moment would see.
 """
@@ -20,13 +20,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from segue.engine.lora import mover
+from segue.engine.lora import copier, mover
 from segue.engine.lora.adapter_path import identity_of
 from segue.engine.lora.checkpoint import WEIGHTS_FILE, open_checkpoint
+from segue.engine.lora.copier import CopierThread, LandingsThread
 from segue.engine.lora.manifest import AdapterManifest, ModuleWeights, Projection, TensorSpan
-from segue.engine.lora.transfer import Completion, CopierThread, CopyJob, LayerRead, ReaderThread, ReadJob
+from segue.engine.lora.transfer import Completion, CopyJob, EnqueuedCopy, LayerRead, ReaderThread, ReadJob
 from tests.engine.lora.adapter_folders import SmallModel, peft_config, random_tensors, write_folder
-from tests.engine.lora.store_rig import PATIENCE_SECONDS, StoreRig
+from tests.engine.lora.fake_streams import PATIENCE_SECONDS, FakeStream, FakeStreams
+from tests.engine.lora.store_rig import StoreRig
 
 STEPPED_MODEL = SmallModel(layers=2, hidden=32)
 TARGETS = (Projection.Q,)
@@ -133,6 +135,23 @@ class FakeSteppedCopier(CopierThread):
         self._steps.job_ended()
 
 
+class FakeSteppedLandings(LandingsThread):
+    """The real one, in steps."""
+
+    def __init__(self, steps: FakeSteps, report: Callable[[Completion], None]) -> None:
+        self._steps = steps
+        super().__init__(report)
+
+    def put(self, job: EnqueuedCopy) -> None:
+        self._steps.job_put()
+        super().put(job)
+
+    def _carry_out(self, job: EnqueuedCopy) -> None:
+        self._steps.pause()
+        super()._carry_out(job)
+        self._steps.job_ended()
+
+
 @dataclass(kw_only=True)
 class SteppedRig(StoreRig):
     """``grabbed`` are pages that the test holds itself, as KV would, each full of one value of its own.
@@ -143,6 +162,7 @@ class SteppedRig(StoreRig):
     model: SmallModel = STEPPED_MODEL
     reader: FakeSteps = field(default_factory=FakeSteps)
     copier: FakeSteps = field(default_factory=FakeSteps)
+    landings: FakeSteps = field(default_factory=FakeSteps)
     grabbed: dict[int, float] = field(default_factory=dict)
     next_read_fails: bool = False
     next_landing_fails: bool = False
@@ -152,8 +172,17 @@ class SteppedRig(StoreRig):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(mover, "ReaderThread", functools.partial(FakeSteppedReader, self.reader))
             patch.setattr(mover, "CopierThread", functools.partial(FakeSteppedCopier, self.copier))
+            patch.setattr(copier, "LandingsThread", functools.partial(FakeSteppedLandings, self.landings))
             super().__post_init__()
-        self.on_read, self.on_land = self._before_read, self._before_land
+        self.on_read = self._before_read
+        if isinstance(self.streams, FakeStreams):
+            self.streams.before_work = self._before_work
+        else:
+            self.on_land = self._before_land
+
+    @property
+    def threads(self) -> tuple[FakeSteps, ...]:
+        return self.reader, self.copier, self.landings
 
     def check(self) -> None:
         self.store.check()
@@ -181,19 +210,37 @@ class SteppedRig(StoreRig):
 
     def _before_land(self) -> None:
         self.copier.pause()
+        self._look_for_trespass(self._copy_job())
+        self._fail_if_told()
+
+    def _before_work(self, stream: FakeStream) -> Callable[[], None]:
+        """A launch fails at once or never; what was launched is looked at when the device does it."""
+        assert isinstance(self.streams, FakeStreams)
+        if stream is self.streams.loop:
+            return lambda: None
+        if stream is self.streams.landing:
+            self._fail_if_told()
+        return functools.partial(self._look_for_trespass, self._copy_job())
+
+    def _copy_job(self) -> CopyJob:
         thread = self.store._mover._copier
         assert isinstance(thread, FakeSteppedCopier)
-        if thread.job.copy_offset not in self.store._mover.extents.taken:
+        return thread.job
+
+    def _look_for_trespass(self, job: CopyJob) -> None:
+        if job.copy_offset not in self.store._mover.extents.taken:
             self.trespasses.append("copied from host bytes that are free")
-        if not set(thread.job.page_table.tolist()) <= self.pool.owned().keys() - self.grabbed.keys():
+        if not set(job.place.page_table.tolist()) <= self.pool.owned().keys() - self.grabbed.keys():
             self.trespasses.append("copied to pages that are free")
+
+    def _fail_if_told(self) -> None:
         if self.next_landing_fails:
             self.next_landing_fails = False
             raise OSError(errno.EIO, LANDING_ERROR)
 
     def close(self) -> None:
-        self.reader.run_free()
-        self.copier.run_free()
+        for thread in self.threads:
+            thread.run_free()
         self.pool.free(self.grabbed)
         self.grabbed.clear()
         super().close()

@@ -14,18 +14,19 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from segue.engine.device import CpuStreams, DeviceStreams
 from segue.engine.lora.catalog import AdapterCatalog
 from segue.engine.lora.events import StoreEvent
+from segue.engine.lora.landing import LandLayer
 from segue.engine.lora.manifest import AdapterManifest, Projection
 from segue.engine.lora.store import AdapterStore, LayerState
 from segue.engine.lora.transfer import TransferOps, read_into
 from segue.engine.memory.adapter_layout import choose_chunk_elems
 from segue.engine.memory.pool import PagePool
-from segue.gpu_kernels.landing import land_rows
+from segue.gpu_kernels.landing import land_matrices
 from segue.gpu_kernels.paged_lora import read_rows
 from tests.engine.lora.adapter_folders import MODEL, SmallModel, tensor_name, write_folder
-
-PATIENCE_SECONDS = 20.0
+from tests.engine.lora.fake_streams import PATIENCE_SECONDS, FakeStreams
 
 
 class FakeGate:
@@ -63,11 +64,13 @@ class FakeGate:
 class FakeSharedMemory:
     """Plain memory in place of the memfd; records how far it was made touchable."""
 
+    extent_bytes = 1000
+
     def __init__(self, size_bytes: int) -> None:
         self.store: npt.NDArray[np.uint8] = np.zeros(size_bytes, dtype=np.uint8)
         self.touchable_bytes = 0
 
-    def allocate_store(self, stop_bytes: int) -> None:
+    def wait_until_ready(self, stop_bytes: int) -> None:
         self.touchable_bytes = max(self.touchable_bytes, stop_bytes)
 
 
@@ -81,15 +84,18 @@ class StoreRig:
     pages: int = 64
     dtype: torch.dtype = torch.float32
     copy_bytes_per_second: float | None = None
+    staging_bytes: int = 0
     reads: FakeGate = field(default_factory=FakeGate)
     copies: FakeGate = field(default_factory=FakeGate)
+    streams: DeviceStreams = field(default_factory=CpuStreams)
+    land: LandLayer = land_matrices
     on_read: Callable[[], None] = lambda: None
     on_land: Callable[[], None] = lambda: None
     events: list[StoreEvent] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.wakes = threading.Event()
-        self.memory = FakeSharedMemory(self.host_bytes)
+        self.memory = self.make_memory()
         self.pool = PagePool(
             layers=self.model.layers,
             pages=self.pages,
@@ -97,6 +103,7 @@ class StoreRig:
             kv_heads=1,
             head_dim=16,
             dtype=self.dtype,
+            device=self.streams.device,
             poison_freed=True,
         )
         self.chunk_elems = choose_chunk_elems(
@@ -108,10 +115,15 @@ class StoreRig:
             chunk_elems=self.chunk_elems,
             wake=self.wakes.set,
             copy_bytes_per_second=self.copy_bytes_per_second,
+            staging_bytes=self.staging_bytes,
+            streams=self.streams,
             ops=TransferOps(read_into=self._read, land=self._land),
         )
         self.capacity_bytes = self.store.host_free_bytes
         self.catalog = AdapterCatalog(self.root, self.model, 256)
+
+    def make_memory(self) -> FakeSharedMemory:
+        return FakeSharedMemory(self.host_bytes)
 
     def add(self, name: str, tensors: dict[str, Tensor] | None = None, config: dict[str, object] | None = None) -> int:
         """Write a folder unless it is there, open it, hand it to the store; its version id."""
@@ -170,19 +182,24 @@ class StoreRig:
         """Open the gates, close, and make sure that everything came back."""
         self.reads.open()
         self.copies.open()
+        if isinstance(self.streams, FakeStreams):
+            self.streams.run_free()
         self.store.close()
         self.pool.check()
         assert self.pool.free_pages == self.pool.pages
 
     def landed(self, version_id: int, layer: int) -> dict[tuple[Projection, str], Tensor]:
-        """A landed layer's matrices, read back from the pages as A [rank, in] and B [out, rank]."""
-        assert self.store.layer_state(version_id, layer) is LayerState.LANDED
+        """A landed layer's matrices, read back from the pages as A [rank, in] and B [out, rank].
+
+        Of one that is enqueued, if the device has passed its event.
+        """
+        assert self.store.layer_state(version_id, layer) in (LayerState.ENQUEUED, LayerState.LANDED)
         pages, table, matrices = self.pool.layer(layer), self.store.page_table(version_id), {}
         for module in self.store.device_layout(version_id).layers[layer]:
             a = read_rows(pages, table, module.a_start, module.rank, module.in_features, self.chunk_elems)
             b = read_rows(pages, table, module.b_start, module.rank, module.out_features, self.chunk_elems)
-            matrices[module.projection, "A"] = a
-            matrices[module.projection, "B"] = b.T
+            matrices[module.projection, "A"] = a.cpu()
+            matrices[module.projection, "B"] = b.T.cpu()
         return matrices
 
     def in_host(self, version_id: int, layer: int) -> dict[tuple[Projection, str], Tensor]:
@@ -211,12 +228,12 @@ class StoreRig:
         self.on_read()
         return read_into(descriptor, buffer, offset)
 
-    def _land(
-        self, source: Tensor, pool_layer: Tensor, page_table: Tensor, start: int, chunk_elems: int, *, transpose: bool
-    ) -> None:
-        self.copies.pass_through()
-        self.on_land()
-        land_rows(source, pool_layer, page_table, start, chunk_elems, transpose=transpose)
+    def _land(self, staging: Tensor, table: Tensor, pool_layer: Tensor, page_table: Tensor, chunk_elems: int) -> None:
+        for index in range(len(table)):
+            for _ in "AB":
+                self.copies.pass_through()
+                self.on_land()
+            self.land(staging, table[index : index + 1], pool_layer, page_table, chunk_elems)
 
 
 def expected(tensors: dict[str, Tensor], layer: int, dtype: torch.dtype) -> dict[tuple[Projection, str], Tensor]:

@@ -13,6 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from segue.engine.device import CpuStreams, DeviceStreams
 from segue.engine.lora.store import LayerState
 from segue.errors import AdapterRejectedError
 from segue.types import Tier
@@ -48,11 +49,12 @@ def rule_on(condition: str, **draws: Any) -> Callable[[Callable[..., None]], Any
 class ResidencyMachine(RuleBasedStateMachine):
     """The threads go on only when a rule says so: every order of events can come up."""
 
-    def __init__(self) -> None:
+    def __init__(self, streams: DeviceStreams | None = None) -> None:
         super().__init__()
         self.folder = TemporaryDirectory()
         self.descriptors = len(os.listdir("/proc/self/fd"))
-        self.rig = SteppedRig(root=Path(self.folder.name), host_bytes=HOST_BYTES, pages=POOL_PAGES)
+        root = Path(self.folder.name)
+        self.rig = SteppedRig(root=root, host_bytes=HOST_BYTES, pages=POOL_PAGES, streams=streams or CpuStreams())
         self.store = self.rig.store
         self.known: list[Version] = []
         self.registered = 0
@@ -263,11 +265,11 @@ class ResidencyMachine(RuleBasedStateMachine):
 
     @rule()
     def run_until_quiet(self) -> None:
-        """Both threads come to the end of their jobs: nothing waits for ever, and whatever can be loaded is."""
+        """The threads come to the end of their jobs: nothing waits for ever, and whatever can be loaded is."""
         for _ in range(MOST_ROUNDS):
-            steps = [self.rig.reader.step(), self.rig.copier.step()]
+            steps = [thread.step() for thread in self.rig.threads]
             self.drain()
-            if not any(steps) and self.rig.reader.is_idle and self.rig.copier.is_idle:
+            if not any(steps) and all(thread.is_idle for thread in self.rig.threads):
                 break
         else:
             raise AssertionError("the store never comes to rest")
@@ -323,7 +325,7 @@ class ResidencyMachine(RuleBasedStateMachine):
             version.has_pages = False
         assert has_pages == version.has_pages
         if not has_pages:
-            version.layers_landed = 0
+            version.layers_enqueued = version.layers_landed = 0
 
     def check_contents(self, version: Version) -> None:
         for layer, contents in enumerate(version.contents):

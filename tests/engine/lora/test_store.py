@@ -17,7 +17,7 @@ from segue.types import Tier
 from tests.engine.lora.adapter_folders import MODEL, peft_config, random_tensors, tensor_name, write_folder
 from tests.engine.lora.store_rig import MakeRig, StoreRig, assert_same, expected
 
-ABSENT, READING, HOST, LANDING, LANDED = LayerState
+ABSENT, READING, HOST, LANDING, _ENQUEUED, LANDED = LayerState
 TENSORS_PER_LAYER = 8
 
 

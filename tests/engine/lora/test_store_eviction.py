@@ -12,7 +12,7 @@ from tests.descriptors import open_descriptors
 from tests.engine.lora.adapter_folders import MODEL, random_tensors
 from tests.engine.lora.store_rig import MakeRig, StoreRig, assert_same, expected
 
-ABSENT, READING, HOST, LANDING, LANDED = LayerState
+ABSENT, READING, HOST, LANDING, _ENQUEUED, LANDED = LayerState
 TENSORS_PER_LAYER = 8
 ADAPTER_BYTES = sum(tensor.numel() for tensor in random_tensors().values()) * 4
 

@@ -1,0 +1,203 @@
+"""Layers are enqueued ahead of the device, each with an event of its own, and have landed when the device is there."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import pytest
+import torch
+
+from segue.engine.lora.events import LayerEnqueued, LayerLanded, LoadFailed
+from segue.engine.lora.landing import pieces
+from segue.engine.lora.store import LayerState
+from segue.gpu_kernels.land_layer import land_layer
+from segue.gpu_kernels.landing import LANDING_WORDS, land_matrices
+from tests.engine.lora.adapter_folders import MODEL, peft_config, random_tensors
+from tests.engine.lora.fake_streams import FakeStreams
+from tests.engine.lora.store_rig import MakeRig, StoreRig, assert_same, expected
+
+LANDERS = [land_matrices] if torch.cuda.is_available() else [land_matrices, land_layer]
+
+
+@pytest.fixture
+def streams() -> FakeStreams:
+    return FakeStreams()
+
+
+@pytest.fixture
+def on_streams(make_rig: MakeRig, streams: FakeStreams) -> StoreRig:
+    return make_rig(streams=streams)
+
+
+def start(rig: StoreRig, name: str = "one") -> int:
+    """In host memory, and enqueued as a whole."""
+    version = rig.add(name)
+    rig.store.start_load(version)
+    rig.drain_until(lambda: rig.store.is_verified(version))
+    rig.start_copy(version)
+    rig.drain_until(lambda: LayerState.LANDING not in rig.states(version))
+    return version
+
+
+def events(rig: StoreRig, version: int) -> Sequence[torch.cuda.Event | None]:
+    return [rig.store.landing_event(version, layer) for layer in range(MODEL.layers)]
+
+
+def have_passed(events: Sequence[torch.cuda.Event | None]) -> list[bool]:
+    return [event.query() for event in events if event is not None]  # type: ignore[no-untyped-call]
+
+
+def test_all_layers_are_enqueued_before_the_device_has_begun(on_streams: StoreRig, streams: FakeStreams) -> None:
+    version = start(on_streams)
+    assert on_streams.states(version) == [LayerState.ENQUEUED] * MODEL.layers
+    each = events(on_streams, version)
+    assert None not in each
+    assert len(set(each)) == MODEL.layers
+    assert not any(have_passed(each))
+    assert on_streams.store.landed_seconds(version) == (None,) * MODEL.layers
+    assert not on_streams.store.is_landed(version)
+    assert on_streams.store.evictable() == ()
+    assert on_streams.pool.data.isnan().all()
+    streams.go_on_as_far_as_possible()
+    assert on_streams.states(version) == [LayerState.ENQUEUED] * MODEL.layers, "nobody has drained"
+    on_streams.drain_until(lambda: on_streams.store.is_landed(version))
+    assert events(on_streams, version) == [None] * MODEL.layers
+    assert None not in on_streams.store.landed_seconds(version)
+    seen = [type(event) for event in on_streams.events if isinstance(event, LayerEnqueued | LayerLanded)]
+    assert seen == [LayerEnqueued] * MODEL.layers + [LayerLanded] * MODEL.layers
+
+
+@pytest.mark.parametrize("land", LANDERS)
+def test_a_layer_is_there_behind_its_event(make_rig: MakeRig, streams: FakeStreams, land: object) -> None:
+    rig = make_rig(streams=streams, land=land)
+    version = start(rig)
+    tensors = random_tensors()
+    streams.go_on(streams.loop)
+    streams.go_on(streams.loop)
+    for layer in range(MODEL.layers):
+        event = rig.store.landing_event(version, layer)
+        assert event is not None
+        assert streams.go_on(streams.copying)
+        assert have_passed([event]) == [False]
+        assert streams.go_on(streams.landing)
+        assert have_passed([event]) == [True]
+        assert_same(rig.landed(version, layer), expected(tensors, layer, torch.float32))
+        rig.drain_until(lambda layer=layer: rig.states(version)[layer] is LayerState.LANDED)  # type: ignore[misc]
+        assert rig.states(version)[layer + 1 :] == [LayerState.ENQUEUED] * (MODEL.layers - layer - 1)
+
+
+def test_copies_wait_once_for_what_used_the_pages_before(on_streams: StoreRig, streams: FakeStreams) -> None:
+    version = start(on_streams)
+    (fence,) = streams.fences
+    waits = [work.after.count(fence) for work in streams.copying.work]
+    assert waits == [1] + [0] * (MODEL.layers - 1)
+    assert not streams.go_on(streams.copying)
+    assert not streams.go_on(streams.landing)
+    while not fence.is_done:
+        assert streams.go_on(streams.loop)
+    streams.go_on_as_far_as_possible()
+    on_streams.drain_until(lambda: on_streams.store.is_landed(version))
+
+
+def test_a_layer_is_copied_beside_the_landing_of_the_one_before(on_streams: StoreRig, streams: FakeStreams) -> None:
+    """And no further ahead than there is staging memory."""
+    version = start(on_streams)
+    while streams.go_on(streams.loop):
+        pass
+    assert [streams.go_on(streams.copying) for _ in range(3)] == [True, True, False]
+    assert streams.go_on(streams.landing)
+    assert streams.go_on(streams.copying)
+    streams.go_on_as_far_as_possible()
+    on_streams.drain_until(lambda: on_streams.store.is_landed(version))
+    for layer in range(MODEL.layers):
+        assert_same(on_streams.landed(version, layer), expected(random_tensors(), layer, torch.float32))
+
+
+def test_pages_of_one_that_was_evicted_come_back_when_the_device_has_done_with_them(
+    on_streams: StoreRig, streams: FakeStreams
+) -> None:
+    version = start(on_streams)
+    needed = on_streams.store.device_pages(version)
+    old = set(events(on_streams, version))
+    on_streams.store.evict_device(version)
+    on_streams.drain()
+    assert on_streams.states(version) == [LayerState.HOST] * MODEL.layers
+    assert events(on_streams, version) == [None] * MODEL.layers
+    assert on_streams.pool.free_pages == on_streams.pool.pages - needed
+    on_streams.start_copy(version)
+    on_streams.drain_until(lambda: LayerState.LANDING not in on_streams.states(version))
+    assert not old & set(events(on_streams, version)), "an event is fresh for each load"
+    assert on_streams.store.device_pages_held == 2 * needed
+    on_streams.store.evict_host(version)
+    on_streams.store.evict_device(version)
+    on_streams.drain()
+    assert on_streams.host_bytes_held > 0
+    streams.go_on_as_far_as_possible()
+    on_streams.drain_until(lambda: on_streams.pool.free_pages == on_streams.pool.pages)
+    assert on_streams.host_bytes_held == 0
+
+
+def test_the_throttle_holds_events_back(make_rig: MakeRig) -> None:
+    rig = make_rig(streams=FakeStreams(driven_by_waiting=True), copy_bytes_per_second=1e6)
+    version = rig.add("one")
+    rig.store.start_load(version)
+    rig.drain_until(lambda: rig.store.is_verified(version))
+    layer_seconds = rig.host_bytes_held / MODEL.layers / 1e6
+    begin = time.monotonic()
+    rig.start_copy(version)
+    rig.drain_until(lambda: rig.store.is_landed(version))
+    enqueued = [event.monotonic_seconds for event in rig.events if isinstance(event, LayerEnqueued)]
+    assert len(enqueued) == MODEL.layers
+    for layer, seconds in enumerate(enqueued):
+        assert seconds - begin >= (layer + 1) * layer_seconds - 1e-3
+
+
+def test_a_device_that_fails_fails_the_version(on_streams: StoreRig, streams: FakeStreams) -> None:
+    version = start(on_streams)
+    streams.landing.work[1].error = RuntimeError("secret detail")
+    streams.go_on_as_far_as_possible()
+    on_streams.drain_until(lambda: any(isinstance(event, LoadFailed) for event in on_streams.events))
+    (failure,) = (event for event in on_streams.events if isinstance(event, LoadFailed))
+    assert (failure.version_id, failure.message) == (
+        version,
+        "internal error while the weights were copied to the device",
+    )
+    on_streams.drain_until(lambda: on_streams.pool.free_pages == on_streams.pool.pages)
+    other = start(on_streams, "two")
+    streams.go_on_as_far_as_possible()
+    on_streams.drain_until(lambda: on_streams.store.is_landed(other))
+
+
+def test_tables_of_layers_with_an_odd_number_of_modules_are_aligned(on_streams: StoreRig) -> None:
+    version = on_streams.add("one", *one_module_in_the_middle())
+    on_streams.start_copy(version)
+    device = on_streams.store._adapters[version].device
+    assert device is not None
+    assert [len(table) for table in device.place.tables] == [4, 1, 4]
+    base = device.place.page_table.storage_offset()
+    for table in device.place.tables:
+        assert (table.storage_offset() - base) % 2 == 0
+        assert table.shape[1] == LANDING_WORDS
+
+
+def one_module_in_the_middle() -> tuple[dict[str, torch.Tensor], dict[str, object]]:
+    tensors = {
+        name: tensor for name, tensor in random_tensors().items() if ".layers.1." not in name or "q_proj" in name
+    }
+    targets = [f"{layer}.self_attn.{name}" for layer in (0, 2) for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
+    return tensors, peft_config(target_modules=[*targets, "1.self_attn.q_proj"])
+
+
+@pytest.mark.parametrize(
+    ("start", "stop", "expected_pieces"),
+    [
+        (0, 0, []),
+        (5, 9, [(5, 9)]),
+        (5, 10, [(5, 10)]),
+        (10, 20, [(10, 20)]),
+        (9, 31, [(9, 10), (10, 20), (20, 30), (30, 31)]),
+    ],
+)
+def test_no_piece_of_a_copy_crosses_an_extent(start: int, stop: int, expected_pieces: list[tuple[int, int]]) -> None:
+    assert list(pieces(start, stop, 10)) == expected_pieces
