@@ -87,7 +87,7 @@ class EngineInstance:
             wake=self._wake,
         )
         ring = JobRing(self.workers)
-        self.bridge = CpuBridge(self.workers, ring, self._transport(ring), self.store.link, self.store)
+        self.bridge = CpuBridge(self.workers, ring, self._transport(ring, streams.device), self.store.link, self.store)
         backend = self._backend(model, chunk_elems)
         resources = LoraResources(
             store=self.store,
@@ -232,7 +232,7 @@ class EngineInstance:
             attention=TorchAttention(self._pool, self._model_config.sliding_windows),
         )
 
-    def _transport(self, ring: JobRing) -> RowTransport:
+    def _transport(self, ring: JobRing, device: torch.device) -> RowTransport:
         if self.config.device != "cuda":
             return HostTransport(ring)
         try:
@@ -240,7 +240,7 @@ class EngineInstance:
             from segue.engine.cuda.stream_flags import DriverFlags
         except ImportError as error:
             raise ConfigError(f"device: 'cuda' needs cuda-bindings and triton, and {error}") from error
-        return StreamTransport(ring, DriverFlags(self._memory.address, self._streams.device))
+        return StreamTransport(ring, DriverFlags(self._memory.address, device))
 
     def _engine(self, runner: PassRunner, sampler: Sampler) -> Engine:
         config = self.config

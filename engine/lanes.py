@@ -24,6 +24,10 @@ class Lane(Protocol):
         """What is enqueued inside belongs to the lane."""
         ...
 
+    def wait(self, event: torch.cuda.Event) -> None:
+        """What is enqueued from now on comes behind ``event``, which has been recorded."""
+        ...
+
     def mark(self) -> None:
         """Another layer has been enqueued."""
         ...
@@ -55,6 +59,9 @@ class LoopLane:
     def enter(self) -> AbstractContextManager[object]:
         return nullcontext()
 
+    def wait(self, event: torch.cuda.Event) -> None:  # noqa: ARG002
+        raise RuntimeError("a pass in the loop's own order never waits: all that comes later would, too")
+
     def mark(self) -> None:
         """It has been computed."""
 
@@ -79,6 +86,9 @@ class StreamLane:
 
     def enter(self) -> AbstractContextManager[object]:
         return torch.cuda.stream(self._stream)
+
+    def wait(self, event: torch.cuda.Event) -> None:
+        self._stream.wait_event(event)
 
     def mark(self) -> None:
         layer = torch.cuda.Event()  # type: ignore[no-untyped-call]

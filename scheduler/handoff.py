@@ -2,7 +2,8 @@
 
 A cold prefill reaches its layers one after another while their weights stream in. When it reaches a layer, a policy
 sees what has arrived and says: the device, the CPU workers, or wait. The device is always right once the layer has
-landed; the CPU is possible once the layer's bytes are in host memory and checked.
+landed, or is landing in an order that the prefill's stream can wait for; the CPU is possible once the layer's bytes are
+in host memory and checked.
 """
 
 from __future__ import annotations
@@ -24,16 +25,22 @@ class LayerSource(Enum):
 class LayerView:
     """What is known of a layer when a prefill reaches it.
 
-    ``landed``: its weights are on the device. ``adapter_landed``: those of all layers are. ``in_host``: its bytes can
-    be read by CPU workers. ``cpu_allowed`` is False after CPU workers failed this prefill too often.
+    ``landed``: its weights are on the device. ``enqueued``: the device is bringing them, and what is enqueued behind
+    that finds them. ``adapter_landed``: those of all layers have landed. ``in_host``: its bytes can be read by CPU
+    workers. ``cpu_allowed`` is False after CPU workers failed this prefill too often.
     """
 
     layer: int
     landed: bool
+    enqueued: bool
     adapter_landed: bool
     in_host: bool
     ready_workers: int
     cpu_allowed: bool = True
+
+    @property
+    def device_possible(self) -> bool:
+        return self.landed or self.enqueued
 
     @property
     def cpu_possible(self) -> bool:
@@ -48,10 +55,10 @@ class HandoffPolicy(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class DeviceWhenLanded:
-    """The device where the layer has landed, else the CPU where it can, else wait."""
+    """The device where the layer has landed or is about to, else the CPU where it can, else wait."""
 
     def choose(self, view: LayerView) -> LayerSource:
-        if view.landed:
+        if view.device_possible:
             return LayerSource.DEVICE
         return LayerSource.CPU if view.cpu_possible else LayerSource.WAIT
 
@@ -68,7 +75,7 @@ class FixedHandover:
     def choose(self, view: LayerView) -> LayerSource:
         if view.layer < self.cpu_layers and view.cpu_possible:
             return LayerSource.CPU
-        return LayerSource.DEVICE if view.landed else LayerSource.WAIT
+        return LayerSource.DEVICE if view.device_possible else LayerSource.WAIT
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +83,7 @@ class StreamLayers:
     """Never the CPU: each layer waits for its own weights."""
 
     def choose(self, view: LayerView) -> LayerSource:
-        return LayerSource.DEVICE if view.landed else LayerSource.WAIT
+        return LayerSource.DEVICE if view.device_possible else LayerSource.WAIT
 
 
 @dataclass(frozen=True, slots=True)

@@ -123,6 +123,9 @@ class LoraApplier:
                 yield
             self.blocked = Blocked.NOTHING
             self._sources[version_id] = source
+            landing = self._resources.store.landing_event(version_id, layer)
+            if source is LayerSource.DEVICE and landing is not None:
+                self._lane.wait(landing)
             if source is LayerSource.CPU:
                 self._resources.store.hold_host(version_id)
                 self._held.append(version_id)
@@ -192,6 +195,7 @@ class LoraApplier:
         view = LayerView(
             layer=layer,
             landed=state is LayerState.LANDED,
+            enqueued=state is LayerState.ENQUEUED,
             adapter_landed=store.is_landed(version_id),
             in_host=store.is_in_host(version_id, layer),
             ready_workers=self._resources.bridge.ready_workers,

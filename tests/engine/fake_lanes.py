@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 
+import torch
+
 QUERIES = 5
 
 
@@ -27,6 +29,9 @@ class FakeLateLane:
         assert self.begun
         assert self.queries_left is None, "the pass had ended"
         return nullcontext()
+
+    def wait(self, event: torch.cuda.Event) -> None:
+        raise AssertionError(f"on the CPU nothing lands behind an event: {event}")
 
     def mark(self) -> None:
         self.layers_ahead += 1

@@ -26,17 +26,19 @@ POLICIES: tuple[HandoffPolicy, ...] = (
 
 
 def views() -> list[LayerView]:
-    flags = itertools.product(range(6), (False, True), (False, True), (False, True), (0, 2), (False, True))
+    arrivals = ((False, False), (False, True), (True, False))
+    flags = itertools.product(range(6), arrivals, (False, True), (False, True), (0, 2), (False, True))
     return [
         LayerView(
             layer=layer,
             landed=landed or adapter_landed,
+            enqueued=enqueued and not adapter_landed,
             adapter_landed=adapter_landed,
             in_host=in_host,
             ready_workers=workers,
             cpu_allowed=allowed,
         )
-        for layer, landed, adapter_landed, in_host, workers, allowed in flags
+        for layer, (landed, enqueued), adapter_landed, in_host, workers, allowed in flags
     ]
 
 
@@ -44,7 +46,7 @@ def views() -> list[LayerView]:
 def test_a_source_is_chosen_only_where_it_can_serve(policy: HandoffPolicy) -> None:
     for view in views():
         source = policy.choose(view)
-        assert source is not LayerSource.DEVICE or view.landed
+        assert source is not LayerSource.DEVICE or view.landed or view.enqueued
         assert source is not LayerSource.CPU or (view.in_host and view.ready_workers and view.cpu_allowed)
 
 
@@ -58,16 +60,16 @@ def test_nothing_waits_for_ever(policy: HandoffPolicy) -> None:
 def test_device_when_landed_never_waits_where_something_can_serve() -> None:
     for view in views():
         waits = DeviceWhenLanded().choose(view) is LayerSource.WAIT
-        assert waits == (not view.landed and not view.cpu_possible)
+        assert waits == (not view.landed and not view.enqueued and not view.cpu_possible)
 
 
 def test_fixed_handover_keeps_the_cpu_although_the_layer_has_landed() -> None:
-    view = LayerView(layer=2, landed=True, adapter_landed=True, in_host=True, ready_workers=1)
+    view = LayerView(layer=2, landed=True, enqueued=False, adapter_landed=True, in_host=True, ready_workers=1)
     assert FixedHandover(3).choose(view) is LayerSource.CPU
     assert FixedHandover(2).choose(view) is LayerSource.DEVICE
 
 
 def test_load_first_waits_for_the_last_layer() -> None:
-    view = LayerView(layer=0, landed=True, adapter_landed=False, in_host=True, ready_workers=1)
+    view = LayerView(layer=0, landed=True, enqueued=False, adapter_landed=False, in_host=True, ready_workers=1)
     assert LoadFirst().choose(view) is LayerSource.WAIT
     assert StreamLayers().choose(view) is LayerSource.DEVICE
