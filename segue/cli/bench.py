@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from segue.bench.engine import EngineBenchConfig
     from segue.bench.kernels import KernelBenchConfig
     from segue.bench.report import Report
+    from segue.bench.server import ServerBenchConfig
 
 _T = TypeVar("_T")
 _DEFAULT_SHAPE = "small"
@@ -65,6 +67,7 @@ TorchThreadsOption = Annotated[int, typer.Option(metavar="N", help="Threads of t
 def register(app: typer.Typer) -> None:
     bench = typer.Typer(help="Measure on this machine.", no_args_is_help=True)
     bench.command(name="engine")(engine)
+    bench.command(name="server")(server)
     bench.command(name="kernels")(kernels)
     app.add_typer(bench, name="bench")
 
@@ -113,6 +116,58 @@ def engine(
             torch_threads=torch_threads,
         )
         report = _with_progress(lambda progress: _engine_report(config, progress))
+        _write(report, json, plot)
+    _show(report)
+
+
+def server(
+    shape: ShapeOption = None,
+    model: ModelOption = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    batch: Annotated[str, typer.Option(metavar="N,...", help="Streams that decode together.")] = "16",
+    mix: Annotated[str, typer.Option(metavar="NAME,...", help="As of bench engine.")] = "base",
+    ranks: RanksOption = None,
+    targets: TargetsOption = None,
+    prompt: PromptOption = None,
+    max_tokens: Annotated[
+        int, typer.Option(metavar="N", help="Tokens of each stream; none may end while it is measured.")
+    ] = 1024,
+    window: Annotated[float, typer.Option(metavar="SECONDS", help="Time to measure in a round.")] = 2.0,
+    clients: Annotated[int, typer.Option(metavar="N", help="Processes that share the streams.")] = 1,
+    runs: RunsOption = 5,
+    seconds: SecondsOption = 240.0,
+    torch_threads: TorchThreadsOption = 1,
+    json: JsonOption = None,
+    plot: PlotOption = None,
+) -> None:
+    """Time streams that decode together through gRPC, and how long the device waits between their steps."""
+    with one_line_errors():
+        if shape is not None and model is not None:
+            raise UserError("give --shape or --model, not both")
+        _check_outputs(json, plot)
+        from segue.bench.cases import Measure, When
+        from segue.bench.engine import EngineBenchConfig
+        from segue.bench.server import ServerBenchConfig
+
+        cases = _cases(batch, mix, ranks, targets, prompt, None)
+        decodes = tuple(case for case in cases if case.measure is Measure.DECODE_STEP and case.when is not When.AFTER)
+        config = ServerBenchConfig(
+            engine=EngineBenchConfig(
+                cases=tuple(dataclasses.replace(case, when=None) for case in decodes),
+                shape=shape or (None if model is not None else _DEFAULT_SHAPE),
+                model_dir=None if model is None else str(model.absolute()),
+                dtype=dtype or "float32",
+                device=device or "cpu",
+                steps=max_tokens,
+                repeats=runs,
+                seconds=seconds,
+                torch_threads=torch_threads,
+            ),
+            window_seconds=window,
+            clients=clients,
+        )
+        report = _with_progress(lambda progress: _server_report(config, progress))
         _write(report, json, plot)
     _show(report)
 
@@ -188,6 +243,16 @@ def _engine_report(config: EngineBenchConfig, progress: Callable[[str], None]) -
 
     try:
         return run_engine_bench(config, progress)
+    except ModelError as error:
+        raise UserError(str(error)) from error
+
+
+def _server_report(config: ServerBenchConfig, progress: Callable[[str], None]) -> Report:
+    from segue.bench.server import run_server_bench
+    from segue.engine.models.config import ModelError
+
+    try:
+        return run_server_bench(config, progress)
     except ModelError as error:
         raise UserError(str(error)) from error
 
