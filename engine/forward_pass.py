@@ -75,7 +75,7 @@ def pending_rows(rows: Sequence[RequestRows]) -> list[tuple[int, PendingToken]]:
 
 @dataclass(frozen=True, slots=True)
 class PassResult:
-    """What a pass brought: logits float32 [len(rows), vocab], and by adapter version what ran each layer, if known."""
+    """What a pass brought: logits [len(rows), vocab], and by adapter version what ran each layer, if known."""
 
     rows: tuple[RequestRows, ...]
     logits: Tensor

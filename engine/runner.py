@@ -23,7 +23,7 @@ class BatchRunner(Protocol):
     """Runs batches of which all adapters have landed faster than pass by pass."""
 
     def run(self, rows: Sequence[RequestRows], segments: Sequence[LoraSegment]) -> Tensor | None:
-        """Logits float32 [len(rows), vocab] of each request's last row; None for a batch that it does not run."""
+        """Logits [len(rows), vocab] of each request's last row; None for a batch that it does not run."""
         ...
 
 

@@ -26,7 +26,7 @@ class Sampler(Protocol):
     """Chooses a token for each row of logits."""
 
     def launch(self, logits: Tensor, rows: Sequence[SamplingRow]) -> PendingTokens:
-        """Enqueue the choice from ``logits`` float32 [rows, vocab], see ``sampling.sample`` for its meaning."""
+        """Enqueue the choice from ``logits`` [rows, vocab], see ``sampling.sample`` for its meaning."""
         ...
 
 
@@ -34,6 +34,7 @@ class TorchSampler:
     """Chooses at once, in torch."""
 
     def launch(self, logits: Tensor, rows: Sequence[SamplingRow]) -> ChosenTokens:
+        logits = logits.float()
         chosen: list[SampledToken | None] = [None] * len(rows)
         left = list(range(len(rows)))
         while left:

@@ -8,6 +8,7 @@ may be captured in a CUDA graph.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import gcd
 
 import torch
@@ -46,49 +47,92 @@ def add_lora(
     plan. ``dependent_launch`` lets expand load weights while shrink runs, where the device can do so (compute
     capability 9.0). Raises ValueError for a wrong shape, dtype or device.
     """
-    _check(x, out, pool_layer, page_tables, modules, scales, plan, workspace, shape, tiles)
+    weights = LoraWeights(pool_layer=pool_layer, page_tables=page_tables, modules=modules, scales=scales)
     dependent = dependent_launch and x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
-    shrink_kernel[(tiles.shrink_programs,)](
-        plan, workspace, x, x.stride(0), pool_layer, page_tables, page_tables.stride(0), modules, modules.stride(0),
-        in_features=shape.in_features, row_tile=tiles.rows, ranks=tiles.ranks, span=tiles.span, step=tiles.step,
-        vector_ranks=tiles.vector[0], vector_columns=tiles.vector[1], chunk_elems=tiles.chunk_elems,
-        page_chunks=tiles.page_chunks, stages=tiles.stages, vector_stages=tiles.vector_stages,
-        header_words=HEADER_WORDS, item_words=SHRINK_WORDS, dependent_launch=dependent,
-        interpreted=knobs.runtime.interpret, num_warps=tiles.shrink_warps, maxnreg=tiles.shrink_registers,
-    )  # fmt: skip
-    expand_kernel[(tiles.expand_programs,)](
-        plan, workspace, pool_layer, page_tables, page_tables.stride(0), modules, modules.stride(0), scales,
-        scales.stride(0), out, out.stride(0), out_align=gcd(16, *shape.out_features), row_tile=tiles.rows,
-        wide_ranks=tiles.wide[0], wide_columns=tiles.wide[1], tall_ranks=tiles.tall[0], tall_columns=tiles.tall[1],
-        chunk_elems=tiles.chunk_elems, page_chunks=tiles.page_chunks, dependent_launch=dependent,
-        interpreted=knobs.runtime.interpret, num_warps=tiles.expand_warps, num_stages=tiles.expand_stages,
-        maxnreg=tiles.expand_registers, **({"launch_pdl": True} if dependent else {}),
-    )  # fmt: skip
+    shrink_lora(x, weights, plan, workspace, shape, tiles, dependent_launch=dependent)
+    expand_lora(out, weights, plan, workspace, shape, tiles, dependent_launch=dependent)
 
 
-def _check(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraWeights:
+    """What the adapters are at one LoRA point of one layer; see ``add_lora``."""
+
+    pool_layer: Tensor
+    page_tables: Tensor
+    modules: Tensor
+    scales: Tensor
+
+
+def shrink_lora(
     x: Tensor,
-    out: Tensor,
-    pool_layer: Tensor,
-    page_tables: Tensor,
-    modules: Tensor,
-    scales: Tensor,
+    weights: LoraWeights,
     plan: Tensor,
     workspace: Tensor,
     shape: PointShape,
     tiles: LoraTiles,
+    *,
+    dependent_launch: bool = False,
 ) -> None:
-    tensors = (x, out, pool_layer, page_tables, modules, scales, plan, workspace)
-    if not x.is_cuda and not knobs.runtime.interpret:
-        raise ValueError(f"x: the kernels need a CUDA device, x is on {x.device}; the CPU is served by paged_lora")
-    if any(tensor.device != x.device for tensor in tensors):
-        raise ValueError(f"every tensor must be on one device, they are on {[str(t.device) for t in tensors]}")
-    if x.dtype not in _DTYPES or out.dtype != x.dtype or pool_layer.dtype != x.dtype:
-        raise ValueError(f"x, out and pool_layer need one dtype of {_DTYPES}: {x.dtype, out.dtype, pool_layer.dtype}")
+    """The first launch of ``add_lora``: partials of x A^T into ``workspace``. Needs nothing of the base product.
+
+    With ``dependent_launch`` the launch behind it may begin early. Raises ValueError as ``add_lora``.
+    """
+    _check_weights(x, weights, plan, workspace, shape, tiles)
     if x.dim() != 2 or x.shape[1] != shape.in_features:
         raise ValueError(f"x: must be [T, {shape.in_features}], is {list(x.shape)}")
-    if out.shape != (x.shape[0], sum(shape.out_features)):
-        raise ValueError(f"out: must be {[x.shape[0], sum(shape.out_features)]}, is {list(out.shape)}")
+    tables, modules = weights.page_tables, weights.modules
+    shrink_kernel[(tiles.shrink_programs,)](
+        plan, workspace, x, x.stride(0), weights.pool_layer, tables, tables.stride(0), modules, modules.stride(0),
+        in_features=shape.in_features, row_tile=tiles.rows, ranks=tiles.ranks, span=tiles.span, step=tiles.step,
+        vector_ranks=tiles.vector[0], vector_columns=tiles.vector[1], chunk_elems=tiles.chunk_elems,
+        page_chunks=tiles.page_chunks, stages=tiles.stages, vector_stages=tiles.vector_stages,
+        header_words=HEADER_WORDS, item_words=SHRINK_WORDS, dependent_launch=dependent_launch,
+        interpreted=knobs.runtime.interpret, num_warps=tiles.shrink_warps, maxnreg=tiles.shrink_registers,
+    )  # fmt: skip
+
+
+def expand_lora(
+    out: Tensor,
+    weights: LoraWeights,
+    plan: Tensor,
+    workspace: Tensor,
+    shape: PointShape,
+    tiles: LoraTiles,
+    *,
+    dependent_launch: bool = False,
+) -> None:
+    """The second launch of ``add_lora``, behind the first: its partials times B^T, added into ``out``.
+
+    With ``dependent_launch`` it must directly follow a ``shrink_lora`` that has it, too. Raises ValueError as
+    ``add_lora``.
+    """
+    _check_weights(out, weights, plan, workspace, shape, tiles)
+    if out.dim() != 2 or out.shape[1] != sum(shape.out_features):
+        raise ValueError(f"out: must be [T, {sum(shape.out_features)}], is {list(out.shape)}")
+    tables, modules, scales = weights.page_tables, weights.modules, weights.scales
+    expand_kernel[(tiles.expand_programs,)](
+        plan, workspace, weights.pool_layer, tables, tables.stride(0), modules, modules.stride(0), scales,
+        scales.stride(0), out, out.stride(0), out_align=gcd(16, *shape.out_features), row_tile=tiles.rows,
+        wide_ranks=tiles.wide[0], wide_columns=tiles.wide[1], tall_ranks=tiles.tall[0], tall_columns=tiles.tall[1],
+        chunk_elems=tiles.chunk_elems, page_chunks=tiles.page_chunks, dependent_launch=dependent_launch,
+        interpreted=knobs.runtime.interpret, num_warps=tiles.expand_warps, num_stages=tiles.expand_stages,
+        maxnreg=tiles.expand_registers, **({"launch_pdl": True} if dependent_launch else {}),
+    )  # fmt: skip
+
+
+def _check_weights(
+    rows: Tensor, weights: LoraWeights, plan: Tensor, workspace: Tensor, shape: PointShape, tiles: LoraTiles
+) -> None:
+    """``rows`` is x or out."""
+    pool_layer, page_tables = weights.pool_layer, weights.page_tables
+    modules, scales = weights.modules, weights.scales
+    tensors = (rows, pool_layer, page_tables, modules, scales, plan, workspace)
+    if not rows.is_cuda and not knobs.runtime.interpret:
+        raise ValueError(f"the kernels need a CUDA device, rows are on {rows.device}; the CPU is served by paged_lora")
+    if any(tensor.device != rows.device for tensor in tensors):
+        raise ValueError(f"every tensor must be on one device, they are on {[str(t.device) for t in tensors]}")
+    if rows.dtype not in _DTYPES or pool_layer.dtype != rows.dtype:
+        raise ValueError(f"x, out and pool_layer need one dtype of {_DTYPES}: {rows.dtype, pool_layer.dtype}")
     if pool_layer.dim() != 2 or pool_layer.shape[1] != tiles.page_elems or not pool_layer.is_contiguous():
         raise ValueError(f"pool_layer: must be contiguous [pages, {tiles.page_elems}], is {list(pool_layer.shape)}")
     slots = page_tables.shape[0]

@@ -47,7 +47,7 @@ def cuda_backend(
     lora = KernelLora(store, pool, sizes, shapes, chunk_elems, processors)
     compile_lora(lora, report, pool.dtype)
     sampler = KernelSampler()
-    compile_sampler(sampler, report, model.config.vocab_size, model.device)
+    compile_sampler(sampler, report, model.config.vocab_size, pool.dtype, model.device)
     windows = model.config.sliding_windows
     if pool.dtype not in SERVED_DTYPES or pool.head_dim not in SERVED_HEAD_DIMS:
         return Backend(lora=lora, attention=TorchAttention(pool, windows), sampler=sampler)

@@ -21,6 +21,10 @@ from segue.engine.memory.pool import PagePool
 from segue.engine.models.decoder import DecoderModel
 from segue.gpu_kernels.lora_tiles import Regime
 
+# KV up to here is not split among programs where rows of prompts are present: there is enough to do without, and
+# merging their results takes longer than it saves.
+_WHOLE_KV_TOKENS = 4096
+
 
 class Variant(Enum):
     """Which LoRA points a graph has launches for: a point without work costs its launches all the same."""
@@ -31,7 +35,7 @@ class Variant(Enum):
 
 
 class BatchGraph:
-    """One shape, variant and regime."""
+    """One shape, variant and regime, with the KV of long sequences split or not."""
 
     def __init__(
         self, model: DecoderModel, attention: GraphAttention, inputs: BatchInputs, lora: LoraHook, memory: Any
@@ -58,7 +62,7 @@ class BatchGraph:
             self._logits = _drain(model, batch, attention, lora)
 
     def run(self, rows: Sequence[RequestRows]) -> Tensor:
-        """Logits float32 [len(rows), vocab], valid until the next run of any graph.
+        """Logits [len(rows), vocab], valid until the next run of any graph.
 
         All runs but the last have ended.
         """
@@ -87,18 +91,19 @@ class BatchGraphs:
         self._pool = pool
         self._lora = lora
         self._plans = GraphPlans(lora, max_rows)
+        self._branch = torch.cuda.Stream(model.device)  # type: ignore[no-untyped-call]
         self.shapes = batch_shapes(max_rows, max_sequences)
         self._attention = RecordedAttention(pool, windows, model.config.heads, self.shapes)
         largest = BatchShape(max(item.rows for item in self.shapes), max(item.sequences for item in self.shapes))
         max_pages = pool.token_pages(context_tokens) * max_sequences
         self._batch_memory = BatchMemory(largest, max_pages, model.device)
         self._inputs: dict[BatchShape, BatchInputs] = {}
-        self._attentions: dict[BatchShape, GraphAttention] = {}
-        self._graphs: dict[tuple[BatchShape, Variant, Regime | None], BatchGraph] = {}
+        self._attentions: dict[tuple[BatchShape, bool], GraphAttention] = {}
+        self._graphs: dict[tuple[BatchShape, bool, Variant, Regime | None], BatchGraph] = {}
         self._graph_memory = torch.cuda.graph_pool_handle()
 
     def run(self, rows: Sequence[RequestRows], segments: Sequence[LoraSegment]) -> Tensor | None:
-        """Logits float32 [len(rows), vocab] of each request's last row, valid until the next run; None where no shape
+        """Logits [len(rows), vocab] of each request's last row, valid until the next run; None where no shape
         holds the batch."""
         row_count = sum(item.count for item in rows)
         shape = next((shape for shape in self.shapes if shape.holds(row_count, len(rows))), None)
@@ -107,16 +112,17 @@ class BatchGraphs:
         regime = regime_of(row_count, len(segments))
         used = self._plans.fill(segments, regime)
         variant = next(item for item in Variant if used <= item.value)
-        return self._graph(shape, variant, regime).run(rows)
+        longest_tokens = max(item.start + item.count for item in rows)
+        return self._graph(shape, longest_tokens > _WHOLE_KV_TOKENS, variant, regime).run(rows)
 
     @torch.inference_mode()
     def record_all(self, report: Callable[[int, int], None]) -> None:
-        """Record every graph that a batch can need; ``report`` is told how many of how many there are."""
+        """Record the graphs of all batches without long KV; ``report`` is told how many of how many there are."""
         kinds = list(self._kinds())
         for done, (shape, variant, regime) in enumerate(kinds):
             report(done, len(kinds))
             self._plans.fill((), regime)
-            self._graph(shape, variant, regime)
+            self._graph(shape, False, variant, regime)
         report(len(kinds), len(kinds))
 
     def _kinds(self) -> Iterator[tuple[BatchShape, Variant, Regime]]:
@@ -126,24 +132,28 @@ class BatchGraphs:
                 for regime in sorted(regimes, key=lambda item: item.value)[: 1 if variant is Variant.BASE else None]:
                     yield shape, variant, regime
 
-    def _graph(self, shape: BatchShape, variant: Variant, regime: Regime) -> BatchGraph:
-        key = shape, variant, None if variant is Variant.BASE else regime
+    def _graph(self, shape: BatchShape, long: bool, variant: Variant, regime: Regime) -> BatchGraph:
+        # Where all rows decode, the kernel splits what is long by itself.
+        splits = long or shape.decodes
+        key = shape, splits, variant, None if variant is Variant.BASE else regime
         graph = self._graphs.get(key)
         if graph is None:
-            hook = GraphLora(self._lora, self._plans, variant.value, regime)
-            inputs, attention = self._parts(shape)
+            hook = GraphLora(self._lora, self._plans, variant.value, regime, self._branch)
+            inputs, attention = self._parts(shape, splits)
             graph = self._graphs[key] = BatchGraph(self._model, attention, inputs, hook, self._graph_memory)
         return graph
 
-    def _parts(self, shape: BatchShape) -> tuple[BatchInputs, GraphAttention]:
+    def _parts(self, shape: BatchShape, splits: bool) -> tuple[BatchInputs, GraphAttention]:
         """What the graphs of a shape share."""
         inputs = self._inputs.get(shape)
         if inputs is None:
             pool = self._pool
             inputs = BatchInputs(shape, self._batch_memory, pool.page_tokens, pool.padding_page)
             self._inputs[shape] = inputs
-            self._attentions[shape] = self._attention.begin(inputs)
-        return inputs, self._attentions[shape]
+        attention = self._attentions.get((shape, splits))
+        if attention is None:
+            attention = self._attentions[shape, splits] = self._attention.begin(inputs, splits=splits)
+        return inputs, attention
 
 
 def _drain(model: DecoderModel, batch: RowBatch, step: GraphAttention, lora: LoraHook) -> Tensor:

@@ -111,6 +111,8 @@ class BatchInputs:
         _write(host.token_ids, np.fromiter(chain.from_iterable(item.token_ids for item in rows), np.int32, used), 0)
         _write(host.positions, first_of_row + np.arange(used, dtype=np.int32), 0)
         _write(host.sequence_of_row, np.repeat(np.arange(len(rows)), counts), self.shape.sequences - 1)
+        # Other shapes have other things at these places.
+        host.row_indptr[0] = host.indptr[0] = 0
         _write(host.row_indptr[1:], stops, used)
         _write(host.logit_rows, stops - 1, 0)
         _write(host.last_page_tokens, (totals - 1) % self._page_tokens + 1, 1)

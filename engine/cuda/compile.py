@@ -27,6 +27,7 @@ from segue.engine.lora.points import LoraPoint
 from segue.engine.sampler import Sampler
 from segue.engine.sampling import SamplingRow
 from segue.engine.sampling_params import SamplingParams
+from segue.gpu_kernels.lora import expand_lora, shrink_lora
 from segue.gpu_kernels.lora_tiles import Regime
 
 _LOG = logging.getLogger(__name__)
@@ -71,9 +72,9 @@ class Module:
 
 def flashinfer_modules(dtype: torch.dtype, head_dim: int, windows: Iterable[int | None]) -> list[Module]:
     """What ``attention``, ``graph_attention`` and ``ops`` call, for a model whose layers have these ``windows``."""
-    from flashinfer import activation, norm, page, prefill, rope
+    from flashinfer import activation, decode, norm, page, prefill, rope
     from flashinfer.jit.activation import gen_act_and_mul_module
-    from flashinfer.jit.attention import gen_batch_prefill_module
+    from flashinfer.jit.attention import gen_batch_decode_module, gen_batch_prefill_module
     from flashinfer.jit.norm import gen_norm_module
     from flashinfer.jit.page import gen_page_module
     from flashinfer.jit.rope import gen_rope_module
@@ -91,6 +92,9 @@ def flashinfer_modules(dtype: torch.dtype, head_dim: int, windows: Iterable[int 
         modules.append(
             Module(spec=gen_batch_prefill_module(*kind), load=partial(prefill.get_batch_prefill_module, *kind))
         )
+        # The same, but without the kind of the products.
+        row = (dtype, dtype, dtype, torch.int32, head_dim, head_dim, 0, windowed, False)
+        modules.append(Module(spec=gen_batch_decode_module(*row), load=partial(decode.get_batch_decode_module, *row)))
     return modules
 
 
@@ -128,15 +132,19 @@ def compile_lora(lora: KernelLora, report: Report, dtype: torch.dtype) -> None:
         out = torch.zeros(16, sum(shape.out_features), dtype=dtype, device=device)
         words, _ = lora.capacity(point, regime, 1)
         plan = torch.zeros(words, dtype=torch.int32, device=device)
-        lora.launch(0, point, x, out, plan, workspace, lora.tiles[regime])
+        parts = lora.weights(0, point), plan, workspace, shape, lora.tiles[regime]
+        # In a graph on its own, elsewhere overlapping.
+        for dependent in {False, lora.dependent_launch}:
+            shrink_lora(x, *parts, dependent_launch=dependent)
+            expand_lora(out, *parts, dependent_launch=dependent)
     report("compile LoRA kernels", len(kinds), len(kinds))
 
 
-def compile_sampler(sampler: Sampler, report: Report, vocab: int, device: torch.device) -> None:
-    """Choose a token by everything that a row can ask for."""
+def compile_sampler(sampler: Sampler, report: Report, vocab: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Choose a token by everything that a row can ask for, from logits in ``dtype``."""
     report("compile sampling kernels", 0, 1)
     params = SamplingParams(seed=0, temperature=1.0, top_k=2, top_p=0.5, logit_bias={0: 1.0}, logprobs=1)
-    sampler.launch(torch.zeros(1, vocab, device=device), [SamplingRow(params=params, position=0)]).read()
+    sampler.launch(torch.zeros(1, vocab, dtype=dtype, device=device), [SamplingRow(params=params, position=0)]).read()
     report("compile sampling kernels", 1, 1)
 
 

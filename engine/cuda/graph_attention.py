@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeAlias
 
 import torch
+from flashinfer.decode import BatchDecodeWithPagedKVCacheWrapper
 from flashinfer.page import append_paged_kv_cache
 from flashinfer.prefill import BatchPrefillWithPagedKVCacheWrapper
 from torch import Tensor
 
 from segue.engine.cuda.batch_inputs import BatchInputs
-from segue.engine.cuda.batch_shapes import PLAN_BYTES, BatchShape, workspace_bytes
+from segue.engine.cuda.batch_shapes import DECODE_GROUPS, PLAN_BYTES, BatchShape, workspace_bytes
 from segue.engine.memory.pool import PagePool
+
+# Of FlashInfer; both have `run`, and what `plan` leaves behind.
+_Wrapper: TypeAlias = BatchPrefillWithPagedKVCacheWrapper | BatchDecodeWithPagedKVCacheWrapper
 
 
 def window_left(window: int | None) -> int:
@@ -35,12 +41,8 @@ class PlanMemory:
         return self._pinned[0]
 
 
-class GraphAttention:
-    """See AttentionStep; for CUDA graphs. All that changes from run to run lies in ``inputs`` and in the plan.
-
-    One kernel serves rows that decode and rows of prompts: how many query rows it takes at a time follows from the
-    rows that a sequence of this shape may have.
-    """
+class GraphAttention(ABC):
+    """See AttentionStep; for CUDA graphs. All that changes from run to run lies in ``inputs`` and in the plan."""
 
     def __init__(
         self,
@@ -57,35 +59,19 @@ class GraphAttention:
         self._heads = heads
         self._plans = plans
         self._inputs = inputs
-        self._wrappers = {window: self._wrapper(window, workspace) for window in set(windows)}
+        self._wrappers = {window: self._planned(window, workspace) for window in set(windows)}
 
     def plan(self) -> None:
         """Divide the work of the inputs, which are filled and on their way to the device.
 
         All runs but the last must have ended. This is what ``wrapper.plan`` does, without its own copies of the inputs.
         """
-        host, shape, pool = self._inputs.host, self._inputs.shape, self._pool
         for window, wrapper in self._wrappers.items():
             wrapper._plan_info = wrapper._cached_module.plan(
                 wrapper._float_workspace_buffer,
                 wrapper._int_workspace_buffer,
                 self._plans[window].turn(),
-                host.row_indptr,
-                host.indptr,
-                self._inputs.total_tokens,
-                shape.rows,
-                shape.sequences,
-                self._heads,
-                pool.kv_heads,
-                pool.page_tokens,
-                True,  # For a graph: sizes and places depend on the shape alone.
-                pool.head_dim,
-                pool.head_dim,
-                True,  # Causal.
-                window_left(window),
-                -1,  # No fixed size of the parts that KV is split into,
-                False,  # and it may be split.
-                0,
+                *self._work(window),
             )
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -96,9 +82,43 @@ class GraphAttention:
 
     def close(self) -> None:
         """It is used again."""
+        return
 
-    def _wrapper(self, window: int | None, workspace: Tensor) -> BatchPrefillWithPagedKVCacheWrapper:
-        """A wrapper that reads the inputs' buffers and has been planned once, for as many rows as the shape has."""
+    def _planned(self, window: int | None, workspace: Tensor) -> _Wrapper:
+        wrapper = self._wrapper(window, workspace)
+        wrapper._int_workspace_buffer = self._plans[window].on_device
+        return wrapper
+
+    @abstractmethod
+    def _wrapper(self, window: int | None, workspace: Tensor) -> _Wrapper:
+        """One that reads the inputs' buffers and has been planned once, for as many rows as the shape has."""
+
+    @abstractmethod
+    def _work(self, window: int | None) -> tuple[object, ...]:
+        """What the plan of the wrapper's module takes behind its memory."""
+
+
+class PromptAttention(GraphAttention):
+    """Sequences of any number of rows; how many query rows the kernel takes at a time follows from the shape.
+
+    ``splits`` divides long KV among programs, whose results another launch then merges.
+    """
+
+    def __init__(
+        self,
+        pool: PagePool,
+        windows: Sequence[int | None],
+        heads: int,
+        workspace: Tensor,
+        plans: Mapping[int | None, PlanMemory],
+        inputs: BatchInputs,
+        *,
+        splits: bool,
+    ) -> None:
+        self._splits = splits
+        super().__init__(pool, windows, heads, workspace, plans, inputs)
+
+    def _wrapper(self, window: int | None, workspace: Tensor) -> _Wrapper:
         at, shape, pool = self._inputs.on_device, self._inputs.shape, self._pool
         wrapper = BatchPrefillWithPagedKVCacheWrapper(
             workspace,
@@ -110,14 +130,11 @@ class GraphAttention:
             paged_kv_last_page_len_buf=at.last_page_tokens,
             backend="fa2",
         )
-        wrapper._int_workspace_buffer = self._plans[window].on_device
         row_indptr = torch.full((shape.sequences + 1,), shape.rows, dtype=torch.int32)
         row_indptr[0] = 0
         wrapper.plan(
             row_indptr,
-            torch.arange(shape.sequences + 1, dtype=torch.int32),
-            torch.full((shape.sequences,), pool.padding_page, dtype=torch.int32),
-            torch.ones(shape.sequences, dtype=torch.int32),
+            *_one_page_each(shape, pool.padding_page),
             self._heads,
             pool.kv_heads,
             pool.head_dim,
@@ -128,6 +145,73 @@ class GraphAttention:
             kv_data_type=pool.dtype,
         )
         return wrapper
+
+    def _work(self, window: int | None) -> tuple[object, ...]:
+        host, shape, pool = self._inputs.host, self._inputs.shape, self._pool
+        return (
+            host.row_indptr,
+            host.indptr,
+            self._inputs.total_tokens,
+            shape.rows,
+            shape.sequences,
+            self._heads,
+            pool.kv_heads,
+            pool.page_tokens,
+            True,  # For a graph: sizes and places depend on the shape alone.
+            pool.head_dim,
+            pool.head_dim,
+            True,  # Causal.
+            window_left(window),
+            -1,  # No fixed size of the parts that KV is split into.
+            not self._splits,
+            0,
+        )
+
+
+class DecodeAttention(GraphAttention):
+    """One row of each sequence, without tensor cores: time is the bytes of the KV."""
+
+    def _wrapper(self, window: int | None, workspace: Tensor) -> _Wrapper:
+        at, shape, pool = self._inputs.on_device, self._inputs.shape, self._pool
+        wrapper = BatchDecodeWithPagedKVCacheWrapper(
+            workspace,
+            "NHD",
+            use_cuda_graph=True,
+            paged_kv_indptr_buffer=at.indptr,
+            paged_kv_indices_buffer=at.indices,
+            paged_kv_last_page_len_buffer=at.last_page_tokens,
+            backend="fa2",
+        )
+        wrapper.plan(
+            *_one_page_each(shape, pool.padding_page),
+            self._heads,
+            pool.kv_heads,
+            pool.head_dim,
+            pool.page_tokens,
+            window_left=window_left(window),
+            q_data_type=pool.dtype,
+            kv_data_type=pool.dtype,
+        )
+        return wrapper
+
+    def _work(self, window: int | None) -> tuple[object, ...]:
+        pool = self._pool
+        # Their dtypes are what counts.
+        empty = torch.empty(0, dtype=pool.dtype)
+        return (
+            self._inputs.host.indptr,
+            self._inputs.shape.sequences,
+            self._heads,
+            pool.kv_heads,
+            pool.page_tokens,
+            True,  # For a graph.
+            window_left(window),
+            0.0,  # No soft cap.
+            pool.head_dim,
+            pool.head_dim,
+            empty,
+            empty,
+        )
 
 
 class RecordedAttention:
@@ -141,9 +225,21 @@ class RecordedAttention:
         self._pool = pool
         self._windows = tuple(windows)
         self._heads = heads
-        self._workspace = torch.empty(size_bytes, dtype=torch.uint8, device=device)
+        self._workspace = torch.zeros(size_bytes, dtype=torch.uint8, device=device)
         self._plans = {window: PlanMemory(device) for window in set(windows)}
 
-    def begin(self, inputs: BatchInputs) -> GraphAttention:
-        """The attention of the batches that these inputs bring."""
-        return GraphAttention(self._pool, self._windows, self._heads, self._workspace, self._plans, inputs)
+    def begin(self, inputs: BatchInputs, *, splits: bool) -> GraphAttention:
+        """The attention of the batches that these inputs bring. ``splits``: see PromptAttention."""
+        parts = self._pool, self._windows, self._heads, self._workspace, self._plans, inputs
+        if inputs.shape.decodes and self._heads // self._pool.kv_heads in DECODE_GROUPS:
+            return DecodeAttention(*parts)
+        return PromptAttention(*parts, splits=splits)
+
+
+def _one_page_each(shape: BatchShape, padding_page: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The pages of sequences that have one token each: bounds, pages, and how many tokens the last one holds."""
+    return (
+        torch.arange(shape.sequences + 1, dtype=torch.int32),
+        torch.full((shape.sequences,), padding_page, dtype=torch.int32),
+        torch.ones(shape.sequences, dtype=torch.int32),
+    )

@@ -17,7 +17,7 @@ from segue.engine.lora.points import POINT_PROJECTIONS, LoraPoint
 from segue.engine.lora.store import AdapterStore
 from segue.engine.memory.adapter_layout import AdapterLayout
 from segue.engine.memory.pool import PagePool
-from segue.gpu_kernels.lora import add_lora
+from segue.gpu_kernels.lora import LoraWeights, expand_lora, shrink_lora
 from segue.gpu_kernels.lora_tiles import LoraTiles, PointShape, Regime, choose_tiles
 from segue.gpu_kernels.lora_work import plan_capacity, plan_point
 
@@ -191,29 +191,20 @@ class KernelLora:
         )
         return plan[:used]
 
-    def launch(
-        self,
-        layer: int,
-        point: LoraPoint,
-        x: Tensor,
-        out: Tensor,
-        plan: Tensor,
-        workspace: Tensor,
-        tiles: LoraTiles,
-    ) -> None:
-        """Run a plan that is on the device."""
-        add_lora(
-            x,
-            out,
+    def weights(self, layer: int, point: LoraPoint) -> LoraWeights:
+        """The pages and tables of a LoRA point."""
+        return LoraWeights(
             pool_layer=self._pool.layer(layer),
             page_tables=self.tables.page_tables,
             modules=self.tables.modules[point][layer],
             scales=self.tables.scales[point][layer],
-            plan=plan,
-            workspace=workspace,
-            shape=self.points[point],
-            tiles=tiles,
         )
+
+    @property
+    def dependent_launch(self) -> bool:
+        """Whether the device can begin a launch under the one before."""
+        device = self.tables.page_tables.device
+        return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 class KernelLoraStep:
@@ -238,32 +229,61 @@ class KernelLoraStep:
             return
         if self._workspace is None:
             self._workspace = self._lora.workspace()
-        self._lora.launch(layer, point, x, out, plan_on_device, self._workspace, self._lora.tiles[self._regime])
+        lora = self._lora
+        parts = (
+            lora.weights(layer, point),
+            plan_on_device,
+            self._workspace,
+            lora.points[point],
+            lora.tiles[self._regime],
+        )
+        shrink_lora(x, *parts, dependent_launch=lora.dependent_launch)
+        expand_lora(out, *parts, dependent_launch=lora.dependent_launch)
 
 
 class GraphLora:
-    """The LoraHook that a decode graph captures: launches at ``points`` on plans that are replaced between runs."""
+    """The LoraHook that a graph captures: launches at ``points`` on plans that are replaced between runs.
 
-    def __init__(self, lora: KernelLora, plans: GraphPlans, points: AbstractSet[LoraPoint], regime: Regime) -> None:
+    Shrink needs nothing of the base product, and so goes to a branch of the graph beside it.
+    """
+
+    def __init__(
+        self,
+        lora: KernelLora,
+        plans: GraphPlans,
+        points: AbstractSet[LoraPoint],
+        regime: Regime,
+        branch: torch.cuda.Stream,
+    ) -> None:
         self._lora = lora
         self._tiles = lora.tiles[regime]
         self._plans = plans
         self._points = points
+        self._branch = branch
 
     def enter_layer(self, _layer: int) -> Iterator[None]:
         return iter(())
 
-    def begin(self, _layer: int, _point: LoraPoint, _x: Tensor) -> None:
-        return None
+    def begin(self, layer: int, point: LoraPoint, x: Tensor) -> None:
+        if point not in self._points:
+            return
+        self._branch.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._branch):
+            shrink_lora(x, *self._parts(layer, point))
 
-    def finish(self, layer: int, point: LoraPoint, x: Tensor, out: Tensor) -> Iterator[None]:
+    def finish(self, layer: int, point: LoraPoint, _x: Tensor, out: Tensor) -> Iterator[None]:
         if point in self._points:
-            plans = self._plans
-            self._lora.launch(layer, point, x, out, plans.on_device[point], plans.workspace, self._tiles)
+            torch.cuda.current_stream().wait_stream(self._branch)
+            expand_lora(out, *self._parts(layer, point))
         return iter(())
 
     def leave_layer(self, _layer: int) -> None:
         return None
+
+    def _parts(self, layer: int, point: LoraPoint) -> tuple[LoraWeights, Tensor, Tensor, PointShape, LoraTiles]:
+        plans = self._plans
+        shape = self._lora.points[point]
+        return self._lora.weights(layer, point), plans.on_device[point], plans.workspace, shape, self._tiles
 
 
 class GraphPlans:

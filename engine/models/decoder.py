@@ -62,7 +62,7 @@ class DecoderModel:
         return self.weights.embedding.device
 
     def forward(self, batch: RowBatch, attention: AttentionStep, lora: LoraHook) -> Generator[None, None, Tensor]:
-        """Run the batch; the generator's value is the logits [len(batch.logit_rows), vocab] float32.
+        """Run the batch; the generator's value is the logits [len(batch.logit_rows), vocab], in the weights' dtype.
 
         ``batch`` is on the model's device, and ``attention`` was begun for it. Yields once between two layers and
         whenever ``lora`` waits. A pass may rest at a yield for any time and other passes may run meanwhile; its
@@ -87,7 +87,7 @@ class DecoderModel:
             next_norm = weights.norm if is_last else weights.layers[layer + 1].input_norm
             x, residual = ops.add_norm(inner, residual, next_norm)
             lora.leave_layer(layer)
-        return functional.linear(x, weights.head).float()
+        return functional.linear(x, weights.head)
 
     def _attention(
         self, layer: int, x: Tensor, positions: Tensor, attention: AttentionStep, lora: LoraHook

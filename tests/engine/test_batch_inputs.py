@@ -104,6 +104,7 @@ def test_what_a_shape_holds() -> None:
     assert not shape.holds(17, 1)
     assert BatchShape(4, 4).holds(4, 4)
     assert BatchShape(4, 4).holds(3, 3)
+    assert not BatchShape(4, 4).holds(4, 3), "one row for each sequence"
 
 
 @pytest.mark.parametrize(("max_rows", "max_sequences"), [(640, 128), (512, 64), (48, 16), (192, 64)])
@@ -119,8 +120,10 @@ def test_every_batch_has_a_shape(max_rows: int, max_sequences: int) -> None:
 
 
 def test_the_workspace_is_what_a_plan_takes() -> None:
-    """By hand for 32 query heads on 8, 128 wide, on 132 multiprocessors: heads x tiles x tile rows x 129 floats."""
+    """By hand for 128 wide heads on 132 multiprocessors: query heads x parts x rows of a part x 129 floats."""
     decode, mixed = BatchShape(128, 128), BatchShape(256, 129)
-    assert workspace_bytes(decode, 32, 8, 128, 132) == 32 * (128 * 4 // 16 + 127) * 16 * 129 * 4 + 1024
+    assert workspace_bytes(decode, 32, 8, 128, 132) == 32 * (16 * 132 // 8) * 129 * 4 + 1024
     assert workspace_bytes(mixed, 32, 8, 128, 132) == 32 * (256 * 4 // 128 + 128) * 128 * 129 * 4 + 1024
-    assert workspace_bytes(BatchShape(1, 1), 32, 8, 128, 132) == 32 * 33 * 16 * 129 * 4 + 1024
+    # Seven query heads for each of KV: served by the kernel for prompts.
+    assert workspace_bytes(decode, 28, 4, 128, 132) == 28 * (128 * 7 // 16 + 127) * 16 * 129 * 4 + 1024
+    assert workspace_bytes(BatchShape(1, 1), 28, 4, 128, 132) == 28 * 66 * 16 * 129 * 4 + 1024
