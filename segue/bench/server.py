@@ -35,8 +35,8 @@ _ANSWER_SECONDS = 20.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerBenchConfig:
-    """Which engine serves which streams: ``engine`` says it, with decode cases alone; its ``steps`` are the tokens that
-    each stream asks for, and its ``repeats`` the rounds.
+    """Which engine serves which streams: ``engine`` says it, with decode cases alone. Its ``steps`` are the tokens that
+    each stream asks for, its ``repeats`` the rounds; none begins later than its ``seconds`` after the server serves.
 
     ``window_seconds`` are measured in each round of a case, in which no stream may end. ``clients`` processes share the
     streams. ``start_seconds`` bound the server's start.
@@ -68,14 +68,13 @@ def run_server_bench(config: ServerBenchConfig, progress: Callable[[str], None])
 
     Raises ConfigError, ModelError or OSError for what cannot be measured, and BenchmarkError.
     """
-    deadline_seconds = time.monotonic() + config.engine.seconds
     with prepared(config.engine, progress) as ready:
         if config.engine.shape is not None:
             write_tokenizer(Path(ready.engine.model_dir), ready.model.vocab_size)
         progress("starting the server")
         try:
             with spawned_server(_server_table(ready), start_seconds=config.start_seconds) as address:
-                values = _measure_rounds(config, address, ready.model.vocab_size, progress, deadline_seconds)
+                values = _measure_rounds(config, address, ready.model.vocab_size, progress)
         except SpawnError as error:
             raise BenchmarkError(str(error)) from error
     rows = [case_row(case, measure, found) for case in values for measure, found in values[case].by_measure.items()]
@@ -117,9 +116,9 @@ def _measure_rounds(
     address: str,
     vocab_size: int,
     progress: Callable[[str], None],
-    deadline_seconds: float,
 ) -> dict[Case, _Values]:
     """A first round is not kept: graphs are recorded in it. Raises BenchmarkError."""
+    deadline_seconds = time.monotonic() + config.engine.seconds
     values = {case: _Values() for case in config.engine.cases}
     bench = _ServerBench(config, address, vocab_size)
     for repeat in range(config.engine.repeats + 1):

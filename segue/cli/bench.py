@@ -93,27 +93,15 @@ def engine(
 ) -> None:
     """Time the engine's decode step by batch and adapter mix, and the time to a first token."""
     with one_line_errors():
-        if shape is not None and model is not None:
-            raise UserError("give --shape or --model, not both")
         _check_outputs(json, plot)
-        from segue.bench.engine import EngineBenchConfig
-
         if preset is None:
             cases = _cases(batch, mix, ranks, targets, prompt, ttft_prompts)
         else:
             cases = _preset(preset, (batch, mix, ranks, targets, prompt, ttft_prompts))
             shape = shape or (None if model is not None else "llama-3.1-8b")
             dtype, device = dtype or "bfloat16", device or "cuda"
-        config = EngineBenchConfig(
-            cases=cases,
-            shape=shape or (None if model is not None else _DEFAULT_SHAPE),
-            model_dir=None if model is None else str(model),
-            dtype=dtype or "float32",
-            device=device or "cpu",
-            steps=steps,
-            repeats=runs,
-            seconds=seconds,
-            torch_threads=torch_threads,
+        config = _engine_config(
+            cases, shape, model, dtype, device, steps=steps, runs=runs, seconds=seconds, torch_threads=torch_threads
         )
         report = _with_progress(lambda progress: _engine_report(config, progress))
         _write(report, json, plot)
@@ -143,24 +131,21 @@ def server(
 ) -> None:
     """Time streams that decode together through gRPC, and how long the device waits between their steps."""
     with one_line_errors():
-        if shape is not None and model is not None:
-            raise UserError("give --shape or --model, not both")
         _check_outputs(json, plot)
         from segue.bench.cases import Measure, When
-        from segue.bench.engine import EngineBenchConfig
         from segue.bench.server import ServerBenchConfig
 
         cases = _cases(batch, mix, ranks, targets, prompt, None)
         decodes = tuple(case for case in cases if case.measure is Measure.DECODE_STEP and case.when is not When.AFTER)
         config = ServerBenchConfig(
-            engine=EngineBenchConfig(
-                cases=tuple(dataclasses.replace(case, when=None) for case in decodes),
-                shape=shape or (None if model is not None else _DEFAULT_SHAPE),
-                model_dir=None if model is None else str(model.absolute()),
-                dtype=dtype or "float32",
-                device=device or "cpu",
+            engine=_engine_config(
+                tuple(dataclasses.replace(case, when=None) for case in decodes),
+                shape,
+                model,
+                dtype,
+                device,
                 steps=max_tokens,
-                repeats=runs,
+                runs=runs,
                 seconds=seconds,
                 torch_threads=torch_threads,
             ),
@@ -235,6 +220,35 @@ def _preset(name: str, own_cases: tuple[object, ...]) -> tuple[Case, ...]:
     if any(option is not None for option in own_cases):
         raise UserError("--preset names all cases: leave out --batch, --mix, --ranks, --targets and the prompts")
     return PRESETS[name]
+
+
+def _engine_config(
+    cases: tuple[Case, ...],
+    shape: str | None,
+    model: Path | None,
+    dtype: str | None,
+    device: str | None,
+    *,
+    steps: int,
+    runs: int,
+    seconds: float,
+    torch_threads: int,
+) -> EngineBenchConfig:
+    from segue.bench.engine import EngineBenchConfig
+
+    if shape is not None and model is not None:
+        raise UserError("give --shape or --model, not both")
+    return EngineBenchConfig(
+        cases=cases,
+        shape=shape or (None if model is not None else _DEFAULT_SHAPE),
+        model_dir=None if model is None else str(model),
+        dtype=dtype or "float32",
+        device=device or "cpu",
+        steps=steps,
+        repeats=runs,
+        seconds=seconds,
+        torch_threads=torch_threads,
+    )
 
 
 def _engine_report(config: EngineBenchConfig, progress: Callable[[str], None]) -> Report:

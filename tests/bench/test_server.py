@@ -51,6 +51,21 @@ def test_the_file_has_four_rows_for_each_mix(tmp_path: Path) -> None:
     assert (report.benchmark, report.settings["clients"], report.settings["window_seconds"]) == ("server", 2, 0.2)
 
 
+@pytest.mark.gpu
+@pytest.mark.timeout(700)
+def test_a_server_on_cuda_is_measured(tmp_path: Path) -> None:
+    """Kernels are compiled when they are first met."""
+    out = tmp_path / "report.json"
+    device = ("--device", "cuda", "--dtype", "bfloat16", "--batch", "20", "--mix", "base,ranks", "--ranks", "8,16")
+    result = bench(
+        "--shape", "tiny", *device, "--max-tokens", "3500", "--window", "0.5", "--runs", "2", "--json", str(out)
+    )
+    assert (result.exit_code, result.stderr) == (0, "")
+    rows = [row for row in Report.read(out).rows if row.measure == "device_idle_fraction"]
+    assert [(row.batch, row.adapters, row.runs) for row in rows] == [(20, 0, 2), (20, 20, 2)]
+    assert all(0 <= row.median < 1 for row in rows)
+
+
 def test_streams_that_end_too_early_are_told() -> None:
     options = ("--shape", "tiny", "--batch", "2", "--prompt", "4", "--max-tokens", "9", "--window", "2")
     result = bench(*options, "--runs", "1")

@@ -63,12 +63,6 @@ class Asked:
     is_greedy: bool
 
 
-@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    chosen: torch.dtype = request.param
-    return chosen
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory, dtype: torch.dtype) -> tuple[Path, Path]:
     """A model, and contents that folders of adapters may have."""

@@ -21,12 +21,6 @@ RANKS = {"a": 8, "b": 64, "c": 1, "d": 24}
 REQUESTS = 24
 
 
-@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    chosen: torch.dtype = request.param
-    return chosen
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory, dtype: torch.dtype) -> tuple[Path, Path]:
     root = tmp_path_factory.mktemp("bits")
