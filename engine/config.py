@@ -56,7 +56,8 @@ class EngineConfig:
     ``budget_tokens`` bounds the rows of one pass, and ``chunk_tokens`` the rows of prompts that ride in a step with
     requests that decode. ``max_passes`` bounds the passes of loading adapters under way, and ``layers_per_step`` how
     many layers each of them advances between two steps with decodes. ``runs_ahead`` enqueues a step before the tokens
-    of the one before are read; None does where the device computes beside the engine.
+    of the one before are read; None does where the device computes beside the engine. ``measure_device_time`` has the
+    state tell how long the device computes and waits.
 
     ``cpu_workers`` may be 0: then every adapter is served by streaming; worker i is pinned to ``cpu_cores[i]`` where
     given, and is replaced after ``cpu_stall_seconds`` without progress on a job. ``torch_threads`` is for the CPU
@@ -88,6 +89,7 @@ class EngineConfig:
     max_passes: int = 16
     layers_per_step: int = 2
     runs_ahead: bool | None = None
+    measure_device_time: bool = False
     poison_freed_pages: bool = False
     check_invariants: bool = False
     handoff: HandoffConfig = field(default_factory=HandoffConfig)

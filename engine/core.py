@@ -6,9 +6,11 @@ All of it runs on one thread. Copies, disk reads and CPU LoRA jobs run elsewhere
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
 
+from segue.engine.device_time import DeviceMeter
 from segue.engine.flights import Flight, Flights
 from segue.engine.forward_pass import ForwardPass, PassState, RequestRows
 from segue.engine.kv import KvPages
@@ -54,9 +56,11 @@ class Engine:
         sampler: Sampler,
         clock: Callable[[], float],
         runs_ahead: bool = False,
+        meter: DeviceMeter | None = None,
         check_invariants: bool = False,
     ) -> None:
-        """``prefill_rate`` is in tokens per second. ``runs_ahead``: enqueue a step before the one before is read."""
+        """``prefill_rate`` is in tokens per second. ``runs_ahead``: enqueue a step before the one before is read.
+        ``meter`` measures the batches."""
         self._runner = runner
         self._pool = pool
         self._store = store
@@ -76,6 +80,7 @@ class Engine:
         self._passes: list[ForwardPass] = []
         self._flights = Flights(sampler, clock)
         self._runs_ahead = runs_ahead
+        self._meter = meter
         self._settled_seconds = 0.0
         self._output = StepOutput()
         self._unreported: list[VersionFailed] = []
@@ -270,7 +275,8 @@ class Engine:
 
     def _run_batch(self, planned: Sequence[PassRows]) -> None:
         start_seconds = self._clock()
-        self._flights.launch(self._runner.run(self._rows(planned)), start_seconds)
+        with nullcontext() if self._meter is None else self._meter.batch():
+            self._flights.launch(self._runner.run(self._rows(planned)), start_seconds)
         self._progressed = True
 
     def _rows(self, planned: Sequence[PassRows]) -> list[RequestRows]:

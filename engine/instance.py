@@ -21,6 +21,7 @@ from segue.engine.config import EngineConfig, HandoffConfig, HandoffMode, LoadFo
 from segue.engine.core import Engine
 from segue.engine.cuda.toolchain import prepare_cuda
 from segue.engine.device import device_streams
+from segue.engine.device_time import device_meter
 from segue.engine.lora.apply import LoraResources
 from segue.engine.lora.bridge import CpuBridge, HostTransport, RowTransport
 from segue.engine.lora.device_lora import TorchDeviceLora
@@ -99,6 +100,7 @@ class EngineInstance:
             clock=time.monotonic,
         )
         runner = PassRunner(model, self._pool, backend.attention, resources, backend.batches)
+        self._meter = device_meter(config.device) if config.measure_device_time else None
         self.engine = self._engine(runner, backend.sampler)
         self._host_store.wait_until_ready(min(self._host_store.extent_bytes, config.host_store_bytes))
 
@@ -158,6 +160,7 @@ class EngineInstance:
             worker_restarts=self._worker_restarts,
             steps=self.engine.steps,
             versions=self.engine.versions.states(),
+            device_time=None if self._meter is None else self._meter.read(),
         )
 
     def _page_pool(self, dtype: torch.dtype, device: torch.device) -> PagePool:
@@ -262,6 +265,7 @@ class EngineInstance:
             prefill_rate=RateMeter(_ASSUMED_PREFILL_TOKENS_PER_SECOND),
             sampler=sampler,
             runs_ahead=config.device == "cuda" if config.runs_ahead is None else config.runs_ahead,
+            meter=self._meter,
             clock=time.monotonic,
             check_invariants=config.check_invariants,
         )

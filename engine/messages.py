@@ -158,10 +158,20 @@ class VersionState(msgspec.Struct, frozen=True):
     users: int
 
 
+class DeviceTime(msgspec.Struct, frozen=True):
+    """What ``batches`` that have ended took on the device, and how long it waited between them at most, since the first
+    began."""
+
+    batches: int
+    busy_seconds: float
+    idle_seconds: float
+
+
 class State(msgspec.Struct, frozen=True, tag=True):
     """A snapshot of the engine, in answer to GetState.
 
     ``kv_pages`` are in use by requests; ``cached_pages`` keep prefixes that no request uses, until pages are needed.
+    ``device_time`` is there where the configuration has it measured.
     """
 
     number: int
@@ -177,6 +187,7 @@ class State(msgspec.Struct, frozen=True, tag=True):
     worker_restarts: int
     steps: int
     versions: list[VersionState]
+    device_time: DeviceTime | None = None
 
 
 class VersionFailed(msgspec.Struct, frozen=True, tag=True):

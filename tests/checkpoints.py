@@ -69,15 +69,18 @@ def write_random_model(
     dtype: torch.dtype = torch.float32,
     max_shard_bytes: int | None = None,
     transformers_4_config: bool = False,
+    block_strength: float = 1.0,
+    logit_spread: float = 2.0,
 ) -> Path:
     """Write a random checkpoint into ``directory`` (created) and return it.
 
     ``max_shard_bytes`` splits the weights over several files with an index. ``transformers_4_config`` writes the rope
-    parameters of config.json as transformers 4 spelled them (``rope_theta`` and ``rope_scaling``).
+    parameters of config.json as transformers 4 spelled them (``rope_theta`` and ``rope_scaling``). ``block_strength``
+    is the spread of what an attention or MLP block adds, beside 1 of its input: trained models add little in each.
     """
     model = model or TinyModel()
     causal = transformers.AutoModelForCausalLM.from_config(_transformers_config(model))  # type: ignore[no-untyped-call]
-    _randomise(causal, seed)
+    _randomise(causal, seed, block_strength, logit_spread)
     shard: dict[str, Any] = {} if max_shard_bytes is None else {"max_shard_size": max_shard_bytes}
     torch.nn.Module.to(causal, dtype)
     causal.save_pretrained(directory, **shard)
@@ -199,7 +202,7 @@ def _transformers_config(model: TinyModel) -> transformers.PretrainedConfig:
     )
 
 
-def _randomise(model: torch.nn.Module, seed: int) -> None:
+def _randomise(model: torch.nn.Module, seed: int, block_strength: float, logit_spread: float) -> None:
     """Linear weights keep the scale of their input, embeddings have unit spread, norms are near 1, biases near 0."""
     tied = "lm_head.weight" not in dict(model.named_parameters())
     generator = torch.Generator().manual_seed(seed)
@@ -210,9 +213,11 @@ def _randomise(model: torch.nn.Module, seed: int) -> None:
         elif name.endswith("bias"):
             values = 0.5 * noise
         elif "lm_head" in name:
-            values = 2.0 * noise / parameter.shape[1] ** 0.5
+            values = logit_spread * noise / parameter.shape[1] ** 0.5
+        elif "o_proj" in name or "down_proj" in name:
+            values = block_strength * noise / parameter.shape[1] ** 0.5
         elif "embed_tokens" in name:
-            values = noise / (parameter.shape[1] ** 0.5 / 2.0 if tied else 1.0)
+            values = noise / (parameter.shape[1] ** 0.5 / logit_spread if tied else 1.0)
         else:
             values = noise / parameter.shape[1] ** 0.5
         parameter.data.copy_(values)

@@ -18,7 +18,7 @@ from segue.engine.lora.store import AdapterStore
 from segue.engine.memory.adapter_layout import AdapterLayout
 from segue.engine.memory.pool import PagePool
 from segue.gpu_kernels.lora import add_lora
-from segue.gpu_kernels.lora_tiles import LoraTiles, PointShape, Regime, choose_tiles
+from segue.gpu_kernels.lora_tiles import Architecture, LoraTiles, PointShape, Regime, choose_tiles
 from segue.gpu_kernels.lora_work import plan_capacity, plan_point
 
 
@@ -36,6 +36,13 @@ class LoraSizes:
 _FEW_ROWS = 16
 # From so many rows for each segment on, tensor cores have something to do.
 _PREFILL_ROWS = 4
+
+
+def architecture_of(device: torch.device) -> Architecture:
+    """Whose tiles a device takes; where the kernels are interpreted, those that were measured."""
+    if device.type != "cuda":
+        return Architecture.SM_90
+    return Architecture.of(torch.cuda.get_device_capability(device))
 
 
 def regime_of(rows: int, segments: int) -> Regime:
@@ -142,6 +149,7 @@ class KernelLora:
                 page_elems=pool.page_elems,
                 element_bytes=pool.dtype.itemsize,
                 multiprocessors=multiprocessors,
+                architecture=architecture_of(device),
             )
             for regime in Regime
         }

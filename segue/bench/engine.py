@@ -10,7 +10,8 @@ import dataclasses
 import json
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,12 +123,23 @@ class EngineBenchConfig:
         )
 
 
-def run_engine_bench(config: EngineBenchConfig, progress: Callable[[str], None]) -> Report:
-    """Measure; ``progress`` is told in one line what is done next.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """What is measured, on disk, and the engine that has room for it: adapters ``names`` in ``adapters_dir``."""
 
-    Raises ConfigError, ModelError or OSError for a model that cannot be measured, and BenchmarkError.
+    model: ModelConfig
+    adapters_dir: Path
+    names: tuple[str, ...]
+    catalog: AdapterCatalog
+    engine: EngineConfig
+
+
+@contextmanager
+def prepared(config: EngineBenchConfig, progress: Callable[[str], None]) -> Iterator[Prepared]:
+    """Write a random model's configuration and the adapters into a folder that goes with the block.
+
+    Raises ConfigError, ModelError or OSError for a model that cannot be measured.
     """
-    deadline_seconds = time.monotonic() + config.seconds
     with tempfile.TemporaryDirectory(prefix="segue-bench-") as folder:
         progress("writing adapters")
         model_dir, adapters_dir = Path(config.model_dir or Path(folder) / "model"), Path(folder) / "adapters"
@@ -141,16 +153,34 @@ def run_engine_bench(config: EngineBenchConfig, progress: Callable[[str], None])
             raise ConfigError(f"steps: a request would have {needed} tokens, the model's context is {context}")
         names = write_adapters([case.mix for case in config.cases], model, adapters_dir, _DTYPES[config.dtype])
         catalog = AdapterCatalog(adapters_dir, model, config.max_rank)
+        yield Prepared(
+            model=model,
+            adapters_dir=adapters_dir,
+            names=tuple(names),
+            catalog=catalog,
+            engine=_with_room(config, model_dir, model, catalog, names),
+        )
+
+
+def run_engine_bench(config: EngineBenchConfig, progress: Callable[[str], None]) -> Report:
+    """Measure; ``progress`` is told in one line what is done next.
+
+    Raises ConfigError, ModelError or OSError for a model that cannot be measured, and BenchmarkError.
+    """
+    deadline_seconds = time.monotonic() + config.seconds
+    with prepared(config, progress) as ready:
         progress("starting the engine")
-        with EngineDriver(_with_room(config, model_dir, model, catalog, names), catalog) as driver:
+        with EngineDriver(ready.engine, ready.catalog) as driver:
             gemm_batches = [case.batch for case in config.cases if case.measure is Measure.GEMMS]
-            gemms = Gemms(model, batches=gemm_batches, dtype=_DTYPES[config.dtype], device=config.device)
-            progress(f"loading {len(names)} adapters")
-            bench = _EngineBench(config, driver, {name: driver.load(name) for name in names}, gemms, model.vocab_size)
+            gemms = Gemms(ready.model, batches=gemm_batches, dtype=_DTYPES[config.dtype], device=config.device)
+            progress(f"loading {len(ready.names)} adapters")
+            versions = {name: driver.load(name) for name in ready.names}
+            bench = _EngineBench(config, driver, versions, gemms, ready.model.vocab_size)
             timings = _measure_rounds(config, bench, progress, deadline_seconds)
     settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     del settings["cases"]
-    return Report.here("engine", settings, [_row(case, seconds) for case, seconds in timings.items()])
+    rows = [case_row(case, case.measure.value, [1e3 * item for item in timings[case]]) for case in timings]
+    return Report.here("engine", settings, rows)
 
 
 class _EngineBench:
@@ -218,11 +248,12 @@ def _measure_rounds(
     return timings
 
 
-def _row(case: Case, seconds: Sequence[float]) -> Row:
-    percentiles = Percentiles.of([1e3 * item for item in seconds])
+def case_row(case: Case, measure: str, values: Sequence[float]) -> Row:
+    """The row of what was measured of a case, in the unit that ``measure`` ends in."""
+    percentiles = Percentiles.of(values)
     residency = Tier.DEVICE if case.mix.adapters else Tier.NONE
     return Row(
-        measure=case.measure.value,
+        measure=measure,
         batch=case.batch,
         adapters=case.mix.adapters,
         ranks=case.mix.distinct_ranks,

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from segue.engine.cuda.lora import regime_of
+from segue.engine.cuda.lora import architecture_of, regime_of
 from segue.gpu_kernels.lora import add_lora
 from segue.gpu_kernels.lora_tiles import LoraTiles, PointShape, choose_tiles
 from segue.gpu_kernels.lora_work import plan_capacity, plan_point
@@ -107,6 +107,7 @@ class KernelBatch:
             page_elems=model.page_elems,
             element_bytes=dtype.itemsize,
             multiprocessors=multiprocessors,
+            architecture=architecture_of(torch.device(device)),
         )
         self._modules = _module_table(case.ranks, self.shape, model.chunk_elems)
         rank_elems = self.shape.modules * self.shape.in_features + sum(self.shape.out_features)

@@ -12,6 +12,9 @@ _WORDS = {
     "gemm_ms": "GEMMs alone",
     "decode_step_ms": "decode step",
     "ttft_ms": "first token",
+    "device_idle_fraction": "device idle",
+    "tokens_per_second": "tokens a second",
+    "time_per_token_ms": "a stream's time per token",
     "lora_kernels_us": "LoRA kernels",
     "landing_kernel_us": "landing",
 }
@@ -83,8 +86,15 @@ def _median_table(reports: Mapping[str, Report]) -> str:
     lines = [[f"`{name}`" for name in cells]]
     for case in cases:
         found = (rows.get(case) for rows in cells.values())
-        lines.append(["" if row is None else f"{row.median:.2f} ({row.p10:.2f} to {row.p90:.2f})" for row in found])
-    return _markdown(["milliseconds: median (p10 to p90)", *cases], lines)
+        lines.append(["" if row is None else _median_cell(row) for row in found])
+    plain = all(row.measure.endswith("_ms") for rows in cells.values() for row in rows.values())
+    title = "milliseconds: median (p10 to p90)" if plain else "median (p10 to p90), times in milliseconds"
+    return _markdown([title, *cases], lines)
+
+
+def _median_cell(row: Row) -> str:
+    form = ".1%" if row.measure.endswith("_fraction") else ".2f"
+    return f"{row.median:{form}} ({row.p10:{form}} to {row.p90:{form}})"
 
 
 def _kernel_table(reports: Mapping[str, Report]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from segue.bench.engine import EngineBenchConfig
     from segue.bench.kernels import KernelBenchConfig
     from segue.bench.report import Report
+    from segue.bench.server import ServerBenchConfig
 
 _T = TypeVar("_T")
 _DEFAULT_SHAPE = "small"
@@ -65,6 +67,7 @@ TorchThreadsOption = Annotated[int, typer.Option(metavar="N", help="Threads of t
 def register(app: typer.Typer) -> None:
     bench = typer.Typer(help="Measure on this machine.", no_args_is_help=True)
     bench.command(name="engine")(engine)
+    bench.command(name="server")(server)
     bench.command(name="kernels")(kernels)
     app.add_typer(bench, name="bench")
 
@@ -90,29 +93,66 @@ def engine(
 ) -> None:
     """Time the engine's decode step by batch and adapter mix, and the time to a first token."""
     with one_line_errors():
-        if shape is not None and model is not None:
-            raise UserError("give --shape or --model, not both")
         _check_outputs(json, plot)
-        from segue.bench.engine import EngineBenchConfig
-
         if preset is None:
             cases = _cases(batch, mix, ranks, targets, prompt, ttft_prompts)
         else:
             cases = _preset(preset, (batch, mix, ranks, targets, prompt, ttft_prompts))
             shape = shape or (None if model is not None else "llama-3.1-8b")
             dtype, device = dtype or "bfloat16", device or "cuda"
-        config = EngineBenchConfig(
-            cases=cases,
-            shape=shape or (None if model is not None else _DEFAULT_SHAPE),
-            model_dir=None if model is None else str(model),
-            dtype=dtype or "float32",
-            device=device or "cpu",
-            steps=steps,
-            repeats=runs,
-            seconds=seconds,
-            torch_threads=torch_threads,
+        config = _engine_config(
+            cases, shape, model, dtype, device, steps=steps, runs=runs, seconds=seconds, torch_threads=torch_threads
         )
         report = _with_progress(lambda progress: _engine_report(config, progress))
+        _write(report, json, plot)
+    _show(report)
+
+
+def server(
+    shape: ShapeOption = None,
+    model: ModelOption = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    batch: Annotated[str, typer.Option(metavar="N,...", help="Streams that decode together.")] = "16",
+    mix: Annotated[str, typer.Option(metavar="NAME,...", help="As of bench engine.")] = "base",
+    ranks: RanksOption = None,
+    targets: TargetsOption = None,
+    prompt: PromptOption = None,
+    max_tokens: Annotated[
+        int, typer.Option(metavar="N", help="Tokens of each stream; none may end while it is measured.")
+    ] = 1024,
+    window: Annotated[float, typer.Option(metavar="SECONDS", help="Time to measure in a round.")] = 2.0,
+    clients: Annotated[int, typer.Option(metavar="N", help="Processes that share the streams.")] = 1,
+    runs: RunsOption = 5,
+    seconds: SecondsOption = 240.0,
+    torch_threads: TorchThreadsOption = 1,
+    json: JsonOption = None,
+    plot: PlotOption = None,
+) -> None:
+    """Time streams that decode together through gRPC, and how long the device waits between their steps."""
+    with one_line_errors():
+        _check_outputs(json, plot)
+        from segue.bench.cases import Measure, When
+        from segue.bench.server import ServerBenchConfig
+
+        cases = _cases(batch, mix, ranks, targets, prompt, None)
+        decodes = tuple(case for case in cases if case.measure is Measure.DECODE_STEP and case.when is not When.AFTER)
+        config = ServerBenchConfig(
+            engine=_engine_config(
+                tuple(dataclasses.replace(case, when=None) for case in decodes),
+                shape,
+                model,
+                dtype,
+                device,
+                steps=max_tokens,
+                runs=runs,
+                seconds=seconds,
+                torch_threads=torch_threads,
+            ),
+            window_seconds=window,
+            clients=clients,
+        )
+        report = _with_progress(lambda progress: _server_report(config, progress))
         _write(report, json, plot)
     _show(report)
 
@@ -182,12 +222,51 @@ def _preset(name: str, own_cases: tuple[object, ...]) -> tuple[Case, ...]:
     return PRESETS[name]
 
 
+def _engine_config(
+    cases: tuple[Case, ...],
+    shape: str | None,
+    model: Path | None,
+    dtype: str | None,
+    device: str | None,
+    *,
+    steps: int,
+    runs: int,
+    seconds: float,
+    torch_threads: int,
+) -> EngineBenchConfig:
+    from segue.bench.engine import EngineBenchConfig
+
+    if shape is not None and model is not None:
+        raise UserError("give --shape or --model, not both")
+    return EngineBenchConfig(
+        cases=cases,
+        shape=shape or (None if model is not None else _DEFAULT_SHAPE),
+        model_dir=None if model is None else str(model),
+        dtype=dtype or "float32",
+        device=device or "cpu",
+        steps=steps,
+        repeats=runs,
+        seconds=seconds,
+        torch_threads=torch_threads,
+    )
+
+
 def _engine_report(config: EngineBenchConfig, progress: Callable[[str], None]) -> Report:
     from segue.bench.engine import run_engine_bench
     from segue.engine.models.config import ModelError
 
     try:
         return run_engine_bench(config, progress)
+    except ModelError as error:
+        raise UserError(str(error)) from error
+
+
+def _server_report(config: ServerBenchConfig, progress: Callable[[str], None]) -> Report:
+    from segue.bench.server import run_server_bench
+    from segue.engine.models.config import ModelError
+
+    try:
+        return run_server_bench(config, progress)
     except ModelError as error:
         raise UserError(str(error)) from error
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -23,6 +20,7 @@ from rich.text import Text
 from segue.client import Client
 from segue.demo.timeline import layer_line, span_seconds, verdict
 from segue.errors import EngineUnavailableError, SegueError
+from segue.server.spawn import SpawnError, spawned_server
 from segue.types import Reply, ServerInfo, Tier
 
 ASSETS = Path(__file__).parent / "assets"
@@ -108,46 +106,34 @@ def run_demo(console: Console, options: DemoOptions) -> None:
 
 @contextmanager
 def _server(options: DemoOptions) -> Iterator[str]:
-    """A ``segue serve`` process on a free port of this machine; yields its address."""
-    with tempfile.TemporaryDirectory(prefix="segue-demo-") as folder:
-        log, port_file = Path(folder) / "server.log", Path(folder) / "address"
-        config = Path(folder) / "segue.toml"
-        config.write_text(
-            f"[engine]\ncopy_bytes_per_second = {options.link_bytes_per_second}\ncpu_workers = {options.cpu_workers}\n"
-        )
-        command = [sys.executable, "-m", "segue", "serve", "--model", str(ASSETS / "model")]
-        command += ["--adapters", str(ASSETS / "adapters"), "--listen", "127.0.0.1:0", "--device", "cpu"]
-        command += ["--config", str(config), "--address-file", str(port_file)]
-        with log.open("w") as output:
-            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
-        try:
-            yield _wait_for_server(process, port_file, log)
-        finally:
-            process.terminate()
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+    """A server on a free port of this machine, with its CPU workers ready; yields its address."""
+    engine = {
+        "model_dir": str(ASSETS / "model"),
+        "device": "cpu",
+        "copy_bytes_per_second": options.link_bytes_per_second,
+        "cpu_workers": options.cpu_workers,
+    }
+    table = {"adapters_dir": str(ASSETS / "adapters"), "engine": engine}
+    try:
+        with spawned_server(table, start_seconds=_START_SECONDS) as address:
+            _wait_for_workers(address)
+            yield address
+    except SpawnError as error:
+        raise DemoError(str(error)) from error
 
 
-def _wait_for_server(process: subprocess.Popen[bytes], port_file: Path, log: Path) -> str:
-    """The server's address once its engine serves and its CPU workers are ready."""
+def _wait_for_workers(address: str) -> None:
     deadline = time.monotonic() + _START_SECONDS
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise DemoError(f"the server ended early:\n{log.read_text()[-2000:]}")
-        if port_file.exists() and port_file.read_text():
-            address = port_file.read_text().strip()
-            with Client(address) as client:
-                try:
-                    info = client.info()
-                except EngineUnavailableError:
-                    info = None
-                if info is not None and info.cpu_workers_ready == info.cpu_workers:
-                    return address
-        time.sleep(0.1)
-    raise DemoError(f"the server is not ready after {_START_SECONDS:.0f} s:\n{log.read_text()[-2000:]}")
+    with Client(address) as client:
+        while time.monotonic() < deadline:
+            try:
+                info = client.info()
+            except EngineUnavailableError:
+                info = None
+            if info is not None and info.cpu_workers_ready == info.cpu_workers:
+                return
+            time.sleep(0.1)
+    raise DemoError(f"the CPU workers are not ready after {_START_SECONDS:.0f} s")
 
 
 def _introduce(

@@ -11,7 +11,7 @@ from typing import Any
 import grpc.aio
 
 from segue.engine.config import EngineConfig
-from segue.engine.messages import State
+from segue.engine.messages import DeviceTime, State
 from segue.errors import EngineUnavailableError, InvalidRequestError
 from segue.server.adapters import AdapterDirectory
 from segue.server.convert import tier_to_proto
@@ -101,4 +101,9 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
             residency=residency,
             cpu_workers=pb.CpuWorkers(ready=state.cpu_workers_ready, restarts=state.worker_restarts),
             steps=state.steps,
+            device_time=None if state.device_time is None else _device_time(state.device_time),
         )
+
+
+def _device_time(spent: DeviceTime) -> pb.DeviceTime:
+    return pb.DeviceTime(batches=spent.batches, busy_seconds=spent.busy_seconds, idle_seconds=spent.idle_seconds)

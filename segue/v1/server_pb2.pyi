@@ -148,6 +148,7 @@ class WatchStateResponse(google.protobuf.message.Message):
     CPU_WORKERS_FIELD_NUMBER: builtins.int
     STEPS_FIELD_NUMBER: builtins.int
     PROFILE_FIELD_NUMBER: builtins.int
+    DEVICE_TIME_FIELD_NUMBER: builtins.int
     status: Global___EngineStatus.ValueType
     """While not SERVING, only this field is set."""
     steps: builtins.int
@@ -164,6 +165,10 @@ class WatchStateResponse(google.protobuf.message.Message):
     def profile(self) -> Global___CostProfile:
         """What the server's times depend on. Absent: not measured on this machine."""
 
+    @property
+    def device_time(self) -> Global___DeviceTime:
+        """What the device did. Absent: the server's configuration does not have it measured."""
+
     def __init__(
         self,
         *,
@@ -174,9 +179,13 @@ class WatchStateResponse(google.protobuf.message.Message):
         cpu_workers: Global___CpuWorkers | None = ...,
         steps: builtins.int = ...,
         profile: Global___CostProfile | None = ...,
+        device_time: Global___DeviceTime | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_profile", b"_profile", "cpu_workers", b"cpu_workers", "pages", b"pages", "profile", b"profile", "queue", b"queue", "residency", b"residency"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_profile", b"_profile", "cpu_workers", b"cpu_workers", "pages", b"pages", "profile", b"profile", "queue", b"queue", "residency", b"residency", "status", b"status", "steps", b"steps"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_device_time", b"_device_time", "_profile", b"_profile", "cpu_workers", b"cpu_workers", "device_time", b"device_time", "pages", b"pages", "profile", b"profile", "queue", b"queue", "residency", b"residency"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_device_time", b"_device_time", "_profile", b"_profile", "cpu_workers", b"cpu_workers", "device_time", b"device_time", "pages", b"pages", "profile", b"profile", "queue", b"queue", "residency", b"residency", "status", b"status", "steps", b"steps"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_device_time", b"_device_time"]) -> typing.Literal["device_time"] | None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_profile", b"_profile"]) -> typing.Literal["profile"] | None: ...
 
 Global___WatchStateResponse: typing_extensions.TypeAlias = WatchStateResponse
@@ -304,6 +313,31 @@ class CpuWorkers(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["ready", b"ready", "restarts", b"restarts"]) -> None: ...
 
 Global___CpuWorkers: typing_extensions.TypeAlias = CpuWorkers
+
+@typing.final
+class DeviceTime(google.protobuf.message.Message):
+    """Batches that have ended since the engine started, and the device's time since the first of them began."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    BATCHES_FIELD_NUMBER: builtins.int
+    BUSY_SECONDS_FIELD_NUMBER: builtins.int
+    IDLE_SECONDS_FIELD_NUMBER: builtins.int
+    batches: builtins.int
+    busy_seconds: builtins.float
+    """Computing them."""
+    idle_seconds: builtins.float
+    """Waiting for the next, at most."""
+    def __init__(
+        self,
+        *,
+        batches: builtins.int = ...,
+        busy_seconds: builtins.float = ...,
+        idle_seconds: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["batches", b"batches", "busy_seconds", b"busy_seconds", "idle_seconds", b"idle_seconds"]) -> None: ...
+
+Global___DeviceTime: typing_extensions.TypeAlias = DeviceTime
 
 @typing.final
 class CostProfile(google.protobuf.message.Message):

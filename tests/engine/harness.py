@@ -68,14 +68,22 @@ class EngineHarness:
         """The version id of an adapter folder's present content, known to the engine."""
         opened = self.catalog.lookup(name)
         version_id = opened.manifest.version_id
-        if version_id not in self._opened:
-            assert opened.fileno is not None
-            self._opened[version_id] = opened
+        if opened.fileno is not None:
             self.engine.open_version(opened.manifest, os.dup(opened.fileno), pinned=pinned)
             opened.handed_over()
-        else:
+        if version_id in self._opened:
             opened.close()
+        else:
+            self._opened[version_id] = opened
         return version_id
+
+    def release_unused(self) -> None:
+        """As the front end does: versions without requests are not held, and those that were replaced are closed."""
+        used = {request.version_id for request in self.engine.requests}
+        for version_id in self._opened.keys() - used:
+            self._opened.pop(version_id).close()
+        for version_id in self.catalog.take_retired():
+            self.engine.versions.close(version_id)
 
     def submit(
         self,
@@ -86,6 +94,7 @@ class EngineHarness:
         **sampling: Any,
     ) -> int:
         """Greedy with seed 0 unless ``sampling``, fields of SamplingParams, says otherwise."""
+        version_id = None if adapter is None else self.open(adapter)
         number = len(self.answers) + 1
         self.answers[number] = Answer()
         self.engine.submit(
@@ -94,7 +103,7 @@ class EngineHarness:
                 prompt_token_ids=list(prompt),
                 max_tokens=max_tokens,
                 arrival_seconds=time.monotonic(),
-                adapter_version_id=None if adapter is None else self.open(adapter),
+                adapter_version_id=version_id,
                 sampling=SamplingParams(**{"seed": 0, **sampling}),
             )
         )

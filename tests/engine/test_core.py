@@ -32,9 +32,9 @@ def failure(harness: EngineHarness, number: int) -> tuple[str, str]:
     return failed.reason, failed.message
 
 
-def test_an_adapter_whose_output_overflows_fails_alone(folders: tuple[Path, Path]) -> None:
+def test_an_adapter_whose_output_overflows_fails_alone(folders: tuple[Path, Path], device: str) -> None:
     model, adapters = folders
-    with EngineHarness(model, adapters) as harness:
+    with EngineHarness(model, adapters, device=device) as harness:
         asked = {name: harness.submit(PROMPT, name, max_tokens=16) for name in ("good", "overflowing")}
         base = harness.submit(PROMPT, max_tokens=16)
         harness.run()
@@ -46,9 +46,11 @@ def test_an_adapter_whose_output_overflows_fails_alone(folders: tuple[Path, Path
         assert tuple(harness.answers[base].tokens) == reference_greedy(load_reference(model), PROMPT, 16)
 
 
-def test_an_adapter_that_no_pool_page_count_can_hold_is_refused_when_it_is_opened(folders: tuple[Path, Path]) -> None:
+def test_an_adapter_that_no_pool_page_count_can_hold_is_refused_when_it_is_opened(
+    folders: tuple[Path, Path], device: str
+) -> None:
     model, adapters = folders
-    with EngineHarness(model, adapters, pages=24, cpu_workers=0) as harness:
+    with EngineHarness(model, adapters, device=device, pages=24, cpu_workers=0) as harness:
         version_id = harness.open("large")
         harness.step()
         assert "pages" in harness.version_failures[version_id]
@@ -59,17 +61,17 @@ def test_an_adapter_that_no_pool_page_count_can_hold_is_refused_when_it_is_opene
         assert len(harness.answers[good].tokens) == 4
 
 
-def test_a_request_that_an_empty_pool_could_not_hold_is_refused(folders: tuple[Path, Path]) -> None:
+def test_a_request_that_an_empty_pool_could_not_hold_is_refused(folders: tuple[Path, Path], device: str) -> None:
     model, adapters = folders
-    with EngineHarness(model, adapters, pages=8, cpu_workers=0) as harness:
+    with EngineHarness(model, adapters, device=device, pages=8, cpu_workers=0) as harness:
         number = harness.submit(PROMPT, max_tokens=500)
         harness.run()
         assert failure(harness, number)[0] == InvalidRequestError.reason
 
 
-def test_a_full_queue_refuses(folders: tuple[Path, Path]) -> None:
+def test_a_full_queue_refuses(folders: tuple[Path, Path], device: str) -> None:
     model, adapters = folders
-    with EngineHarness(model, adapters, max_waiting=2, cpu_workers=0) as harness:
+    with EngineHarness(model, adapters, device=device, max_waiting=2, cpu_workers=0) as harness:
         numbers = [harness.submit(PROMPT, max_tokens=2) for _ in range(3)]
         harness.run()
         assert failure(harness, numbers[2])[0] == OverloadedError.reason

@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -43,13 +43,18 @@ ADAPTERS: dict[str, dict[str, object]] = {
 
 @dataclass(frozen=True)
 class World:
-    """A checkpoint and its adapters on disk."""
+    """A checkpoint and its adapters on disk, and the device that they are served on."""
 
     model_dir: Path
     adapters_dir: Path
+    device: str = field(default="cpu", compare=False)
 
     def harness(self, **config: object) -> EngineHarness:
-        settings: dict[str, object] = {"copy_bytes_per_second": SLOW_LINK, "cpu_stall_seconds": 0.5}
+        settings: dict[str, object] = {
+            "device": self.device,
+            "copy_bytes_per_second": SLOW_LINK,
+            "cpu_stall_seconds": 0.5,
+        }
         return EngineHarness(self.model_dir, self.adapters_dir, **{**settings, **config})
 
     @cache  # noqa: B019
@@ -73,12 +78,17 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+def files(tmp_path_factory: pytest.TempPathFactory) -> World:
     root = tmp_path_factory.mktemp("failures")
     model_dir = write_random_model(root / "model", seed=11)
     for seed, (name, options) in enumerate(ADAPTERS.items()):
         write_random_adapter(root / "adapters" / name, model_dir, seed=seed, **options)  # type: ignore[arg-type]
     return World(model_dir, root / "adapters")
+
+
+@pytest.fixture
+def world(files: World, device: str) -> World:
+    return replace(files, device=device)
 
 
 def make_prompt(seed: int, tokens: int = PROMPT_TOKENS) -> list[int]:
@@ -171,6 +181,8 @@ def test_a_pass_undisturbed_is_computed_with_the_cpu_alone(world: World) -> None
     """What the tests below rely on: with this link the whole prefill stays on the CPU, in one attempt."""
     prompt = make_prompt(1)
     with world.harness() as harness:
+        # What a device loads at its first pass is behind.
+        world.assert_serves(harness, None)
         number = harness.submit(prompt, "cold", max_tokens=NEW_TOKENS)
         harness.run()
         world.compare("cold", prompt, harness.answers[number])
@@ -359,7 +371,7 @@ def put_nan(weights: Path) -> None:
 def test_broken_weights_are_rejected(world: World, tmp_path: Path, spoil: Callable[[Path], None]) -> None:
     """Content that goes bad after its header was read: the request fails, not the engine."""
     write_random_adapter(tmp_path / "broken", world.model_dir, rank=16, targets=ALL_TARGETS, seed=5)
-    with EngineHarness(world.model_dir, tmp_path, copy_bytes_per_second=SLOW_LINK) as harness:
+    with EngineHarness(world.model_dir, tmp_path, device=world.device, copy_bytes_per_second=SLOW_LINK) as harness:
         host_free_bytes = harness.instance.state(0).host_free_bytes
         version = harness.open("broken")
         spoil(tmp_path / "broken" / WEIGHTS_FILE)

@@ -62,7 +62,7 @@ def name_of(index: int) -> str:
     return f"a{index:03d}"
 
 
-def test_six_hundred_requests_by_zipfs_law(folders: tuple[Path, Path]) -> None:
+def test_six_hundred_requests_by_zipfs_law(folders: tuple[Path, Path], device: str) -> None:
     """No error, every page accounted for after every step, right answers, and nobody is overtaken.
 
     The harness checks the engine's invariants after every step, the sum of pages among them. With 32 at a time and no
@@ -84,9 +84,8 @@ def test_six_hundred_requests_by_zipfs_law(folders: tuple[Path, Path]) -> None:
         sizes = [harness.instance.store.device_pages(harness.open(name_of(index))) for index in range(len(SHAPES))]
     kv_pages = AT_A_TIME * -(-(PROMPT_TOKENS[1] + NEW_TOKENS) // PAGE_TOKENS)
     pages = RESIDENT * sum(sizes) // len(sizes) + kv_pages
-    with EngineHarness(
-        model_dir, adapters_dir, page_tokens=PAGE_TOKENS, pages=pages, max_running=AT_A_TIME, host_store_bytes=2 << 20
-    ) as harness:
+    settings = {"device": device, "page_tokens": PAGE_TOKENS, "max_running": AT_A_TIME, "host_store_bytes": 2 << 20}
+    with EngineHarness(model_dir, adapters_dir, pages=pages, **settings) as harness:
         numbers: list[int] = []
         began: list[int] = []
         while len(numbers) < REQUESTS or not all(answer.ended for answer in harness.answers.values()):

@@ -62,11 +62,12 @@ def ask(harness: EngineHarness, prompt: list[int], adapter: str | None = None) -
 @pytest.mark.parametrize("adapter", [None, "a"])
 @pytest.mark.parametrize("mode", ["auto", "fixed"])
 def test_a_second_request_finds_the_first_ones_kv(
-    model_dir: Path, adapters_dir: Path, adapter: str | None, mode: str
+    model_dir: Path, adapters_dir: Path, adapter: str | None, mode: str, device: str
 ) -> None:
     folder = None if adapter is None else adapters_dir / adapter
     handoff = HandoffConfig(mode=mode, cpu_layers=3 if mode == "fixed" else 0)
-    with EngineHarness(model_dir, adapters_dir, handoff=handoff, copy_bytes_per_second=4e6) as harness:
+    settings = {"device": device, "handoff": handoff, "copy_bytes_per_second": 4e6}
+    with EngineHarness(model_dir, adapters_dir, **settings) as harness:
         first = ask(harness, PROMPT, adapter)
         again = ask(harness, PROMPT, adapter)
         longer = ask(harness, PROMPT + harness.answers[first].tokens + [9, 8, 7], adapter)
@@ -81,16 +82,16 @@ def test_a_second_request_finds_the_first_ones_kv(
 
 
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 32, 33])
-def test_one_token_is_always_left_to_compute(model_dir: Path, adapters_dir: Path, tokens: int) -> None:
-    with EngineHarness(model_dir, adapters_dir, cpu_workers=0) as harness:
+def test_one_token_is_always_left_to_compute(model_dir: Path, adapters_dir: Path, tokens: int, device: str) -> None:
+    with EngineHarness(model_dir, adapters_dir, device=device, cpu_workers=0) as harness:
         first, second = (ask(harness, PROMPT[:tokens]) for _ in range(2))
         assert cached_tokens(harness, second) == (tokens - 1) // PAGE_TOKENS * PAGE_TOKENS
         assert harness.answers[second].tokens == expected(model_dir, None, PROMPT[:tokens])
         assert harness.answers[first].tokens == harness.answers[second].tokens
 
 
-def test_adapters_and_the_base_model_share_nothing(model_dir: Path, adapters_dir: Path) -> None:
-    with EngineHarness(model_dir, adapters_dir, cpu_workers=0) as harness:
+def test_adapters_and_the_base_model_share_nothing(model_dir: Path, adapters_dir: Path, device: str) -> None:
+    with EngineHarness(model_dir, adapters_dir, device=device, cpu_workers=0) as harness:
         for adapter in (None, "a", "b"):
             number = ask(harness, PROMPT, adapter)
             assert cached_tokens(harness, number) == 0
@@ -99,10 +100,10 @@ def test_adapters_and_the_base_model_share_nothing(model_dir: Path, adapters_dir
 
 
 def test_a_replaced_adapter_does_not_meet_the_old_contents_kv(
-    model_dir: Path, adapters_dir: Path, tmp_path: Path
+    model_dir: Path, adapters_dir: Path, tmp_path: Path, device: str
 ) -> None:
     shutil.copytree(adapters_dir / "a", tmp_path / "swapped")
-    with EngineHarness(model_dir, tmp_path, cpu_workers=0) as harness:
+    with EngineHarness(model_dir, tmp_path, device=device, cpu_workers=0) as harness:
         old_version = harness.open("swapped")
         number = harness.submit(PROMPT, "swapped", max_tokens=NEW_TOKENS)
         harness.run_until(lambda: len(harness.answers[number].tokens) > 3)
@@ -119,8 +120,8 @@ def test_a_replaced_adapter_does_not_meet_the_old_contents_kv(
         assert harness.answers[again].tokens == harness.answers[replaced].tokens
 
 
-def test_an_unloaded_adapter_leaves_no_kv_behind(model_dir: Path, adapters_dir: Path) -> None:
-    with EngineHarness(model_dir, adapters_dir, cpu_workers=0) as harness:
+def test_an_unloaded_adapter_leaves_no_kv_behind(model_dir: Path, adapters_dir: Path, device: str) -> None:
+    with EngineHarness(model_dir, adapters_dir, device=device, cpu_workers=0) as harness:
         version_id = harness.open("a")
         ask(harness, PROMPT)
         base_pages = harness.instance.state(0).cached_pages
@@ -136,7 +137,7 @@ def test_an_unloaded_adapter_leaves_no_kv_behind(model_dir: Path, adapters_dir: 
 
 
 def test_nothing_enters_before_the_read_was_verified(
-    model_dir: Path, adapters_dir: Path, monkeypatch: pytest.MonkeyPatch
+    model_dir: Path, adapters_dir: Path, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
     """All layers were read and a pass has computed the whole prompt; then the file turns out to have changed."""
     may_look = threading.Event()
@@ -146,7 +147,7 @@ def test_nothing_enters_before_the_read_was_verified(
         return False
 
     monkeypatch.setattr(transfer, "_is_unchanged", fake_check)
-    with EngineHarness(model_dir, adapters_dir, copy_bytes_per_second=2e6) as harness:
+    with EngineHarness(model_dir, adapters_dir, device=device, copy_bytes_per_second=2e6) as harness:
         number = harness.submit(PROMPT, "a", max_tokens=NEW_TOKENS)
         harness.run_until(lambda: any(item.state is PassState.DONE for item in harness.engine.passes))
         assert not harness.answers[number].tokens
@@ -160,8 +161,8 @@ def test_nothing_enters_before_the_read_was_verified(
         assert (state.cached_pages, state.kv_pages) == (0, 0)
 
 
-def test_answers_to_one_prompt_compute_it_once(model_dir: Path, adapters_dir: Path) -> None:
-    with EngineHarness(model_dir, adapters_dir, cpu_workers=0) as harness:
+def test_answers_to_one_prompt_compute_it_once(model_dir: Path, adapters_dir: Path, device: str) -> None:
+    with EngineHarness(model_dir, adapters_dir, device=device, cpu_workers=0) as harness:
         numbers = [
             harness.submit(PROMPT, "a", max_tokens=NEW_TOKENS, temperature=1.0, seed=3, sample=sample)
             for sample in range(8)
@@ -171,8 +172,10 @@ def test_answers_to_one_prompt_compute_it_once(model_dir: Path, adapters_dir: Pa
         assert len({tuple(harness.answers[number].tokens) for number in numbers}) == 8
 
 
-def test_who_waits_for_a_prefix_goes_on_when_its_owner_is_cancelled(model_dir: Path, adapters_dir: Path) -> None:
-    with EngineHarness(model_dir, adapters_dir, copy_bytes_per_second=5e5) as harness:
+def test_who_waits_for_a_prefix_goes_on_when_its_owner_is_cancelled(
+    model_dir: Path, adapters_dir: Path, device: str
+) -> None:
+    with EngineHarness(model_dir, adapters_dir, device=device, copy_bytes_per_second=5e5) as harness:
         first, second = (harness.submit(PROMPT, "a", max_tokens=NEW_TOKENS) for _ in range(2))
         harness.run_until(lambda: bool(harness.engine.passes))
         assert [request.number for request in harness.engine.requests.queue] == [second]
@@ -181,10 +184,10 @@ def test_who_waits_for_a_prefix_goes_on_when_its_owner_is_cancelled(model_dir: P
         assert harness.answers[second].tokens == expected(model_dir, adapters_dir / "a", PROMPT)
 
 
-def test_cached_pages_make_room_for_requests_and_adapters(model_dir: Path, adapters_dir: Path) -> None:
+def test_cached_pages_make_room_for_requests_and_adapters(model_dir: Path, adapters_dir: Path, device: str) -> None:
     """Every page that is not in use can be had."""
     generator = random.Random(1)
-    with EngineHarness(model_dir, adapters_dir, cpu_workers=0, pages=40) as harness:
+    with EngineHarness(model_dir, adapters_dir, device=device, cpu_workers=0, pages=40) as harness:
         for turn in range(12):
             prompt = [generator.randrange(3, 256) for _ in range(150)]
             adapter = (None, "a", "b")[turn % 3]
@@ -195,8 +198,8 @@ def test_cached_pages_make_room_for_requests_and_adapters(model_dir: Path, adapt
             assert state.free_pages + state.cached_pages + state.adapter_pages == 40
 
 
-def test_it_can_be_turned_off(model_dir: Path, adapters_dir: Path) -> None:
-    with EngineHarness(model_dir, adapters_dir, cpu_workers=0, prefix_cache=False) as harness:
+def test_it_can_be_turned_off(model_dir: Path, adapters_dir: Path, device: str) -> None:
+    with EngineHarness(model_dir, adapters_dir, device=device, cpu_workers=0, prefix_cache=False) as harness:
         for _ in range(2):
             number = ask(harness, PROMPT)
             assert cached_tokens(harness, number) == 0

@@ -24,8 +24,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.mark.parametrize("adapter", [None, "b"])
-def test_a_long_prompt_takes_no_step_from_those_who_decode(folders: tuple[Path, Path], adapter: str | None) -> None:
-    with EngineHarness(*folders, chunk_tokens=CHUNK_TOKENS, cpu_workers=0) as harness:
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_a_long_prompt_takes_no_step_from_those_who_decode(
+    folders: tuple[Path, Path], adapter: str | None, runs_ahead: bool, device: str
+) -> None:
+    settings = {"device": device, "runs_ahead": runs_ahead, "chunk_tokens": CHUNK_TOKENS, "cpu_workers": 0}
+    with EngineHarness(folders[0], folders[1], **settings) as harness:
         for name in ("a", "b"):
             harness.warm(name)
         short = harness.submit([5, 6, 7], "a", max_tokens=60)
@@ -38,7 +42,8 @@ def test_a_long_prompt_takes_no_step_from_those_who_decode(folders: tuple[Path, 
             steps += 1
             assert len(harness.answers[short].tokens) == before + 1
             assert not harness.engine.passes
-        assert steps == -(-len(LONG_PROMPT) // CHUNK_TOKENS)
+        # Ahead, the token of a step comes with the next one.
+        assert steps == -(-len(LONG_PROMPT) // CHUNK_TOKENS) + runs_ahead
         harness.run()
         folder = None if adapter is None else folders[1] / adapter
         assert tuple(harness.answers[long].tokens) == reference_greedy(
@@ -46,8 +51,12 @@ def test_a_long_prompt_takes_no_step_from_those_who_decode(folders: tuple[Path, 
         )
 
 
-def test_several_prompts_share_a_steps_rows_in_the_order_of_their_arrival(folders: tuple[Path, Path]) -> None:
-    with EngineHarness(*folders, chunk_tokens=CHUNK_TOKENS, cpu_workers=0) as harness:
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_several_prompts_share_a_steps_rows_in_the_order_of_their_arrival(
+    folders: tuple[Path, Path], runs_ahead: bool, device: str
+) -> None:
+    settings = {"device": device, "runs_ahead": runs_ahead, "chunk_tokens": CHUNK_TOKENS, "cpu_workers": 0}
+    with EngineHarness(folders[0], folders[1], **settings) as harness:
         short = harness.submit([5, 6, 7], max_tokens=60)
         harness.run_until(lambda: bool(harness.answers[short].tokens))
         prompts = [[10 + place] * 11 for place in range(4)]
@@ -59,4 +68,4 @@ def test_several_prompts_share_a_steps_rows_in_the_order_of_their_arrival(folder
                 if harness.answers[number].tokens:
                     first_token_steps.setdefault(number, step)
         # 44 rows, 8 a step: the first prompt ends in the second step, the last in the sixth.
-        assert [first_token_steps[number] for number in numbers] == [1, 2, 4, 5]
+        assert [first_token_steps[number] - runs_ahead for number in numbers] == [1, 2, 4, 5]

@@ -29,8 +29,11 @@ def prompts() -> list[list[int]]:
     return [[generator.randrange(3, 256) for _ in range(generator.randint(1, 40))] for _ in range(12)]
 
 
-def answers(folders: tuple[Path, Path], *, runs_ahead: bool, **sampling: object) -> list[tuple[list[int], object]]:
-    with EngineHarness(*folders, chunk_tokens=8, cpu_workers=0, runs_ahead=runs_ahead) as harness:
+def answers(
+    folders: tuple[Path, Path], device: str, *, runs_ahead: bool, **sampling: object
+) -> list[tuple[list[int], object]]:
+    settings = {"device": device, "chunk_tokens": 8, "cpu_workers": 0, "runs_ahead": runs_ahead}
+    with EngineHarness(folders[0], folders[1], **settings) as harness:
         numbers = []
         for place, prompt in enumerate(prompts()):
             options = {"max_tokens": 1 + place, **sampling}
@@ -51,12 +54,13 @@ def answers(folders: tuple[Path, Path], *, runs_ahead: bool, **sampling: object)
     ],
     ids=["lengths", "stops", "penalties", "min-tokens"],
 )
-def test_the_answers_are_the_same(folders: tuple[Path, Path], sampling: dict[str, object]) -> None:
-    assert answers(folders, runs_ahead=True, **sampling) == answers(folders, runs_ahead=False, **sampling)
+def test_the_answers_are_the_same(folders: tuple[Path, Path], sampling: dict[str, object], device: str) -> None:
+    ahead, in_step = (answers(folders, device, runs_ahead=runs_ahead, **sampling) for runs_ahead in (True, False))
+    assert ahead == in_step
 
 
-def test_a_token_is_read_after_the_next_step_was_enqueued(folders: tuple[Path, Path]) -> None:
-    with EngineHarness(*folders, cpu_workers=0, runs_ahead=True) as harness:
+def test_a_token_is_read_after_the_next_step_was_enqueued(folders: tuple[Path, Path], device: str) -> None:
+    with EngineHarness(*folders, device=device, cpu_workers=0, runs_ahead=True) as harness:
         number = harness.submit([5, 6, 7], max_tokens=3)
         harness.step()
         assert harness.engine.requests.get(number) is not None
@@ -72,9 +76,10 @@ def test_a_token_is_read_after_the_next_step_was_enqueued(folders: tuple[Path, P
 
 
 def test_one_that_is_cancelled_under_way_gives_its_pages_back_when_it_has_been_read(
-    folders: tuple[Path, Path],
+    folders: tuple[Path, Path], device: str
 ) -> None:
-    with EngineHarness(*folders, cpu_workers=0, runs_ahead=True, prefix_cache=False) as harness:
+    settings = {"device": device, "cpu_workers": 0, "runs_ahead": True, "prefix_cache": False}
+    with EngineHarness(folders[0], folders[1], **settings) as harness:
         gone = harness.submit([5, 6, 7], "a", max_tokens=30)
         other = harness.submit([8, 9], max_tokens=6)
         harness.run_until(lambda: bool(harness.answers[gone].tokens))

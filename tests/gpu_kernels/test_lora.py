@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from segue.gpu_kernels.lora import add_lora
-from segue.gpu_kernels.lora_tiles import LoraTiles, PointShape, Regime, choose_tiles
+from segue.gpu_kernels.lora_tiles import Architecture, LoraTiles, PointShape, Regime, choose_tiles
 from tests.gpu_kernels.lora_cases import TOLERANCE, Adapters, exact, make_adapters, relative_rms, run_batch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -40,13 +40,16 @@ GEOMETRIES = {
 }
 
 
-def tiles_for(geometry: Geometry, dtype: torch.dtype, regime: Regime) -> LoraTiles:
+def tiles_for(
+    geometry: Geometry, dtype: torch.dtype, regime: Regime, architecture: Architecture = Architecture.SM_90
+) -> LoraTiles:
     return choose_tiles(
         regime,
         chunk_elems=geometry.chunk_elems,
         page_elems=geometry.page_elems,
         element_bytes=dtype.itemsize,
         multiprocessors=132 if DEVICE == "cuda" else 1,
+        architecture=architecture,
     )
 
 
@@ -101,6 +104,7 @@ def check(
     popularity: Callable[[int], list[int]],
     dtype: torch.dtype,
     regime: Regime,
+    architecture: Architecture = Architecture.SM_90,
 ) -> None:
     geometry = GEOMETRIES[kv_heads]
     adapters = adapters_of_rank(kv_heads, rank, dtype)
@@ -108,7 +112,7 @@ def check(
     generator = torch.Generator().manual_seed(batch)
     x = torch.randn(rows, geometry.shape.in_features, generator=generator).to(dtype).to(DEVICE)
     base = torch.randn(rows, sum(geometry.shape.out_features), generator=generator).to(dtype).to(DEVICE)
-    tiles = tiles_for(geometry, dtype, regime)
+    tiles = tiles_for(geometry, dtype, regime, architecture)
     result = run_batch(adapters, x, base, segments, tiles)
     assert relative_rms(result, exact(adapters, x, base, segments)) < TOLERANCE[dtype]
     others = torch.ones(rows, dtype=torch.bool)
@@ -151,6 +155,12 @@ def test_against_float64(
     regime: Regime,
 ) -> None:
     check(kv_heads, rank, batch, popularity, dtype, regime)
+
+
+@pytest.mark.parametrize("architecture", [Architecture.SM_80, Architecture.SM_86])
+@pytest.mark.parametrize(("regime", "dtype"), [(Regime.DECODE, BF16), (Regime.PREFILL, F32)])
+def test_tiles_of_other_architectures(architecture: Architecture, regime: Regime, dtype: torch.dtype) -> None:
+    check(8, 24, 17, zipf, dtype, regime, architecture)
 
 
 @pytest.mark.gpu

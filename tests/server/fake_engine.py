@@ -23,6 +23,7 @@ from segue.engine.lora.manifest import AdapterManifest
 from segue.engine.messages import (
     Cancel,
     CloseVersion,
+    DeviceTime,
     Evict,
     Failed,
     Finished,
@@ -237,6 +238,7 @@ class FakeEngine:
                 VersionState(version_id, self.tiers.get(version_id, Tier.DISK), users.count(version_id))
                 for version_id in self.versions.keys() - self.dropped
             ],
+            device_time=DeviceTime(7, 2.5, 0.25),
         )
 
 

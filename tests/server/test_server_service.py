@@ -42,6 +42,7 @@ def test_watch_state(rig: Rig, client: Client) -> None:
         assert state.queue == server_pb2.Queue(waiting=1, prefilling=2, decoding=0)
         assert state.pages == server_pb2.Pages(total=64, free=50, kv=5, adapter=3, cached=6)
         assert state.cpu_workers == server_pb2.CpuWorkers(ready=2, restarts=4)
+        assert state.device_time == server_pb2.DeviceTime(batches=7, busy_seconds=2.5, idle_seconds=0.25)
         assert state.residency.host_free_bytes == 1000
         assert list(state.residency.adapters) == [
             server_pb2.AdapterResidency(name="beta", version=version, tier=generation_pb2.TIER_DEVICE, users=0)
