@@ -50,7 +50,7 @@ class RowBatch:
     """T rows of one or more sequences. All tensors are int64.
 
     ``token_ids`` and ``positions`` are [T]; ``slot_pages`` and ``slot_offsets`` [T] name the page and the token in it
-    that takes each row's K and V; ``logit_rows`` [L] are the rows whose logits are wanted, in ascending order.
+    that takes each row's K and V; ``logit_rows`` [L] are the rows whose logits are wanted, None for all.
     """
 
     token_ids: Tensor
@@ -58,14 +58,15 @@ class RowBatch:
     sequences: tuple[SequenceRows, ...]
     slot_pages: Tensor
     slot_offsets: Tensor
-    logit_rows: Tensor
+    logit_rows: Tensor | None
 
     def to(self, device: torch.device) -> RowBatch:
         """The same with its tensors on ``device``; the sequences' page tables stay where plans are made."""
         if device.type == "cpu":
             return self
         names = ("token_ids", "positions", "slot_pages", "slot_offsets", "logit_rows")
-        moved = {name: getattr(self, name).pin_memory().to(device, non_blocking=True) for name in names}
+        present = {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
+        moved = {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in present.items()}
         return replace(self, **moved)
 
 
@@ -90,6 +91,7 @@ def build_batch(sequences: Sequence[SequenceInput], page_tokens: int) -> RowBatc
     positions = torch.arange(owner.shape[0]) - row_starts[owner] + context[owner]
     from_end = row_stops[owner] - torch.arange(owner.shape[0])
     logit_tokens = torch.tensor([sequence.logit_tokens for sequence in sequences])
+    wanted = from_end <= logit_tokens[owner]
     return RowBatch(
         token_ids=torch.tensor([token for sequence in sequences for token in sequence.token_ids]),
         positions=positions,
@@ -101,7 +103,7 @@ def build_batch(sequences: Sequence[SequenceInput], page_tokens: int) -> RowBatc
         ),
         slot_pages=tables[table_starts[owner] + positions // page_tokens],
         slot_offsets=positions % page_tokens,
-        logit_rows=(from_end <= logit_tokens[owner]).nonzero().view(-1),
+        logit_rows=None if wanted.all() else wanted.nonzero().view(-1),
     )
 
 

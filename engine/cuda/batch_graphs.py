@@ -51,7 +51,7 @@ class BatchGraph:
             sequences=(),
             slot_pages=at.positions,
             slot_offsets=at.positions,
-            logit_rows=at.logit_rows,
+            logit_rows=None if inputs.shape.decodes else at.logit_rows,
         )
         inputs.fill(())
         attention.plan()

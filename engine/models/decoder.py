@@ -62,7 +62,7 @@ class DecoderModel:
         return self.weights.embedding.device
 
     def forward(self, batch: RowBatch, attention: AttentionStep, lora: LoraHook) -> Generator[None, None, Tensor]:
-        """Run the batch; the generator's value is the logits [len(batch.logit_rows), vocab], in the weights' dtype.
+        """Run the batch; the generator's value is the logits [rows wanted, vocab], in the weights' dtype.
 
         ``batch`` is on the model's device, and ``attention`` was begun for it. Yields once between two layers and
         whenever ``lora`` waits. A pass may rest at a yield for any time and other passes may run meanwhile; its
@@ -82,7 +82,7 @@ class DecoderModel:
             x, residual = ops.add_norm(attended, residual, own.post_attention_norm)
             inner = yield from self._mlp(layer, x, lora)
             is_last = layer + 1 == len(weights.layers)
-            if is_last and len(batch.logit_rows) < len(inner):
+            if is_last and batch.logit_rows is not None:
                 inner, residual = inner[batch.logit_rows], residual[batch.logit_rows]
             next_norm = weights.norm if is_last else weights.layers[layer + 1].input_norm
             x, residual = ops.add_norm(inner, residual, next_norm)
