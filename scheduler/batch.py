@@ -60,7 +60,7 @@ def plan_step(
 class _Draft:
     """A plan in the making; ``free_pages`` counts what its decisions have left.
 
-    ``held_pages`` are idle pages that admissions share and ``released_pages`` those that preemptions make idle.
+    ``held`` are the idle pages that admissions share, and ``released_pages`` counts those that preemptions make idle.
     """
 
     free_pages: int
@@ -76,7 +76,7 @@ class _Draft:
     passes: list[PassPlan] = field(default_factory=list)
     starved: bool = False
     reserved: set[int] = field(default_factory=set)
-    held_pages: int = 0
+    held: set[int] = field(default_factory=set)
     released_pages: int = 0
 
     def is_warm(self, version_id: int | None) -> bool:
@@ -85,7 +85,7 @@ class _Draft:
     @property
     def idle_pages(self) -> int:
         """Pages that are idle before the step and that no decision has claimed."""
-        return self.prefixes.idle_pages - self.held_pages - self.reclaim_pages
+        return self.prefixes.idle_pages - len(self.held) - self.reclaim_pages
 
     def make_room(self, pages: int, needed_version: int | None = None) -> bool:
         """Have at least ``pages`` free by giving up unused adapters and idle pages, those that are cheapest to lose."""
@@ -146,12 +146,13 @@ class _Draft:
             adapter_pages = self._adapter_pages(request.version_id)
             kv_pages = pages_for(request.tokens + 1, self.limits.page_tokens) - match.pages
             reserve = pages_for(request.tokens, self.limits.page_tokens) + 1 - match.pages
-            if match.idle_pages > self.idle_pages:
-                # Some of them were just claimed, for a decode or by one who shares them: the next step knows more.
+            held = match.idle - self.held
+            if len(held) > self.idle_pages:
+                # Some of them were just claimed for a decode: the next step knows more.
                 return
-            self.held_pages += match.idle_pages
+            self.held |= held
             if not self.make_room(adapter_pages + reserve, request.version_id):
-                self.held_pages -= match.idle_pages
+                self.held -= held
                 return
             self.free_pages -= adapter_pages + kv_pages
             if request.version_id is not None:

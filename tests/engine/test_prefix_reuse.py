@@ -171,6 +171,15 @@ def test_answers_to_one_prompt_compute_it_once(model_dir: Path, adapters_dir: Pa
         assert len({tuple(harness.answers[number].tokens) for number in numbers}) == 8
 
 
+def test_requests_that_share_a_kept_prefix_begin_together(model_dir: Path, adapters_dir: Path) -> None:
+    with EngineHarness(model_dir, adapters_dir, cpu_workers=0) as harness:
+        ask(harness, PROMPT)
+        numbers = [harness.submit([*PROMPT, place], max_tokens=1) for place in range(3, 11)]
+        harness.step()
+        assert all(harness.answers[number].ended for number in numbers)
+        assert [cached_tokens(harness, number) for number in numbers] == [REUSABLE_TOKENS] * len(numbers)
+
+
 def test_who_waits_for_a_prefix_goes_on_when_its_owner_is_cancelled(model_dir: Path, adapters_dir: Path) -> None:
     with EngineHarness(model_dir, adapters_dir, copy_bytes_per_second=5e5) as harness:
         first, second = (harness.submit(PROMPT, "a", max_tokens=NEW_TOKENS) for _ in range(2))
