@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -103,22 +103,32 @@ def test_a_passed_deadline_gives_the_pages_back(server: LiveServer, client: Clie
     reference.compare(ask(client, "rhyme"), ADAPTERS / "rhyme", PROMPT, NEW_TOKENS)
 
 
+def exchange_folders(voice: Path, successor: Path) -> None:
+    voice.rename(successor.with_name("replaced"))
+    successor.rename(voice)
+
+
+def overwrite_files(voice: Path, successor: Path) -> None:
+    for file in successor.iterdir():
+        (voice / file.name).write_bytes(file.read_bytes())
+
+
+@pytest.mark.parametrize("replace", [exchange_folders, overwrite_files])
 def test_an_adapter_replaced_while_in_use(
-    server: LiveServer, client: Client, reference: Reference, tmp_path: Path
+    server: LiveServer, client: Client, reference: Reference, tmp_path: Path, replace: Callable[[Path, Path], None]
 ) -> None:
     """The old content's KV is kept for reuse when the new content comes: it is not reused."""
-    voice = server.adapters_dir / "voice"
-    shutil.copytree(ADAPTERS / "pirate", voice)
-    successor = Path(shutil.copytree(ADAPTERS / "brief", server.adapters_dir.parent / "successor"))
+    name = replace.__name__
+    voice = Path(shutil.copytree(ADAPTERS / "pirate", server.adapters_dir / name))
+    successor = Path(shutil.copytree(ADAPTERS / "brief", tmp_path / "successor"))
     new_tokens = 200
-    asked = [ask(client, "voice", LONG_PROMPT) for _ in range(2)]
+    asked = [ask(client, name, LONG_PROMPT) for _ in range(2)]
     with client.generate(
-        LONG_PROMPT, adapter="voice", max_tokens=new_tokens, ignore_eos=True, temperature=0.0, timeout=60, stream=True
+        LONG_PROMPT, adapter=name, max_tokens=new_tokens, ignore_eos=True, temperature=0.0, timeout=60, stream=True
     ) as stream:
         next(stream)
-        voice.rename(tmp_path / "replaced")
-        successor.rename(voice)
-        replaced = [ask(client, "voice", LONG_PROMPT) for _ in range(2)]
+        replace(voice, successor)
+        replaced = [ask(client, name, LONG_PROMPT) for _ in range(2)]
         list(stream)
     for reply in asked:
         reference.compare(reply, ADAPTERS / "pirate", LONG_PROMPT, NEW_TOKENS)
