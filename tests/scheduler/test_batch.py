@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from segue.scheduler.batch import MOST_PASSED_OVER
 from segue.scheduler.plan import PassRows, PrefixMatch, StepPlan, pages_for
 from tests.scheduler.fakes import LIMITS, FakePrefixes, FakeResidency, admitted, decoding, plan, queued
 
@@ -146,10 +147,19 @@ def test_who_shares_most_of_its_prompt_with_an_earlier_one_waits_for_it() -> Non
     assert [item.number for item in decided.admit] == [1, 3]
 
 
-def test_only_as_many_waiting_requests_are_looked_at_as_could_be_admitted() -> None:
-    matches = {number: PrefixMatch(pending_pages=9) for number in range(2, 20)}
-    queue = [queued(number, tokens=12) for number in range(1, 21)]
-    assert [item.number for item in plan(queue, prefixes=FakePrefixes(matches=matches)).admit] == [1]
+@pytest.mark.parametrize(("waiting", "admitted_numbers"), [(MOST_PASSED_OVER - 1, [1, 0]), (MOST_PASSED_OVER, [1])])
+def test_those_who_wait_for_a_prefix_keep_nobody_out_up_to_a_bound(waiting: int, admitted_numbers: list[int]) -> None:
+    matches = {number: PrefixMatch(pending_pages=9) for number in range(2, waiting + 2)}
+    queue = [*(queued(number, tokens=12) for number in range(1, waiting + 2)), queued(0)]
+    assert [item.number for item in plan(queue, prefixes=FakePrefixes(matches=matches)).admit] == admitted_numbers
+
+
+def test_no_more_of_the_queue_is_read_than_is_needed() -> None:
+    queue = iter([queued(number) for number in range(1, 100)])
+    assert len(plan(queue).admit) == LIMITS.max_running
+    assert next(queue).number == LIMITS.max_running + 1
+    assert plan(queue, [decoding(number, tokens=3, pages=1) for number in range(LIMITS.max_running)]).admit == ()
+    assert next(queue).number == LIMITS.max_running + 2
 
 
 def test_limits_bound_the_running_requests() -> None:
