@@ -78,8 +78,8 @@ class KvPages:
             if self._claims[key][0] == number:
                 break
             pending += 1
-        idle = sum(node.users == 0 for node in path)
-        return PrefixMatch(pages=len(path), idle_pages=idle, pending_pages=pending)
+        idle = frozenset(node.page for node in path if node.users == 0)
+        return PrefixMatch(pages=len(path), idle=idle, pending_pages=pending)
 
     # -- carrying plans out ------------------------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ class StepPlanner:
     def plan(self, passes_in_flight: int) -> StepPlan:
         """The next step, while ``passes_in_flight`` passes have not ended."""
         return plan_step(
-            [_queued(request) for request in self._requests.queue[: self._limits.max_running]],
+            map(_queued, self._requests.queue),
             [self._admitted(item) for item in self._requests.admitted if item.state is RequestState.ADMITTED],
             free_pages=self._pool.free_pages,
             passes_in_flight=passes_in_flight,

@@ -7,7 +7,7 @@ A request is overtaken only while one that arrived before it computes the greate
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from segue.scheduler.eviction import choose_victims
@@ -25,9 +25,13 @@ from segue.scheduler.plan import (
     pages_for,
 )
 
+# Requests that wait for an earlier one's prefix are passed over, so that they keep nobody behind them out: as many as
+# two requests for 128 answers bring. Looking at one takes a few microseconds.
+MOST_PASSED_OVER = 256
+
 
 def plan_step(
-    queue: Sequence[QueuedRequest],
+    queue: Iterable[QueuedRequest],
     admitted: Sequence[AdmittedRequest],
     *,
     free_pages: int,
@@ -36,14 +40,17 @@ def plan_step(
     prefixes: PrefixPages,
     limits: SchedulerLimits,
 ) -> StepPlan:
-    """Plan one step. ``queue`` is in the order of arrival, ``admitted`` in the order of admission."""
+    """Plan one step. ``queue`` is in the order of arrival, ``admitted`` in the order of admission.
+
+    Of the queue no more is read than is needed.
+    """
     draft = _Draft(free_pages=free_pages, residency=residency, prefixes=prefixes, limits=limits)
     draft.plan_decodes(admitted)
     decodes = len(draft.batch)
     # Whoever was preempted for lack of pages must not be outrun by a newcomer that takes them.
     if not draft.preempt and not draft.starved:
-        draft.plan_admissions(queue, len(admitted))
-    draft.plan_prompts(queue, admitted, limits.max_passes - passes_in_flight)
+        draft.plan_admissions(queue, limits.max_running - len(admitted))
+    draft.plan_prompts(admitted, limits.max_passes - passes_in_flight)
     return StepPlan(
         evict=tuple(draft.evict),
         preempt=tuple(draft.preempt),
@@ -60,7 +67,8 @@ def plan_step(
 class _Draft:
     """A plan in the making; ``free_pages`` counts what its decisions have left.
 
-    ``held_pages`` are idle pages that admissions share and ``released_pages`` those that preemptions make idle.
+    ``prompt_tokens`` are those of each request in ``admit``. ``held`` are the idle pages that admissions share, and
+    ``released_pages`` counts those that preemptions make idle.
     """
 
     free_pages: int
@@ -72,11 +80,12 @@ class _Draft:
     reclaim_pages: int = 0
     grow: list[int] = field(default_factory=list)
     admit: list[Admission] = field(default_factory=list)
+    prompt_tokens: dict[int, int] = field(default_factory=dict)
     batch: list[PassRows] = field(default_factory=list)
     passes: list[PassPlan] = field(default_factory=list)
     starved: bool = False
     reserved: set[int] = field(default_factory=set)
-    held_pages: int = 0
+    held: set[int] = field(default_factory=set)
     released_pages: int = 0
 
     def is_warm(self, version_id: int | None) -> bool:
@@ -85,7 +94,7 @@ class _Draft:
     @property
     def idle_pages(self) -> int:
         """Pages that are idle before the step and that no decision has claimed."""
-        return self.prefixes.idle_pages - self.held_pages - self.reclaim_pages
+        return self.prefixes.idle_pages - len(self.held) - self.reclaim_pages
 
     def make_room(self, pages: int, needed_version: int | None = None) -> bool:
         """Have at least ``pages`` free by giving up unused adapters and idle pages, those that are cheapest to lose."""
@@ -134,28 +143,34 @@ class _Draft:
         self.free_pages -= 1
         return True
 
-    def plan_admissions(self, queue: Sequence[QueuedRequest], admitted_count: int) -> None:
-        """Admit from the head of the queue until one does not fit."""
-        for request in queue[: max(0, self.limits.max_running - admitted_count)]:
-            if request.version_id in self.evict:
-                # What it needs now is known when the eviction has been carried out.
+    def plan_admissions(self, queue: Iterable[QueuedRequest], most: int) -> None:
+        """Admit at most so many from the head of the queue, until one does not fit."""
+        passed_over = 0
+        waiting = iter(queue)
+        while len(self.admit) < most and passed_over < MOST_PASSED_OVER:
+            request = next(waiting, None)
+            if request is None or request.version_id in self.evict:
+                # What one whose adapter is to go needs now is known when the eviction has been carried out.
                 return
             match = self.prefixes.match(request.number)
             if self._is_worth_waiting(request, match):
+                passed_over += 1
                 continue
             adapter_pages = self._adapter_pages(request.version_id)
             kv_pages = pages_for(request.tokens + 1, self.limits.page_tokens) - match.pages
             reserve = pages_for(request.tokens, self.limits.page_tokens) + 1 - match.pages
-            if match.idle_pages > self.idle_pages:
-                # Some of them were just claimed, for a decode or by one who shares them: the next step knows more.
+            held = match.idle - self.held
+            if len(held) > self.idle_pages:
+                # Some of them were just claimed for a decode: the next step knows more.
                 return
-            self.held_pages += match.idle_pages
+            self.held |= held
             if not self.make_room(adapter_pages + reserve, request.version_id):
-                self.held_pages -= match.idle_pages
+                self.held -= held
                 return
             self.free_pages -= adapter_pages + kv_pages
             if request.version_id is not None:
                 self.reserved.add(request.version_id)
+            self.prompt_tokens[request.number] = request.tokens
             self.admit.append(
                 Admission(
                     number=request.number,
@@ -176,14 +191,12 @@ class _Draft:
             return 0
         return self.residency.pages_to_reserve(version_id)
 
-    def plan_prompts(
-        self, queue: Sequence[QueuedRequest], admitted: Sequence[AdmittedRequest], max_new_passes: int
-    ) -> None:
+    def plan_prompts(self, admitted: Sequence[AdmittedRequest], max_new_passes: int) -> None:
         """Rows of warm adapters join the batch, oldest first; the others go in a pass for each adapter."""
         budget_tokens = self.limits.chunk_tokens if self.batch else self.limits.budget_tokens
         warm: list[PassRows] = []
         cold: dict[int, list[PassRows]] = {}
-        for version_id, rows in self._uncomputed(queue, admitted):
+        for version_id, rows in self._uncomputed(admitted):
             if version_id is None or self.residency.is_warm(version_id):
                 warm.append(rows)
             else:
@@ -194,9 +207,7 @@ class _Draft:
                 return
             self.passes.append(PassPlan(rows=_within(self.limits.budget_tokens, members), version_id=version_id))
 
-    def _uncomputed(
-        self, queue: Sequence[QueuedRequest], admitted: Sequence[AdmittedRequest]
-    ) -> Iterator[tuple[int | None, PassRows]]:
+    def _uncomputed(self, admitted: Sequence[AdmittedRequest]) -> Iterator[tuple[int | None, PassRows]]:
         """All rows that could run now and do not decode in this step's batch, those of newcomers last."""
         page_tokens = self.limits.page_tokens
         stalled = {*self.preempt, *(rows.number for rows in self.batch)}
@@ -205,10 +216,9 @@ class _Draft:
             if not (request.in_flight or request.number in stalled or needs_page):
                 count = request.tokens - request.computed_tokens
                 yield request.version_id, PassRows(request.number, request.computed_tokens, count)
-        tokens = {request.number: request.tokens for request in queue}
         for item in self.admit:
             start = item.cached_pages * page_tokens
-            yield item.version_id, PassRows(item.number, start, tokens[item.number] - start)
+            yield item.version_id, PassRows(item.number, start, self.prompt_tokens[item.number] - start)
 
 
 def _within(budget_tokens: int, members: Sequence[PassRows]) -> tuple[PassRows, ...]:

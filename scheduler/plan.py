@@ -41,12 +41,12 @@ class AdmittedRequest:
 class PrefixMatch:
     """Pages of KV that a queued request need not compute.
 
-    The first ``pages`` of its KV are there; ``idle_pages`` of them are used by no request now. The next
-    ``pending_pages`` will be computed by requests that arrived before it.
+    The first ``pages`` of its KV are there; those in ``idle`` of them, by their ids, are used by no request now. The
+    next ``pending_pages`` will be computed by requests that arrived before it.
     """
 
     pages: int = 0
-    idle_pages: int = 0
+    idle: frozenset[int] = frozenset()
     pending_pages: int = 0
 
 

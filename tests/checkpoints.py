@@ -6,6 +6,7 @@ and adapters are strong enough that the choice of adapter changes the logits cle
 
 from __future__ import annotations
 
+import inspect
 import json
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -167,11 +168,19 @@ def reference_logits(model: torch.nn.Module, token_ids: Iterable[int]) -> torch.
 @torch.inference_mode()
 def reference_greedy(model: torch.nn.Module, prompt: Iterable[int], new_tokens: int) -> tuple[int, ...]:
     """The ``new_tokens`` greedy tokens after ``prompt``, end-of-sequence tokens ignored."""
-    ids = list(prompt)
-    # Without a cache: how it is handed over differs between versions of transformers.
+    config: Any = model.config
+    options = {_cache_argument(model): transformers.DynamicCache(config=config), "use_cache": True}
+    ids, tokens = torch.tensor([list(prompt)]), []
     for _ in range(new_tokens):
-        ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
-    return tuple(ids[-new_tokens:])
+        tokens.append(int(model(ids, **options).logits[0, -1].argmax()))
+        ids = torch.tensor([[tokens[-1]]])
+    return tuple(tokens)
+
+
+def _cache_argument(model: torch.nn.Module) -> str:
+    """What forward() calls the KV cache, which transformers 5 renamed on its way."""
+    base = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+    return "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
 
 
 @contextmanager

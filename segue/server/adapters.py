@@ -122,14 +122,24 @@ class AdapterDirectory:
         await self._engine.life.state()
 
     async def load(self, name: str, path: str, *, preload: bool) -> AdapterInfo:
-        """Make ``name`` known, and with ``preload`` bring its weights to the device; raises as AdapterCatalog.load."""
+        """Make ``name`` known, and with ``preload`` bring its weights to the device.
+
+        Raises as AdapterCatalog.load. An adapter that could never fit raises AdapterRejectedError; ``name`` stands for
+        it nevertheless. Without a living engine that is not looked at, and ``preload`` raises EngineUnavailableError.
+        """
         opened = await run_holding(self._executor, lambda: self._catalog.load(name, path))
         try:
-            if preload:
+            with contextlib.nullcontext() if preload else contextlib.suppress(EngineUnavailableError):
                 life = self._engine.life
-                life.preload(self.hand_over(opened, life))
-            manifest = opened.manifest
-            return self._info(CatalogEntry(name=name, manifest=manifest, problem=None, users=0), await self._tiers())
+                version_id = self.hand_over(opened, life)
+                if preload:
+                    life.preload(version_id)
+                await life.state()
+            # The engine has told why it dropped a version before this second answer, and so the look-up meets it.
+            tiers = await self._tiers()
+            self.release(await self.lookup(name))
+            entry = CatalogEntry(name=name, manifest=opened.manifest, problem=None, users=0)
+            return self._info(entry, tiers)
         finally:
             self.release(opened)
 

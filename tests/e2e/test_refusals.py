@@ -97,6 +97,14 @@ def aborted(_: LiveServer, client: Client) -> None:
         list(stream)
 
 
+def client_gone(server: LiveServer, _: Client) -> None:
+    with server.client() as other:
+        stream = other.generate(PROMPT, stream=True, **ENDLESS)
+        next(stream)
+    wait_until(server.is_idle, "its request has ended")
+    list(stream)
+
+
 def engine_killed(server: LiveServer, client: Client) -> None:
     with client.generate(PROMPT, adapter="yoda", stream=True, **ENDLESS) as stream:
         next(stream)
@@ -104,6 +112,8 @@ def engine_killed(server: LiveServer, client: Client) -> None:
         list(stream)
 
 
+# Values are read when the weights are, and a tokenizer when there is something to tokenise.
+FOUND_LATER = {"nan", "other-vocabulary"}
 ROWS: dict[str, tuple[Refused, type[SegueError], StatusCode]] = {
     **{
         f"{index} {field}": (asking(**options), InvalidRequestError, StatusCode.INVALID_ARGUMENT)
@@ -139,6 +149,10 @@ ROWS: dict[str, tuple[Refused, type[SegueError], StatusCode]] = {
         f"adapter {name}": (asking(adapter=name), AdapterRejectedError, StatusCode.FAILED_PRECONDITION)
         for name in REJECTED
     },
+    **{
+        f"load {name}": (loading(name), AdapterRejectedError, StatusCode.FAILED_PRECONDITION)
+        for name in sorted(REJECTED.keys() - FOUND_LATER)
+    },
     "evict pinned": (
         lambda _, client: client.adapters.evict("shout"),
         AdapterPinnedError,
@@ -150,6 +164,7 @@ ROWS: dict[str, tuple[Refused, type[SegueError], StatusCode]] = {
     "duplicate": (duplicate, DuplicateRequestError, StatusCode.ALREADY_EXISTS),
     "deadline": (deadline, DeadlineExceededError, StatusCode.DEADLINE_EXCEEDED),
     "aborted": (aborted, RequestCancelledError, StatusCode.CANCELLED),
+    "client gone": (client_gone, RequestCancelledError, StatusCode.CANCELLED),
     "engine killed": (engine_killed, EngineUnavailableError, StatusCode.UNAVAILABLE),
 }
 

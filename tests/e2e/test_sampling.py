@@ -14,10 +14,12 @@ from segue import Client
 from segue.types import FinishReason, Reply
 from tests.checkpoints import TinyModel, write_random_adapter, write_random_model
 from tests.e2e.live import LiveServer, live_server, wait_until
-from tests.server.rig import byte_level_tokenizer
+from tests.server.rig import CHAT_TEMPLATE, byte_level_tokenizer
 from tests.server.values import ACCEPTED
 
 END_TOKEN = 1
+# generation_config.json names a second one.
+END_TOKENS = (END_TOKEN, 398)
 MODEL = TinyModel(vocab_size=400, eos_token_id=END_TOKEN, max_position_embeddings=256)
 PROMPT = [40, 50, 60, 70]
 TOKENIZER = byte_level_tokenizer()
@@ -30,7 +32,9 @@ def write_model(directory: Path) -> Path:
     write_random_model(directory, MODEL)
     TOKENIZER.save(str(directory / "tokenizer.json"))
     tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    tokenizer_config["chat_template"] = CHAT_TEMPLATE
     (directory / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": END_TOKENS}))
     return directory
 
 
@@ -38,7 +42,8 @@ def write_model(directory: Path) -> Path:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     root = tmp_path_factory.mktemp("sampling")
     model_dir = write_model(root / "model")
-    write_random_adapter(root / "adapters" / "voice", model_dir)
+    voice = write_random_adapter(root / "adapters" / "voice", model_dir)
+    (voice / "chat_template.jinja").write_text("<{{ messages[0].content }}>")
     with live_server(root / "server", root / "adapters", model_dir=model_dir) as running:
         yield running
         wait_until(running.is_idle, "every request has given its pages back")
@@ -143,6 +148,33 @@ def test_min_tokens_keeps_stop_tokens_away(client: Client) -> None:
     assert END_TOKEN not in reply.token_ids[:3]
     assert reply.token_ids[3:] == (END_TOKEN,)
     assert reply.finish_reason is FinishReason.STOP
+
+
+def test_every_end_token_of_the_model_ends_an_answer_that_does_not_ignore_them(client: Client) -> None:
+    for token_id in END_TOKENS:
+        biased = {"logit_bias": {token_id: 100.0}, "max_tokens": 8}
+        reply = ask(client, **biased)
+        assert (reply.token_ids, reply.finish_reason) == ((token_id,), FinishReason.STOP)
+        reply = ask(client, ignore_eos=True, **biased)
+        assert (reply.token_ids, reply.finish_reason) == ((token_id,) * 8, FinishReason.LENGTH)
+
+
+def test_a_stop_token_is_the_last_and_no_part_of_the_text(client: Client) -> None:
+    whole = known_answer(client)
+    for stop in set(whole.token_ids):
+        reply = known_answer(client, stop_token_ids=[399, stop], ignore_eos=True)
+        count = whole.token_ids.index(stop)
+        assert (reply.token_ids, reply.finish_reason) == (whole.token_ids[: count + 1], FinishReason.STOP)
+        assert reply.text == TOKENIZER.decode(list(whole.token_ids[:count]))
+
+
+def test_chat_messages_take_the_adapters_template_or_else_the_models(client: Client) -> None:
+    chat = [{"role": "user", "content": "hello"}]
+    for adapter, text in ((None, "[user]hello[answer]"), ("voice", "<hello>")):
+        reply = client.generate(chat, adapter=adapter, max_tokens=8, temperature=0.0, ignore_eos=True, timeout=60)
+        prompt = TOKENIZER.encode(text, add_special_tokens=False).ids
+        assert reply.usage.prompt_tokens == len(prompt)
+        assert reply.token_ids == ask(client, prompt, adapter=adapter, max_tokens=8, ignore_eos=True).token_ids
 
 
 def test_a_bias_forces_and_forbids_tokens(client: Client) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,9 +12,12 @@ import pytest
 from segue import Client
 from segue.errors import AdapterNotFoundError, DeadlineExceededError
 from segue.types import Reply, Tier
+from segue.v1 import generation_pb2 as pb
+from segue.v1.server_pb2 import WatchStateResponse
 from tests.e2e.live import ASSETS, LiveServer, Reference, live_server, wait_until
 
 PROMPT = "Tell me about the fox."
+LONG_PROMPT = f"{PROMPT} {'Once more, please. ' * 12}".strip()
 NEW_TOKENS = 24
 ENDLESS_TOKENS = 1500
 ADAPTERS = ASSETS / "adapters"
@@ -50,6 +53,16 @@ def ask(client: Client, adapter: str | None, prompt: str = PROMPT, new_tokens: i
         chunks = list(stream)
     assert "".join(chunk.text for chunk in chunks) == stream.reply.text
     return stream.reply
+
+
+def in_memory(server: LiveServer) -> set[str]:
+    """The adapters whose weights are all on the device or in host memory."""
+    return {item.name for item in server.state().residency.adapters if item.tier != pb.TIER_DISK}
+
+
+def held(state: WatchStateResponse) -> tuple[int, int, int]:
+    """Pages of adapters, pages of KV that is kept, and free bytes of the host store."""
+    return state.pages.adapter, state.pages.cached, state.residency.host_free_bytes
 
 
 def test_a_burst_of_streams_equals_the_reference(server: LiveServer, reference: Reference) -> None:
@@ -90,24 +103,70 @@ def test_a_passed_deadline_gives_the_pages_back(server: LiveServer, client: Clie
     reference.compare(ask(client, "rhyme"), ADAPTERS / "rhyme", PROMPT, NEW_TOKENS)
 
 
+def exchange_folders(voice: Path, successor: Path) -> None:
+    voice.rename(successor.with_name("replaced"))
+    successor.rename(voice)
+
+
+def overwrite_files(voice: Path, successor: Path) -> None:
+    for file in successor.iterdir():
+        (voice / file.name).write_bytes(file.read_bytes())
+
+
+@pytest.mark.parametrize("replace", [exchange_folders, overwrite_files])
 def test_an_adapter_replaced_while_in_use(
-    server: LiveServer, client: Client, reference: Reference, tmp_path: Path
+    server: LiveServer, client: Client, reference: Reference, tmp_path: Path, replace: Callable[[Path, Path], None]
 ) -> None:
-    voice = server.adapters_dir / "voice"
-    shutil.copytree(ADAPTERS / "pirate", voice)
-    successor = Path(shutil.copytree(ADAPTERS / "brief", server.adapters_dir.parent / "successor"))
+    """The old content's KV is kept for reuse when the new content comes: it is not reused."""
+    name = replace.__name__
+    voice = Path(shutil.copytree(ADAPTERS / "pirate", server.adapters_dir / name))
+    successor = Path(shutil.copytree(ADAPTERS / "brief", tmp_path / "successor"))
     new_tokens = 200
+    asked = [ask(client, name, LONG_PROMPT) for _ in range(2)]
     with client.generate(
-        PROMPT, adapter="voice", max_tokens=new_tokens, ignore_eos=True, temperature=0.0, timeout=60, stream=True
+        LONG_PROMPT, adapter=name, max_tokens=new_tokens, ignore_eos=True, temperature=0.0, timeout=60, stream=True
     ) as stream:
         next(stream)
-        voice.rename(tmp_path / "replaced")
-        successor.rename(voice)
-        reply = ask(client, "voice")
+        replace(voice, successor)
+        replaced = [ask(client, name, LONG_PROMPT) for _ in range(2)]
         list(stream)
-    reference.compare(reply, ADAPTERS / "brief", PROMPT, NEW_TOKENS)
-    reference.compare(stream.reply, ADAPTERS / "pirate", PROMPT, new_tokens)
-    assert stream.reply.adapter_version != reply.adapter_version
+    for reply in asked:
+        reference.compare(reply, ADAPTERS / "pirate", LONG_PROMPT, NEW_TOKENS)
+    for reply in replaced:
+        reference.compare(reply, ADAPTERS / "brief", LONG_PROMPT, NEW_TOKENS)
+    reference.compare(stream.reply, ADAPTERS / "pirate", LONG_PROMPT, new_tokens)
+    assert {reply.adapter_version for reply in asked} == {stream.reply.adapter_version}
+    assert stream.reply.adapter_version not in {reply.adapter_version for reply in replaced}
+    for first, second in (asked, replaced):
+        assert first.usage.cached_prompt_tokens == 0 < second.usage.cached_prompt_tokens
+
+
+def test_an_adapter_unloaded_while_in_use(server: LiveServer, client: Client, reference: Reference) -> None:
+    """Its user ends with the right answer; then its pages, its KV and its bytes in host memory are free again."""
+    client.adapters.unload("polite")
+    wait_until(server.is_idle, "nothing runs")
+    wait_until(lambda: "polite" not in in_memory(server), "nothing of it is in memory")
+    before = server.state()
+    client.adapters.load("polite")
+    new_tokens = 300
+    with client.generate(
+        LONG_PROMPT, adapter="polite", max_tokens=new_tokens, ignore_eos=True, temperature=0.0, timeout=60, stream=True
+    ) as stream:
+        next(stream)
+        client.adapters.unload("polite")
+        with pytest.raises(AdapterNotFoundError):
+            ask(client, "polite")
+        meanwhile = server.state()
+        rest = list(stream)
+    assert len(rest) > 1
+    reference.compare(stream.reply, ADAPTERS / "polite", LONG_PROMPT, new_tokens)
+    (used,) = [adapter for adapter in meanwhile.residency.adapters if adapter.name == "polite"]
+    assert used.users == 1
+    assert meanwhile.pages.adapter > before.pages.adapter
+    assert meanwhile.residency.host_free_bytes < before.residency.host_free_bytes
+    wait_until(lambda: held(server.state()) == held(before), "everything of it is gone")
+    assert "polite" not in in_memory(server)
+    client.adapters.load("polite")
 
 
 def test_an_unloaded_adapter_is_unknown_until_it_is_loaded(client: Client, reference: Reference) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from segue.engine.config import HandoffConfig
 from segue.engine.messages import Finished
-from segue.types import LoraSource
+from segue.types import LoraSource, Tier
 from tests.engine.harness import EngineHarness
 from tests.engine.worlds import ADAPTERS, FEATURES, HALF_DTYPES, SHAPES, World, build_world
 
@@ -19,8 +19,13 @@ REQUESTS = 32
 PAGE_TOKENS = 4
 # What KV may take: about a third of what all requests together would.
 KV_PAGES = 200
-HOT = ("r8", "mixed", "regex", "rslora")
 NAMES = [*ADAPTERS, *FEATURES, *HALF_DTYPES, None, None]
+# Which adapters are on the device when the requests come.
+HOT: dict[str, tuple[str, ...]] = {
+    "all cold": (),
+    "some hot": ("r8", "mixed", "regex", "rslora"),
+    "all hot": (*ADAPTERS, *FEATURES, *HALF_DTYPES),
+}
 
 
 @pytest.fixture(scope="module", params=SHAPES, ids=str)
@@ -43,12 +48,19 @@ def requests() -> list[Asked]:
         second = first[: generator.randint(12, 19)] + [generator.randrange(3, 256) for _ in range(9)]
         asked += [Asked(name, first), Asked(name, second)]
     generator.shuffle(asked)
-    assert len(asked) >= REQUESTS
     return asked
 
 
-@pytest.mark.parametrize(("mode", "runs_ahead"), [("auto", False), ("auto", True), ("fixed", True)])
-def test_answers_do_not_depend_on_the_crowd(world: World, mode: str, runs_ahead: bool, device: str) -> None:
+@pytest.mark.parametrize(
+    ("mode", "hot", "runs_ahead"),
+    [
+        ("auto", "some hot", False),
+        ("auto", "all cold", True),
+        ("auto", "all hot", True),
+        ("fixed", "all cold", True),
+    ],
+)
+def test_answers_do_not_depend_on_the_crowd(world: World, mode: str, hot: str, runs_ahead: bool, device: str) -> None:
     """``fixed``: every pass of a loading adapter runs on the CPU workers to its last layer."""
     asked = requests()
     handoff = HandoffConfig(mode=mode, cpu_layers=world.layers if mode == "fixed" else 0)
@@ -66,9 +78,10 @@ def test_answers_do_not_depend_on_the_crowd(world: World, mode: str, runs_ahead:
         versions = {name: harness.open(name) for name in NAMES if name is not None}
         adapter_pages = sum(harness.instance.store.device_pages(version_id) for version_id in versions.values())
     with EngineHarness(world.model_dir, world.adapters_dir, pages=adapter_pages + KV_PAGES, **settings) as harness:
-        for name in HOT:
+        for name in HOT[hot]:
             harness.warm(name)
         numbers = [harness.submit(item.prompt, item.adapter, max_tokens=NEW_TOKENS, logprobs=0) for item in asked]
+        assert len(harness.engine.requests) == len(asked) >= REQUESTS
         decodes_beside_chunks = 0
         while not all(harness.answers[number].ended for number in numbers):
             decodes_beside_chunks += _has_both(harness)
@@ -80,7 +93,13 @@ def test_answers_do_not_depend_on_the_crowd(world: World, mode: str, runs_ahead:
         assert sum(item.cached_prompt_tokens > 0 for item in ended) >= 8, "few prefixes were shared"
         assert decodes_beside_chunks > 10, "no prompt was computed in chunks beside decodes"
         sources = {layer.source for item in ended for layer in item.timing.layers}
-        assert sources >= {LoraSource.CPU, LoraSource.DEVICE}
+        assert sources >= ({LoraSource.DEVICE} if hot == "all hot" else {LoraSource.CPU, LoraSource.DEVICE})
+        landed = {item.adapter for item, end in zip(asked, ended, strict=True) if end.timing.tier is Tier.DEVICE}
+        loading = {
+            item.adapter for item, end in zip(asked, ended, strict=True) if end.timing.tier in (Tier.DISK, Tier.HOST)
+        }
+        assert landed >= set(HOT[hot]), "an adapter was not hot"
+        assert loading >= versions.keys() - set(HOT[hot]), "an adapter was not cold"
         state = harness.instance.state(0)
         assert state.free_pages + state.cached_pages + state.adapter_pages == harness.config.pages
 

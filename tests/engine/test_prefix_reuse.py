@@ -172,6 +172,15 @@ def test_answers_to_one_prompt_compute_it_once(model_dir: Path, adapters_dir: Pa
         assert len({tuple(harness.answers[number].tokens) for number in numbers}) == 8
 
 
+def test_requests_that_share_a_kept_prefix_begin_together(model_dir: Path, adapters_dir: Path) -> None:
+    with EngineHarness(model_dir, adapters_dir, cpu_workers=0) as harness:
+        ask(harness, PROMPT)
+        numbers = [harness.submit([*PROMPT, place], max_tokens=1) for place in range(3, 11)]
+        harness.step()
+        assert all(harness.answers[number].ended for number in numbers)
+        assert [cached_tokens(harness, number) for number in numbers] == [REUSABLE_TOKENS] * len(numbers)
+
+
 def test_who_waits_for_a_prefix_goes_on_when_its_owner_is_cancelled(
     model_dir: Path, adapters_dir: Path, device: str
 ) -> None:
@@ -182,6 +191,19 @@ def test_who_waits_for_a_prefix_goes_on_when_its_owner_is_cancelled(
         harness.engine.cancel(first)
         harness.run()
         assert harness.answers[second].tokens == expected(model_dir, adapters_dir / "a", PROMPT)
+
+
+def test_a_crowd_that_waits_for_one_prefix_keeps_nobody_else_waiting(model_dir: Path, adapters_dir: Path) -> None:
+    """More requests with one prompt than may run, for an adapter that takes long to come; then one for the base."""
+    with EngineHarness(model_dir, adapters_dir, cpu_workers=0, copy_bytes_per_second=5e4, max_running=8) as harness:
+        crowd = [harness.submit(PROMPT, "a", max_tokens=1, sample=sample, temperature=1.0) for sample in range(40)]
+        other = harness.submit(PROMPT, max_tokens=NEW_TOKENS)
+        harness.run_until(lambda: harness.answers[other].ended)
+        assert harness.answers[other].tokens == expected(model_dir, None, PROMPT)
+        assert not any(harness.answers[number].tokens for number in crowd)
+        for number in crowd:
+            harness.engine.cancel(number)
+        harness.run()
 
 
 def test_cached_pages_make_room_for_requests_and_adapters(model_dir: Path, adapters_dir: Path, device: str) -> None:

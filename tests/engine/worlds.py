@@ -43,6 +43,7 @@ ADAPTERS: dict[str, dict[str, object]] = {
     "r64": {"rank": 64, "targets": ALL_TARGETS},
 }
 
+Expected = tuple[list[int], torch.Tensor]
 
 # Configurations that choose modules, ranks and scales in PEFT's other ways.
 FEATURES: dict[str, dict[str, Any]] = {
@@ -68,6 +69,7 @@ class World:
     adapters_dir: Path
     layers: int
     references: dict[str | None, torch.nn.Module] = field(default_factory=dict)
+    answers: dict[tuple[str | None, tuple[int, ...], int], Expected] = field(default_factory=dict)
 
     def reference(self, adapter: str | None) -> torch.nn.Module:
         """The model with that adapter, loaded once."""
@@ -76,12 +78,16 @@ class World:
             self.references[adapter] = load_reference(self.model_dir, folder)
         return self.references[adapter]
 
-    def expected(self, adapter: str | None, prompt: list[int], new_tokens: int) -> tuple[list[int], torch.Tensor]:
-        """Greedy tokens, and the log probability of each."""
-        reference = self.reference(adapter)
-        tokens = list(reference_greedy(reference, prompt, new_tokens))
-        logprobs = torch.log_softmax(reference_logits(reference, prompt + tokens), dim=-1)
-        return tokens, logprobs[len(prompt) - 1 : -1].gather(1, torch.tensor(tokens)[:, None])[:, 0]
+    def expected(self, adapter: str | None, prompt: list[int], new_tokens: int) -> Expected:
+        """Greedy tokens, and the log probability of each; computed once."""
+        asked = adapter, tuple(prompt), new_tokens
+        if asked not in self.answers:
+            reference = self.reference(adapter)
+            tokens = list(reference_greedy(reference, prompt, new_tokens))
+            logprobs = torch.log_softmax(reference_logits(reference, prompt + tokens), dim=-1)
+            chosen = logprobs[len(prompt) - 1 : -1].gather(1, torch.tensor(tokens)[:, None])[:, 0]
+            self.answers[asked] = tokens, chosen
+        return self.answers[asked]
 
     def compare(self, adapter: str | None, prompt: list[int], answer: Answer, new_tokens: int) -> None:
         assert answer.failed is None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from segue.scheduler.batch import plan_step
@@ -95,7 +95,7 @@ def decoding(number: int, tokens: int, pages: int, version_id: int | None = None
 
 
 def plan(
-    queue: Sequence[QueuedRequest] = (),
+    queue: Iterable[QueuedRequest] = (),
     running: Sequence[AdmittedRequest] = (),
     *,
     free_pages: int = 100,

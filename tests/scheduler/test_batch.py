@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from segue.scheduler.batch import MOST_PASSED_OVER
 from segue.scheduler.plan import PassRows, PrefixMatch, StepPlan, pages_for
 from tests.scheduler.fakes import LIMITS, FakePrefixes, FakeResidency, admitted, decoding, plan, queued
 
@@ -107,7 +108,7 @@ def test_passes_are_bounded() -> None:
 
 
 def test_what_is_cached_is_neither_computed_nor_given_pages() -> None:
-    prefixes = FakePrefixes(idle_pages=3, matches={1: PrefixMatch(pages=3, idle_pages=2)})
+    prefixes = FakePrefixes(idle_pages=3, matches={1: PrefixMatch(pages=3, idle=frozenset({7, 8}))})
     decided = plan([queued(1, tokens=14)], free_pages=2, prefixes=prefixes)
     (admission,) = decided.admit
     assert (admission.cached_pages, admission.kv_pages, decided.reclaim_pages) == (3, 1, 0)
@@ -116,10 +117,20 @@ def test_what_is_cached_is_neither_computed_nor_given_pages() -> None:
 
 def test_idle_pages_that_an_admission_shares_are_not_given_up_for_it() -> None:
     """It needs two pages besides; of the three idle ones it uses two, so there is one to give up."""
-    prefixes = FakePrefixes(idle_pages=3, matches={1: PrefixMatch(pages=2, idle_pages=2)})
+    prefixes = FakePrefixes(idle_pages=3, matches={1: PrefixMatch(pages=2, idle=frozenset({7, 8}))})
     assert plan([queued(1, tokens=10)], free_pages=0, prefixes=prefixes).admit == ()
     decided = plan([queued(1, tokens=10)], free_pages=1, prefixes=prefixes)
     assert (len(decided.admit), decided.reclaim_pages) == (1, 1)
+
+
+def test_requests_that_share_idle_pages_are_admitted_together() -> None:
+    """Three share the same two, one a third page besides: there are three idle pages in all, and none to give up."""
+    same, more = PrefixMatch(pages=2, idle=frozenset({7, 8})), PrefixMatch(pages=3, idle=frozenset({7, 8, 9}))
+    prefixes = FakePrefixes(idle_pages=3, matches={1: same, 2: same, 3: more})
+    queue = [queued(number, tokens=13) for number in (1, 2, 3)]
+    decided = plan(queue, free_pages=6, prefixes=prefixes)
+    assert [(item.number, item.cached_pages) for item in decided.admit] == [(1, 2), (2, 2), (3, 3)]
+    assert [item.number for item in plan(queue, free_pages=4, prefixes=prefixes).admit] == [1, 2]
 
 
 @pytest.mark.parametrize(("page_seconds", "evicted", "reclaimed"), [(0.01, (), 3), (10.0, (4,), 0)])
@@ -136,10 +147,19 @@ def test_who_shares_most_of_its_prompt_with_an_earlier_one_waits_for_it() -> Non
     assert [item.number for item in decided.admit] == [1, 3]
 
 
-def test_only_as_many_waiting_requests_are_looked_at_as_could_be_admitted() -> None:
-    matches = {number: PrefixMatch(pending_pages=9) for number in range(2, 20)}
-    queue = [queued(number, tokens=12) for number in range(1, 21)]
-    assert [item.number for item in plan(queue, prefixes=FakePrefixes(matches=matches)).admit] == [1]
+@pytest.mark.parametrize(("waiting", "admitted_numbers"), [(MOST_PASSED_OVER - 1, [1, 0]), (MOST_PASSED_OVER, [1])])
+def test_those_who_wait_for_a_prefix_keep_nobody_out_up_to_a_bound(waiting: int, admitted_numbers: list[int]) -> None:
+    matches = {number: PrefixMatch(pending_pages=9) for number in range(2, waiting + 2)}
+    queue = [*(queued(number, tokens=12) for number in range(1, waiting + 2)), queued(0)]
+    assert [item.number for item in plan(queue, prefixes=FakePrefixes(matches=matches)).admit] == admitted_numbers
+
+
+def test_no_more_of_the_queue_is_read_than_is_needed() -> None:
+    queue = iter([queued(number) for number in range(1, 100)])
+    assert len(plan(queue).admit) == LIMITS.max_running
+    assert next(queue).number == LIMITS.max_running + 1
+    assert plan(queue, [decoding(number, tokens=3, pages=1) for number in range(LIMITS.max_running)]).admit == ()
+    assert next(queue).number == LIMITS.max_running + 2
 
 
 def test_limits_bound_the_running_requests() -> None:

@@ -187,6 +187,7 @@ def test_what_the_engine_did_not_foresee_keeps_its_text_here(client: Client, cap
     assert caught.value.message == "internal error"
     assert caught.value.request_id == "abc"
     assert "secret detail" in caplog.text
+    assert client.generate([10], max_tokens=1).token_ids == (10,)
 
 
 def test_what_the_front_end_did_not_foresee_keeps_its_text_here(
@@ -195,16 +196,19 @@ def test_what_the_front_end_did_not_foresee_keeps_its_text_here(
     def fail(*_: object) -> None:
         raise RuntimeError("secret detail")
 
-    monkeypatch.setattr(generation, "validate", fail)
-    monkeypatch.setattr(AdapterDirectory, "list_adapters", fail)
-    with pytest.raises(InternalError) as caught:
-        client.generate([10])
-    assert caught.value.message == "internal error"
-    assert f"unforeseen error in request {caught.value.request_id}" in caplog.text
-    assert "secret detail" in caplog.text
-    with pytest.raises(InternalError, match=r"^internal error$") as unary:
-        client.adapters.list()
-    assert unary.value.request_id in caplog.text
+    with monkeypatch.context() as patch:
+        patch.setattr(generation, "validate", fail)
+        patch.setattr(AdapterDirectory, "list_adapters", fail)
+        with pytest.raises(InternalError) as caught:
+            client.generate([10])
+        assert caught.value.message == "internal error"
+        assert f"unforeseen error in request {caught.value.request_id}" in caplog.text
+        assert "secret detail" in caplog.text
+        with pytest.raises(InternalError, match=r"^internal error$") as unary:
+            client.adapters.list()
+        assert unary.value.request_id in caplog.text
+    assert client.generate([10], max_tokens=1).token_ids == (10,)
+    assert [info.name for info in client.adapters.list()] == ["alpha", "beta"]
 
 
 def test_errors_are_google_rpc_details(rig: Rig) -> None:
