@@ -89,6 +89,7 @@ class EngineConfig:
     max_passes: int = 16
     layers_per_step: int = 2
     runs_ahead: bool | None = None
+    record_ahead: bool = True
     measure_device_time: bool = False
     poison_freed_pages: bool = False
     check_invariants: bool = False

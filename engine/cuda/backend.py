@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 
 import torch
 
@@ -72,4 +73,6 @@ def cuda_backend(
         max_sequences=config.max_running,
         context_tokens=context_tokens,
     )
+    if config.record_ahead:
+        graphs.record_all(partial(report, "record CUDA graphs"))
     return Backend(lora=lora, attention=attention, batches=graphs, sampler=sampler)

@@ -38,9 +38,15 @@ class BatchGraph:
     """One shape, kind of attention, variant and regime."""
 
     def __init__(
-        self, model: DecoderModel, attention: GraphAttention, inputs: BatchInputs, lora: LoraHook, memory: Any
+        self,
+        model: DecoderModel,
+        attention: GraphAttention,
+        inputs: BatchInputs,
+        lora: LoraHook,
+        logits: Tensor,
+        memory: Any,
     ) -> None:
-        """Record the pass. ``memory`` is the pool that graphs share, since they never run at once."""
+        """Record the pass. Graphs never run at once: they share ``logits`` [sequences, vocab] and the pool ``memory``."""
         self._inputs = inputs
         self._attention = attention
         self._graph = torch.cuda.CUDAGraph()
@@ -56,11 +62,11 @@ class BatchGraph:
         inputs.fill(())
         attention.plan()
         with _blas_for(inputs.shape.rows):
-            _drain(model, batch, attention, lora)
+            _drain(model, batch, attention, lora, logits)
             torch.cuda.synchronize()
             # Other threads go on copying meanwhile.
             with torch.cuda.graph(self._graph, pool=memory, capture_error_mode="thread_local"):
-                self._logits = _drain(model, batch, attention, lora)
+                self._logits = _drain(model, batch, attention, lora, logits)
 
     def run(self, rows: Sequence[RequestRows]) -> Tensor:
         """Logits [len(rows), vocab], valid until the next run of any graph.
@@ -100,6 +106,7 @@ class BatchGraphs:
         self._inputs: dict[BatchShape, BatchInputs] = {}
         self._attentions: dict[tuple[BatchShape, AttentionKind], GraphAttention] = {}
         self._graphs: dict[tuple[BatchShape, AttentionKind, Variant, Regime | None], BatchGraph] = {}
+        self._logits = torch.empty(largest.sequences, model.config.vocab_size, dtype=pool.dtype, device=model.device)
         self._graph_memory = torch.cuda.graph_pool_handle()
 
     def run(self, rows: Sequence[RequestRows], segments: Sequence[LoraSegment]) -> Tensor | None:
@@ -109,7 +116,7 @@ class BatchGraphs:
         shape = next((shape for shape in self.shapes if shape.holds(row_count, len(rows))), None)
         if shape is None:
             return None
-        regime = regime_of(row_count, len(segments))
+        regime = self._lora.regime(segments)
         used = self._plans.fill(segments, regime)
         variant = next(item for item in Variant if used <= item.value)
         kind = self._attention.kind(shape, [item.start + item.count for item in rows])
@@ -119,18 +126,21 @@ class BatchGraphs:
     def record_all(self, report: Callable[[int, int], None]) -> None:
         """Record the graphs of all batches without long KV; ``report`` is told how many of how many there are."""
         kinds = list(self._kinds())
-        for done, (shape, variant, regime) in enumerate(kinds):
+        for done, (shape, kind, variant, regime) in enumerate(kinds):
             report(done, len(kinds))
             self._plans.fill((), regime)
-            self._graph(shape, self._attention.kind(shape, ()), variant, regime)
+            self._graph(shape, kind, variant, regime)
         report(len(kinds), len(kinds))
 
-    def _kinds(self) -> Iterator[tuple[BatchShape, Variant, Regime]]:
+    def _kinds(self) -> Iterator[tuple[BatchShape, AttentionKind, Variant, Regime]]:
         for shape in self.shapes:
-            regimes = {regime_of(shape.rows, segments) for segments in range(1, shape.rows + 1)}
-            for variant in Variant:
-                for regime in sorted(regimes, key=lambda item: item.value)[: 1 if variant is Variant.BASE else None]:
-                    yield shape, variant, regime
+            # Of segments with one row each and of one with all, of low and of high ranks.
+            regimes = {regime_of(shape.rows, [rank] * count) for rank in (1, 256) for count in (1, shape.sequences)}
+            for kind in self._attention.kinds(shape):
+                yield shape, kind, Variant.BASE, Regime.FEW
+                for regime in sorted(regimes, key=lambda item: item.value):
+                    yield shape, kind, Variant.ATTENTION, regime
+                    yield shape, kind, Variant.ALL, regime
 
     def _graph(self, shape: BatchShape, kind: AttentionKind, variant: Variant, regime: Regime) -> BatchGraph:
         key = shape, kind, variant, None if variant is Variant.BASE else regime
@@ -138,7 +148,8 @@ class BatchGraphs:
         if graph is None:
             hook = GraphLora(self._lora, self._plans, variant.value, regime)
             inputs, attention = self._parts(shape, kind)
-            graph = self._graphs[key] = BatchGraph(self._model, attention, inputs, hook, self._graph_memory)
+            logits = self._logits[: shape.sequences]
+            graph = self._graphs[key] = BatchGraph(self._model, attention, inputs, hook, logits, self._graph_memory)
         return graph
 
     def _parts(self, shape: BatchShape, kind: AttentionKind) -> tuple[BatchInputs, GraphAttention]:
@@ -165,12 +176,12 @@ def _blas_for(rows: int) -> Iterator[None]:
         torch.backends.cuda.preferred_blas_library(before)
 
 
-def _drain(model: DecoderModel, batch: RowBatch, step: GraphAttention, lora: LoraHook) -> Tensor:
+def _drain(model: DecoderModel, batch: RowBatch, step: GraphAttention, lora: LoraHook, logits: Tensor) -> Tensor:
     """Run a pass that waits for nothing."""
-    run = model.forward(batch, step, lora)
+    run = model.forward(batch, step, lora, logits=logits)
     while True:
         try:
             next(run)
         except StopIteration as end:
-            logits: Tensor = end.value
-            return logits
+            value: Tensor = end.value
+            return value

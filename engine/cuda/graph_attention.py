@@ -264,16 +264,19 @@ class RecordedAttention:
         self._workspace = torch.zeros(size_bytes, dtype=torch.uint8, device=device)
         self._plans = {window: PlanMemory(device) for window in set(windows)}
 
+    def kinds(self, shape: BatchShape) -> tuple[AttentionKind, ...]:
+        """What serves a shape, but for batches of prompts with long KV."""
+        if not shape.decodes:
+            return (AttentionKind.SPLIT if shape.sequences == shape.rows else AttentionKind.WHOLE,)
+        served = self._heads // self._pool.kv_heads in DECODE_GROUPS and shape.sequences >= _LARGE_DECODE
+        return (AttentionKind.SPLIT, AttentionKind.ROWS) if served else (AttentionKind.SPLIT,)
+
     def kind(self, shape: BatchShape, total_tokens: Sequence[int]) -> AttentionKind:
         """What serves sequences with so many tokens in KV best, as measured on an H200: docs/notes-kernels.md."""
-        if shape.decodes:
-            is_short = sum(total_tokens) <= _SHORT_KV_TOKENS * len(total_tokens)
-            served = self._heads // self._pool.kv_heads in DECODE_GROUPS
-            is_large = shape.sequences >= _LARGE_DECODE
-            return AttentionKind.ROWS if served and is_large and is_short else AttentionKind.SPLIT
-        if shape.sequences == shape.rows or max(total_tokens, default=0) > _WHOLE_KV_TOKENS:
-            return AttentionKind.SPLIT
-        return AttentionKind.WHOLE
+        kinds = self.kinds(shape)
+        if AttentionKind.ROWS in kinds and sum(total_tokens) <= _SHORT_KV_TOKENS * len(total_tokens):
+            return AttentionKind.ROWS
+        return AttentionKind.SPLIT if max(total_tokens) > _WHOLE_KV_TOKENS else kinds[0]
 
     def begin(self, inputs: BatchInputs, kind: AttentionKind) -> GraphAttention:
         """The attention of the batches that these inputs bring."""

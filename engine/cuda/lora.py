@@ -32,10 +32,12 @@ class LoraSizes:
     max_rows: int
 
 
-# Up to here latency counts more than bytes.
+# Up to so many rows, or ranks of an adapter on average, latency counts more than bytes.
 _FEW_ROWS = 16
-# From so many rows for each segment on, tensor cores have something to do.
-_PREFILL_ROWS = 4
+_FEW_RANKS = 48
+# From so many rows for each segment on, and in all, tensor cores have something to do.
+_PREFILL_SEGMENT_ROWS = 4
+_PREFILL_ROWS = 129
 
 
 def architecture_of(device: torch.device) -> Architecture:
@@ -45,11 +47,15 @@ def architecture_of(device: torch.device) -> Architecture:
     return Architecture.of(torch.cuda.get_device_capability(device))
 
 
-def regime_of(rows: int, segments: int) -> Regime:
-    """The tiles for a batch of ``rows`` rows with adapters in ``segments`` segments."""
-    if rows >= _PREFILL_ROWS * segments and rows > _FEW_ROWS:
+def regime_of(rows: int, ranks: Sequence[int]) -> Regime:
+    """The tiles for a batch of ``rows`` rows with a segment for an adapter of each of ``ranks``.
+
+    Measured on an H200: docs/notes-kernels.md.
+    """
+    if rows >= max(_PREFILL_ROWS, _PREFILL_SEGMENT_ROWS * len(ranks)):
         return Regime.PREFILL
-    return Regime.FEW if rows <= _FEW_ROWS else Regime.DECODE
+    is_small = rows <= _FEW_ROWS or sum(ranks) < _FEW_RANKS * len(ranks)
+    return Regime.FEW if is_small else Regime.DECODE
 
 
 class AdapterTables:
@@ -168,10 +174,15 @@ class KernelLora:
         )
 
     def begin(self, segments: Sequence[LoraSegment]) -> KernelLoraStep:
-        for segment in segments:
-            # The pass may run on another stream than the batches that read the tables, too.
-            self.tables.row(segment.version_id)
-        return KernelLoraStep(self, tuple(segments))
+        # With it, rows are written that batches read as well, while the pass may go on on another stream.
+        regime = self.regime(segments)
+        return KernelLoraStep(self, tuple(segments), regime)
+
+    def regime(self, segments: Sequence[LoraSegment]) -> Regime:
+        """The tiles for these segments."""
+        slots = [self.tables.row(item.version_id) for item in segments]
+        ranks = np.max([ranks[slots].max(1) for ranks in self.tables.ranks.values()], axis=0) if slots else []
+        return regime_of(sum(item.row_stop - item.row_start for item in segments), [int(rank) for rank in ranks])
 
     def workspace(self) -> Tensor:
         """Partials of launches that follow one another on one stream: float32, enough for the largest batch."""
@@ -227,11 +238,10 @@ class KernelLora:
 class KernelLoraStep:
     """See DeviceLoraStep. Plans are made when a point first needs them, and serve all layers."""
 
-    def __init__(self, lora: KernelLora, segments: tuple[LoraSegment, ...]) -> None:
+    def __init__(self, lora: KernelLora, segments: tuple[LoraSegment, ...], regime: Regime) -> None:
         self._lora = lora
         self._segments = segments
-        rows = sum(item.row_stop - item.row_start for item in segments)
-        self._regime = regime_of(rows, len(segments))
+        self._regime = regime
         self._plans: dict[tuple[LoraPoint, frozenset[int]], Tensor | None] = {}
         self._workspace: Tensor | None = None
 
@@ -282,7 +292,7 @@ class GraphPlans:
 
     def __init__(self, lora: KernelLora, max_rows: int) -> None:
         self._lora = lora
-        self._last: tuple[Regime, tuple[tuple[int, int, int], ...]] | None = None
+        self._last: tuple[Regime, tuple[tuple[int, int, int, int], ...]] | None = None
         self._used: frozenset[LoraPoint] = frozenset()
         words = {point: max(lora.capacity(point, regime, max_rows)[0] for regime in Regime) for point in LoraPoint}
         device = lora.tables.page_tables.device
@@ -296,8 +306,10 @@ class GraphPlans:
 
         All runs but the last must have ended. The last may still read its pinned buffer, which is not used again.
         """
+        # A row of the tables may meanwhile be another version's.
         composition = tuple(
-            (item.row_start, item.row_stop, self._lora.tables.row(item.version_id)) for item in segments
+            (item.row_start, item.row_stop, item.version_id, self._lora.tables.row(item.version_id))
+            for item in segments
         )
         if (regime, composition) != self._last:
             used = set()

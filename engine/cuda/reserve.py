@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from segue.engine.config import EngineConfig
 from segue.engine.cuda.batch_shapes import ATTENTION_BYTES, PLAN_BYTES, batch_shapes, workspace_bytes
+from segue.engine.device import CudaStreams
 from segue.engine.lora.points import POINT_PROJECTIONS
 from segue.engine.memory.adapter_layout import choose_chunk_elems
 from segue.engine.models.config import ModelConfig
@@ -12,12 +13,10 @@ from segue.gpu_kernels.lora_work import plan_capacity
 from segue.scheduler.plan import pages_for
 
 MAX_TABLE_ROWS = 4096
-# Kernels' code, cuBLAS's workspaces and the nodes of graphs.
-_CODE_BYTES = 1 << 30
+# Kernels' code, cuBLAS's workspaces and the nodes of some hundred graphs.
+_CODE_BYTES = 2 << 30
 # Sampling holds logits, those of its rows, edited ones, keys, and what torch takes to find the most likely tokens.
 _LOGIT_COPIES = 6
-# Variants and regimes of a shape at most; each graph keeps its logits.
-_GRAPHS_OF_A_SHAPE = 5
 
 
 def max_rows(config: EngineConfig) -> int:
@@ -35,7 +34,7 @@ def device_reserve(
     recorded = max(workspace_bytes(shape, model.heads, model.kv_heads, model.head_dim, processors) for shape in shapes)
     attention = ATTENTION_BYTES * (1 + config.max_passes) + context_tokens * model.head_dim * 4
     logit_rows = _LOGIT_COPIES * (config.max_running + config.max_passes)
-    logit_rows += _GRAPHS_OF_A_SHAPE * sum(shape.sequences for shape in shapes)
+    logit_rows += max(shape.sequences for shape in shapes)
     context_pages = pages_for(context_tokens, config.page_tokens)
     return {
         "activations": _activation_bytes(config, model, item_bytes),
@@ -43,8 +42,14 @@ def device_reserve(
         "attention": attention + recorded + wrappers * PLAN_BYTES,
         "page tables": 4 * context_pages * (config.max_running + config.max_passes),
         "LoRA plans and tables": _lora_bytes(config, model, item_bytes, processors),
+        "staging": CudaStreams.staging_slots * _layer_bytes(config, model, item_bytes),
         "code": _CODE_BYTES,
     }
+
+
+def _layer_bytes(config: EngineConfig, model: ModelConfig, item_bytes: int) -> int:
+    """One layer of an adapter with every projection in the largest rank."""
+    return config.max_lora_rank * item_bytes * sum(sum(shape) for shape in model.projection_shapes().values())
 
 
 def _activation_bytes(config: EngineConfig, model: ModelConfig, item_bytes: int) -> int:

@@ -61,8 +61,12 @@ class DecoderModel:
         """Where the weights are."""
         return self.weights.embedding.device
 
-    def forward(self, batch: RowBatch, attention: AttentionStep, lora: LoraHook) -> Generator[None, None, Tensor]:
+    def forward(
+        self, batch: RowBatch, attention: AttentionStep, lora: LoraHook, *, logits: Tensor | None = None
+    ) -> Generator[None, None, Tensor]:
         """Run the batch; the generator's value is the logits [rows wanted, vocab], in the weights' dtype.
+
+        They are written into ``logits``, if given.
 
         ``batch`` is on the model's device, and ``attention`` was begun for it. Yields once between two layers and
         whenever ``lora`` waits. A pass may rest at a yield for any time and other passes may run meanwhile; its
@@ -87,7 +91,7 @@ class DecoderModel:
             next_norm = weights.norm if is_last else weights.layers[layer + 1].input_norm
             x, residual = ops.add_norm(inner, residual, next_norm)
             lora.leave_layer(layer)
-        return functional.linear(x, weights.head)
+        return functional.linear(x, weights.head) if logits is None else torch.mm(x, weights.head.t(), out=logits)
 
     def _attention(
         self, layer: int, x: Tensor, positions: Tensor, attention: AttentionStep, lora: LoraHook

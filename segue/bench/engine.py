@@ -118,6 +118,7 @@ class EngineBenchConfig:
             max_waiting=self.largest_batch,
             max_lora_rank=self.max_rank,
             prefix_cache=False,
+            record_ahead=False,
             cpu_workers=0,
             cpu_slots=1,
         )

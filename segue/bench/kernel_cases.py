@@ -102,7 +102,7 @@ class KernelBatch:
         self.shape = model.points[point]
         self._model, self._case, self._dtype, self._device = model, case, dtype, device
         self._tiles = choose_tiles(
-            regime_of(sum(case.rows), len(case.rows)),
+            regime_of(sum(case.rows), case.ranks),
             chunk_elems=model.chunk_elems,
             page_elems=model.page_elems,
             element_bytes=dtype.itemsize,

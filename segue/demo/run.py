@@ -32,6 +32,8 @@ _LANDING_SECONDS = 60.0
 _MIN_AXIS_COLUMNS = 24
 _LABEL_COLUMNS = 56
 _PANEL_COLUMNS = 58
+# Where an adapter is that has to come to the device first; how much of it had been read is a matter of milliseconds.
+_COLD = (Tier.DISK, Tier.HOST)
 
 
 class DemoError(Exception):
@@ -203,7 +205,7 @@ def _panels(streams: list[Stream]) -> RenderableType:
 
 def _explain(console: Console, streams: list[Stream]) -> None:
     """A time line for each cold request, from the events in its reply alone."""
-    cold = [(stream, stream.reply) for stream in streams if stream.reply and stream.reply.timing.tier is Tier.DISK]
+    cold = [(stream, stream.reply) for stream in streams if stream.reply and stream.reply.timing.tier in _COLD]
     console.rule("[bold]Where the cold requests spent their time")
     console.print(
         Text.assemble(
@@ -244,7 +246,7 @@ def _again(console: Console, client: Client, streams: list[Stream], options: Dem
         timing = before.reply.timing
         landed = [layer.landed_seconds for layer in timing.layers if layer.landed_seconds is not None]
         landing = "-"
-        if timing.tier is Tier.DISK:
+        if timing.tier in _COLD:
             whole = len(landed) == len(timing.layers)
             landing = f"{max(landed) * 1e3:.0f} ms" if whole else "after the answer"
         equal = before.reply.token_ids == after.reply.token_ids

@@ -42,6 +42,7 @@ class EngineHarness:
             "pages": 512,
             "host_store_bytes": 16 << 20,
             "poison_freed_pages": True,
+            "record_ahead": False,
             "check_invariants": True,
         }
         self.config = EngineConfig(**{**settings, **config})

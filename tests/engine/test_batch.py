@@ -20,6 +20,7 @@ def test_rows_positions_and_slots() -> None:
     assert batch.positions.tolist() == [3, 4, 5, 0, 8, 9]
     assert batch.slot_pages.tolist() == [9, 2, 2, 4, 1, 1]
     assert batch.slot_offsets.tolist() == [3, 0, 1, 0, 0, 1]
+    assert batch.logit_rows is not None
     assert batch.logit_rows.tolist() == [2, 4, 5]
     spans = [(rows.row_start, rows.row_stop, rows.context_tokens, rows.total_tokens) for rows in batch.sequences]
     assert spans == [(0, 3, 3, 6), (3, 4, 0, 1), (4, 6, 8, 10)]
