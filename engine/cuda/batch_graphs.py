@@ -46,7 +46,7 @@ class BatchGraph:
         logits: Tensor,
         memory: Any,
     ) -> None:
-        """Record the pass. Graphs never run at once: they share ``logits`` [sequences, vocab] and the pool ``memory``."""
+        """Record the pass. Graphs share ``logits`` [sequences, vocab] and the pool ``memory``: one runs at a time."""
         self._inputs = inputs
         self._attention = attention
         self._graph = torch.cuda.CUDAGraph()
