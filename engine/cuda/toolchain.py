@@ -37,10 +37,10 @@ _DEFAULT_HOME = Path("/usr/local/cuda")
 def prepare_cuda(environ: MutableMapping[str, str]) -> None:
     """Verify that an engine can run on CUDA, and name the compilers to FlashInfer in ``environ``, os.environ as a rule.
 
+    Also says there how many queues of the device its streams are spread over.
+
     Raises ConfigError, one line that says what is missing and what brings it.
     """
-    # As many streams as may wait for a worker, each of them without holding others up in a queue that they share.
-    environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     driver = driver_library()
     problem = device_problem(torch.__version__, torch.version.cuda, driver, _usable_devices)
     if problem:
@@ -56,6 +56,8 @@ def prepare_cuda(environ: MutableMapping[str, str]) -> None:
     cache = Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     links = link_libraries(home, driver, cache / "segue" / f"cuda-{toolkit_version(home)}-libraries")
     environ.update(flashinfer_environment(environ, path=path, home=home, links=links))
+    # Read with the device's context: streams that wait for a worker must not hold up others in a queue that they share.
+    environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 
 def device_problem(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
@@ -108,6 +108,11 @@ def make_round(decodes: Sequence[tuple[int, Mix, int]], first_tokens: Sequence[t
         cases += [Case(Measure.DECODE_STEP, batch, mix, prompt, When.AFTER) for batch, mix, prompt in again]
     cases += [Case(Measure.FIRST_TOKEN, 1, mix, prompt) for mix, prompt in first_tokens]
     return tuple(cases)
+
+
+def decode_cases(cases: Iterable[Case]) -> tuple[Case, ...]:
+    """One of each mix and batch that decodes."""
+    return tuple(case for case in cases if case.measure is Measure.DECODE_STEP and case.when is not When.AFTER)
 
 
 def _mixes(batch: int, mixes: Sequence[str], ranks: Sequence[int], targets: Sequence[str]) -> Iterator[Mix]:

@@ -19,11 +19,12 @@ import numpy as np
 import torch
 
 from segue.bench.adapter_folders import write_adapters
-from segue.bench.cases import Case, Measure
+from segue.bench.cases import Case, Measure, decode_cases
 from segue.bench.driver import BenchmarkError, EngineDriver
 from segue.bench.gemms import Gemms
 from segue.bench.report import Percentiles, Report, Row
 from segue.bench.shapes import SHAPES
+from segue.bench.step_parts import record_spans, split_by_part
 from segue.config import ConfigError, require, require_positive
 from segue.engine.config import EngineConfig, LoadFormat
 from segue.engine.lora.catalog import AdapterCatalog
@@ -47,7 +48,7 @@ class EngineBenchConfig:
 
     The model is the one in ``model_dir``, or a random one of ``shape``, a name in SHAPES. ``steps`` decode steps are
     timed in each of ``repeats`` rounds through ``cases``. No round begins later than ``seconds`` after the start; a run
-    ends at most one round later.
+    ends at most one round later. ``parts`` adds what the device does in a decode step, for each case of those.
     """
 
     cases: tuple[Case, ...]
@@ -59,6 +60,7 @@ class EngineBenchConfig:
     repeats: int = 5
     seconds: float = 600.0
     torch_threads: int = 1
+    parts: bool = False
 
     def __post_init__(self) -> None:
         if self.model_dir is None:
@@ -71,6 +73,7 @@ class EngineBenchConfig:
         self.engine_config(Path(self.model_dir or "."))
         available = self.device != "cuda" or torch.cuda.is_available()
         require(available, "device", "is 'cuda', and torch finds no CUDA device")
+        require(not self.parts or self.device == "cuda", "parts", f"needs the device 'cuda', is on {self.device!r}")
 
     @property
     def largest_batch(self) -> int:
@@ -178,10 +181,12 @@ def run_engine_bench(config: EngineBenchConfig, progress: Callable[[str], None])
             versions = {name: driver.load(name) for name in ready.names}
             bench = _EngineBench(config, driver, versions, gemms, ready.model.vocab_size)
             timings = _measure_rounds(config, bench, progress, deadline_seconds)
+            part_cases = decode_cases(config.cases) if config.parts else ()
+            parts = [row for case in part_cases for row in _part_rows(case, bench.parts(case))]
     settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     del settings["cases"]
     rows = [case_row(case, case.measure.value, [1e3 * item for item in timings[case]]) for case in timings]
-    return Report.here("engine", settings, rows)
+    return Report.here("engine", settings, [*rows, *parts])
 
 
 class _EngineBench:
@@ -207,14 +212,26 @@ class _EngineBench:
             case Measure.FIRST_TOKEN:
                 return [self._first_token(case) for _ in range(_FIRST_TOKEN_RUNS)]
 
+    def parts(self, case: Case) -> dict[str, float]:
+        """Milliseconds of each part of a decode step."""
+        steps = self._config.steps
+        with self._decoding(case):
+            spans = record_spans(lambda: [self._driver.decode_seconds() for _ in range(steps)])
+        return split_by_part(spans, steps)
+
     def _decode(self, case: Case) -> list[float]:
+        with self._decoding(case):
+            return [self._driver.decode_seconds() for _ in range(self._config.steps)]
+
+    @contextmanager
+    def _decoding(self, case: Case) -> Iterator[None]:
+        """The case's requests are past their prompts and the first steps."""
         numbers = [self._submit(case, index, self._config.max_tokens) for index in range(case.batch)]
         self._driver.run_to_first_tokens(numbers)
         for _ in range(_WARM_UP_STEPS):
             self._driver.decode_seconds()
-        timings = [self._driver.decode_seconds() for _ in range(self._config.steps)]
+        yield
         self._driver.cancel_all()
-        return timings
 
     def _first_token(self, case: Case) -> float:
         start_seconds = time.perf_counter()
@@ -249,7 +266,13 @@ def _measure_rounds(
     return timings
 
 
-def case_row(case: Case, measure: str, values: Sequence[float]) -> Row:
+def _part_rows(case: Case, parts: Mapping[str, float]) -> list[Row]:
+    """The largest first."""
+    ordered = sorted(parts.items(), key=lambda item: -item[1])
+    return [case_row(case, "step_part_ms", [value], part) for part, value in ordered]
+
+
+def case_row(case: Case, measure: str, values: Sequence[float], part: str | None = None) -> Row:
     """The row of what was measured of a case, in the unit that ``measure`` ends in."""
     percentiles = Percentiles.of(values)
     residency = Tier.DEVICE if case.mix.adapters else Tier.NONE
@@ -262,6 +285,7 @@ def case_row(case: Case, measure: str, values: Sequence[float]) -> Row:
         prompt=case.prompt,
         residency=None if case.prompt is None else residency.value,
         when=None if case.when is None else case.when.value,
+        part=part,
         median=percentiles.median,
         p10=percentiles.p10,
         p90=percentiles.p90,

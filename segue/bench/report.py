@@ -24,7 +24,8 @@ class Row:
 
     ``batch`` requests used ``adapters`` different adapters of these ``ranks``, which had weights for ``targets`` and
     lay at ``residency`` (a Tier's value). ``prompt`` is in tokens. ``when`` tells two rows of one case apart: of a base
-    model measured before and after the cases with adapters. None, and no ranks, where a case has no such thing.
+    model measured before and after the cases with adapters. ``part`` names what the device did in that time of a decode
+    step. None, and no ranks, where a case has no such thing.
 
     Of kernels, ``case`` names the batch of ``tokens`` rows and ``point`` the LoRA point; ``bytes`` is what a call must
     read and write at least, ``copy_fraction`` those over what the measured copy bandwidth moves in the median, and
@@ -39,6 +40,7 @@ class Row:
     prompt: int | None = None
     residency: str | None = None
     when: str | None = None
+    part: str | None = None
     case: str | None = None
     tokens: int | None = None
     point: str | None = None

@@ -11,6 +11,7 @@ from segue.bench.report import Report, Row
 _WORDS = {
     "gemm_ms": "GEMMs alone",
     "decode_step_ms": "decode step",
+    "step_part_ms": "part of a decode step",
     "ttft_ms": "first token",
     "device_idle_fraction": "device idle",
     "tokens_per_second": "tokens a second",
@@ -25,6 +26,8 @@ def describe(row: Row) -> str:
     parts = [_WORDS.get(row.measure, row.measure)]
     if row.case is not None:
         return f"{parts[0]}, {row.case}, {row.point}"
+    if row.part is not None:
+        parts.append(row.part)
     if row.measure != "ttft_ms":
         parts.append(f"batch {row.batch}")
     if row.prompt is not None:
@@ -51,7 +54,20 @@ def terminal_table(report: Report) -> Table:
         table.add_column("case")
         names = ["point", "median", "p10", "p90", "runs", "bytes", "of copy", "max error"]
     else:
-        names = ["batch", "adapters", "ranks", "targets", "prompt", "when", "median", "p10", "p90", "runs", "tokens/s"]
+        names = [
+            "batch",
+            "adapters",
+            "ranks",
+            "targets",
+            "prompt",
+            "when",
+            "part",
+            "median",
+            "p10",
+            "p90",
+            "runs",
+            "tokens/s",
+        ]
     for name in names:
         table.add_column(name, justify="right")
     for row in report.rows:
@@ -66,7 +82,7 @@ def terminal_table(report: Report) -> Table:
             ranks = ",".join(map(str, row.ranks))
             rate = f"{1e3 * row.batch / row.median:.0f}" if row.measure == "decode_step_ms" else ""
             where = (_text(row.batch), _text(row.adapters), ranks, _text(row.targets), _text(row.prompt))
-            table.add_row(row.measure, *where, _text(row.when), *times, str(row.runs), rate)
+            table.add_row(row.measure, *where, _text(row.when), _text(row.part), *times, str(row.runs), rate)
     return table
 
 

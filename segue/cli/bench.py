@@ -61,6 +61,9 @@ TtftPromptsOption = Annotated[
 StepsOption = Annotated[int, typer.Option(metavar="N", help="Decode steps to time in a round.")]
 RunsOption = Annotated[int, typer.Option(metavar="N", help="Rounds through all cases.")]
 SecondsOption = Annotated[float, typer.Option(metavar="LIMIT", help="No round begins later than this after the start.")]
+PartsOption = Annotated[
+    bool, typer.Option("--parts", help="Add what the device does in a decode step, by kind of kernel; on CUDA.")
+]
 TorchThreadsOption = Annotated[int, typer.Option(metavar="N", help="Threads of torch's matrix products.")]
 
 
@@ -88,6 +91,7 @@ def engine(
     runs: RunsOption = 5,
     seconds: SecondsOption = 240.0,
     torch_threads: TorchThreadsOption = 1,
+    parts: PartsOption = False,
     json: JsonOption = None,
     plot: PlotOption = None,
 ) -> None:
@@ -103,6 +107,7 @@ def engine(
         config = _engine_config(
             cases, shape, model, dtype, device, steps=steps, runs=runs, seconds=seconds, torch_threads=torch_threads
         )
+        config = dataclasses.replace(config, parts=parts)
         report = _with_progress(lambda progress: _engine_report(config, progress))
         _write(report, json, plot)
     _show(report)
@@ -132,14 +137,13 @@ def server(
     """Time streams that decode together through gRPC, and how long the device waits between their steps."""
     with one_line_errors():
         _check_outputs(json, plot)
-        from segue.bench.cases import Measure, When
+        from segue.bench.cases import decode_cases
         from segue.bench.server import ServerBenchConfig
 
         cases = _cases(batch, mix, ranks, targets, prompt, None)
-        decodes = tuple(case for case in cases if case.measure is Measure.DECODE_STEP and case.when is not When.AFTER)
         config = ServerBenchConfig(
             engine=_engine_config(
-                tuple(dataclasses.replace(case, when=None) for case in decodes),
+                tuple(dataclasses.replace(case, when=None) for case in decode_cases(cases)),
                 shape,
                 model,
                 dtype,

@@ -55,7 +55,7 @@ def made_flags(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[FakeFlags]]:
     """Engines in this test have streams; their flags."""
     flags: list[FakeFlags] = []
 
-    def transport(instance: EngineInstance, ring: JobRing) -> RowTransport:
+    def transport(instance: EngineInstance, ring: JobRing, _device: torch.device) -> RowTransport:
         flags.append(FakeFlags(instance._memory))
         return StreamTransport(ring, flags[-1])
 
