@@ -148,7 +148,7 @@ class _Lists:
         self.slot += 1
         bans = params.stop_token_ids if params.bans_stops(row.position) else ()
         biases = params.logit_bias
-        places = [self._append(np.array(bans, dtype=np.int32)), len(bans)]
+        places = [self._append(np.fromiter(bans, np.int32, len(bans))), len(bans)]
         places += [self._append(np.fromiter(biases, np.int32, len(biases))), len(biases)]
         self._append(np.fromiter(biases.values(), np.float32, len(biases)).view(np.int32))
         if not params.has_penalties:
