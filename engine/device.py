@@ -102,9 +102,6 @@ class CudaStreams:
         if not torch.cuda.is_available():
             raise ConfigError(f"device: is 'cuda', but torch {torch.__version__} finds no CUDA device")
         self.device = torch.device("cuda", torch.cuda.current_device())
-        # With few rows most products are split along their inner dimension. Their parts are summed in float32.
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         self._copy_stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         self._landing_stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
 

@@ -12,6 +12,7 @@ from segue.engine.backend import Backend
 from segue.engine.config import EngineConfig
 from segue.engine.cuda.attention import SERVED_DTYPES, SERVED_HEAD_DIMS, FlashInferAttention
 from segue.engine.cuda.batch_graphs import BatchGraphs
+from segue.engine.cuda.batch_shapes import batch_shapes
 from segue.engine.cuda.compile import (
     Report,
     compile_host_rows,
@@ -20,6 +21,8 @@ from segue.engine.cuda.compile import (
     compile_sampler,
     flashinfer_modules,
 )
+from segue.engine.cuda.graph_attention import RecordedAttention
+from segue.engine.cuda.graph_recorder import GraphRecorder
 from segue.engine.cuda.lora import KernelLora, LoraSizes
 from segue.engine.cuda.ops import FlashInferOps
 from segue.engine.cuda.reserve import MAX_TABLE_ROWS, adapter_pages, max_rows
@@ -64,12 +67,14 @@ def cuda_backend(
     compile_modules(flashinfer_modules(pool.dtype, pool.head_dim, windows), report, cores=cores)
     model.use(FlashInferOps(model.config, model.device, context_tokens))
     attention = FlashInferAttention(pool, windows, model.config.heads)
+    batches = batch_shapes(sizes.max_rows, config.max_running)
     graphs = BatchGraphs(
         model,
         pool,
-        windows,
+        RecordedAttention(pool, windows, model.config.heads, batches),
         lora,
-        max_rows=sizes.max_rows,
+        GraphRecorder(),
+        batches,
         max_sequences=config.max_running,
         context_tokens=context_tokens,
     )

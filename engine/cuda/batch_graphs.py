@@ -1,19 +1,18 @@
-"""Batches as CUDA graphs: one for each shape and kind of LoRA work, replayed whatever requests are in it."""
+"""Batches as recorded passes, CUDA graphs: one for each shape and kind of work, replayed whatever is in the batch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from enum import Enum
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from segue.engine.attention import AttentionStep
 from segue.engine.batch import RowBatch
 from segue.engine.cuda.batch_inputs import BatchInputs, BatchMemory
-from segue.engine.cuda.batch_shapes import BatchShape, batch_shapes
-from segue.engine.cuda.graph_attention import AttentionKind, GraphAttention, RecordedAttention
+from segue.engine.cuda.batch_shapes import AttentionKind, BatchShape, attention_kind, attention_kinds
 from segue.engine.cuda.lora import GraphLora, GraphPlans, KernelLora, regime_of
 from segue.engine.forward_pass import RequestRows
 from segue.engine.lora.device_lora import LoraSegment
@@ -22,8 +21,29 @@ from segue.engine.memory.pool import PagePool
 from segue.engine.models.decoder import DecoderModel
 from segue.gpu_kernels.lora_tiles import Regime
 
-# Which of cuBLAS's two interfaces chooses the faster kernels, by rows: measured on an H200, docs/notes-kernels.md.
-_LT_ROWS = range(17, 257)
+
+class RecordableAttention(AttentionStep, Protocol):
+    """Attention whose launches find all that changes from run to run in buffers that stay."""
+
+    def plan(self) -> None:
+        """Divide the work of the inputs, which are filled. All runs but the last must have ended."""
+        ...
+
+
+class BatchAttention(Protocol):
+    """Makes the attention of recorded batches, which share memory, since one runs after the other."""
+
+    def begin(self, inputs: BatchInputs, kind: AttentionKind) -> RecordableAttention:
+        """The attention of the batches that these inputs bring."""
+        ...
+
+
+class Recorder(Protocol):
+    """Records what a pass enqueues, to do it again by one call."""
+
+    def record(self, run: Callable[[], None], rows: int) -> Callable[[], None]:
+        """What does again what ``run``, a pass over ``rows`` rows, enqueues: on the same memory. Runs it, too."""
+        ...
 
 
 class Variant(Enum):
@@ -40,16 +60,16 @@ class BatchGraph:
     def __init__(
         self,
         model: DecoderModel,
-        attention: GraphAttention,
+        attention: RecordableAttention,
         inputs: BatchInputs,
         lora: LoraHook,
         logits: Tensor,
-        memory: Any,
+        recorder: Recorder,
     ) -> None:
-        """Record the pass. Graphs share ``logits`` [sequences, vocab] and the pool ``memory``: one runs at a time."""
+        """Record the pass. Graphs share ``logits`` [sequences, vocab]: one runs at a time."""
         self._inputs = inputs
         self._attention = attention
-        self._graph = torch.cuda.CUDAGraph()
+        self._logits = logits
         at = inputs.on_device
         batch = RowBatch(
             token_ids=at.token_ids,
@@ -61,12 +81,7 @@ class BatchGraph:
         )
         inputs.fill(())
         attention.plan()
-        with _blas_for(inputs.shape.rows):
-            _drain(model, batch, attention, lora, logits)
-            torch.cuda.synchronize()
-            # Other threads go on copying meanwhile.
-            with torch.cuda.graph(self._graph, pool=memory, capture_error_mode="thread_local"):
-                self._logits = _drain(model, batch, attention, lora, logits)
+        self._replay = recorder.record(lambda: _drain(model, batch, attention, lora, logits), inputs.shape.rows)
 
     def run(self, rows: Sequence[RequestRows]) -> Tensor:
         """Logits [len(rows), vocab], valid until the next run of any graph.
@@ -75,7 +90,7 @@ class BatchGraph:
         """
         self._inputs.fill(rows)
         self._attention.plan()
-        self._graph.replay()
+        self._replay()
         return self._logits[: len(rows)]
 
 
@@ -86,28 +101,30 @@ class BatchGraphs:
         self,
         model: DecoderModel,
         pool: PagePool,
-        windows: Sequence[int | None],
+        attention: BatchAttention,
         lora: KernelLora,
+        recorder: Recorder,
+        shapes: Sequence[BatchShape],
         *,
-        max_rows: int,
         max_sequences: int,
         context_tokens: int,
     ) -> None:
-        """``windows`` has each layer's, and ``context_tokens`` bounds each sequence."""
+        """``shapes`` in the order in which they are tried; ``context_tokens`` bounds each sequence."""
         self._model = model
         self._pool = pool
         self._lora = lora
-        self._plans = GraphPlans(lora, max_rows)
-        self.shapes = batch_shapes(max_rows, max_sequences)
-        self._attention = RecordedAttention(pool, windows, model.config.heads, self.shapes)
+        self._recorder = recorder
+        self._attention = attention
+        self._group = model.config.heads // model.config.kv_heads
+        self.shapes = tuple(shapes)
         largest = BatchShape(max(item.rows for item in self.shapes), max(item.sequences for item in self.shapes))
+        self._plans = GraphPlans(lora, largest.rows)
         max_pages = pool.token_pages(context_tokens) * max_sequences
         self._batch_memory = BatchMemory(largest, max_pages, model.device)
         self._inputs: dict[BatchShape, BatchInputs] = {}
-        self._attentions: dict[tuple[BatchShape, AttentionKind], GraphAttention] = {}
+        self._attentions: dict[tuple[BatchShape, AttentionKind], RecordableAttention] = {}
         self._graphs: dict[tuple[BatchShape, AttentionKind, Variant, Regime | None], BatchGraph] = {}
         self._logits = torch.empty(largest.sequences, model.config.vocab_size, dtype=pool.dtype, device=model.device)
-        self._graph_memory = torch.cuda.graph_pool_handle()
 
     def run(self, rows: Sequence[RequestRows], segments: Sequence[LoraSegment]) -> Tensor | None:
         """Logits [len(rows), vocab] of each request's last row, valid until the next run; None where no shape
@@ -119,7 +136,7 @@ class BatchGraphs:
         regime = self._lora.regime(segments)
         used = self._plans.fill(segments, regime)
         variant = next(item for item in Variant if used <= item.value)
-        kind = self._attention.kind(shape, [item.start + item.count for item in rows])
+        kind = attention_kind(shape, self._group, [item.start + item.count for item in rows])
         return self._graph(shape, kind, variant, regime).run(rows)
 
     @torch.inference_mode()
@@ -136,7 +153,7 @@ class BatchGraphs:
         for shape in self.shapes:
             # Of segments with one row each and of one with all, of low and of high ranks.
             regimes = {regime_of(shape.rows, [rank] * count) for rank in (1, 256) for count in (1, shape.sequences)}
-            for kind in self._attention.kinds(shape):
+            for kind in attention_kinds(shape, self._group):
                 yield shape, kind, Variant.BASE, Regime.FEW
                 for regime in sorted(regimes, key=lambda item: item.value):
                     yield shape, kind, Variant.ATTENTION, regime
@@ -149,10 +166,10 @@ class BatchGraphs:
             hook = GraphLora(self._lora, self._plans, variant.value, regime)
             inputs, attention = self._parts(shape, kind)
             logits = self._logits[: shape.sequences]
-            graph = self._graphs[key] = BatchGraph(self._model, attention, inputs, hook, logits, self._graph_memory)
+            graph = self._graphs[key] = BatchGraph(self._model, attention, inputs, hook, logits, self._recorder)
         return graph
 
-    def _parts(self, shape: BatchShape, kind: AttentionKind) -> tuple[BatchInputs, GraphAttention]:
+    def _parts(self, shape: BatchShape, kind: AttentionKind) -> tuple[BatchInputs, RecordableAttention]:
         """What the graphs of a shape share."""
         inputs = self._inputs.get(shape)
         if inputs is None:
@@ -165,23 +182,7 @@ class BatchGraphs:
         return inputs, attention
 
 
-@contextmanager
-def _blas_for(rows: int) -> Iterator[None]:
-    """Have torch call the interface of cuBLAS that is faster for so many rows."""
-    before = torch.backends.cuda.preferred_blas_library()
-    torch.backends.cuda.preferred_blas_library("cublaslt" if rows in _LT_ROWS else "cublas")
-    try:
-        yield
-    finally:
-        torch.backends.cuda.preferred_blas_library(before)
-
-
-def _drain(model: DecoderModel, batch: RowBatch, step: GraphAttention, lora: LoraHook, logits: Tensor) -> Tensor:
+def _drain(model: DecoderModel, batch: RowBatch, step: AttentionStep, lora: LoraHook, logits: Tensor) -> None:
     """Run a pass that waits for nothing."""
-    run = model.forward(batch, step, lora, logits=logits)
-    while True:
-        try:
-            next(run)
-        except StopIteration as end:
-            value: Tensor = end.value
-            return value
+    for _ in model.forward(batch, step, lora, logits=logits):
+        pass

@@ -61,7 +61,7 @@ class BatchMemory:
     def __init__(self, largest: BatchShape, max_pages: int, device: torch.device) -> None:
         """``max_pages`` bounds the pages of all sequences of a batch together."""
         elems = BatchBuffers.size_elems(largest, max_pages + largest.sequences)
-        self.buffers = (_host_buffer(elems, device), _host_buffer(elems, device))
+        self.buffers = (host_buffer(elems, device), host_buffer(elems, device))
         self._turn = 0
         self.device = torch.zeros(elems, dtype=torch.int32, device=device)
 
@@ -129,7 +129,8 @@ class BatchInputs:
         fill_pending(self.on_device.token_ids, pending_rows(rows))
 
 
-def _host_buffer(elems: int, device: torch.device) -> Tensor:
+def host_buffer(elems: int, device: torch.device) -> Tensor:
+    """Zeros int32 [elems] in memory that ``device`` copies from without waiting."""
     buffer = torch.zeros(elems, dtype=torch.int32)
     return buffer.pin_memory() if device.type == "cuda" else buffer
 

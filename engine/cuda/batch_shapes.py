@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 # FlashInfer's workspace for partial results where no shape bounds them, and what its wrappers take for a plan.
 ATTENTION_BYTES = 256 << 20
 PLAN_BYTES = 8 << 20
 # Query heads for each head of KV that FlashInfer's kernel for decode is compiled for.
 DECODE_GROUPS = (1, 2, 3, 4, 8)
+# Decode: from so many sequences on, and up to so many tokens of KV each on average, rows are served one by one.
+_LARGE_DECODE = 96
+_SHORT_KV_TOKENS = 256
+# Rows of large prompts: KV up to here is not split. There is enough to do, and merging takes more than it saves.
+_WHOLE_KV_TOKENS = 4096
 # At most so many programs of 128 threads are on a multiprocessor.
 _DECODE_PROGRAMS = 16
 
@@ -26,6 +33,31 @@ class BatchShape:
         if self.decodes:
             return rows == sequences <= self.sequences
         return rows <= self.rows and (sequences < self.sequences or (sequences == self.sequences and rows == self.rows))
+
+
+class AttentionKind(Enum):
+    """How a batch's attention is computed: tiles of rows with the KV of each sequence SPLIT among programs or WHOLE, or
+    single ROWS without tensor cores."""
+
+    SPLIT = "split"
+    WHOLE = "whole"
+    ROWS = "rows"
+
+
+def attention_kinds(shape: BatchShape, group: int) -> tuple[AttentionKind, ...]:
+    """What serves a shape with ``group`` query heads for each of KV, but for batches of prompts with long KV."""
+    if not shape.decodes:
+        return (AttentionKind.SPLIT if shape.sequences == shape.rows else AttentionKind.WHOLE,)
+    served = group in DECODE_GROUPS and shape.sequences >= _LARGE_DECODE
+    return (AttentionKind.SPLIT, AttentionKind.ROWS) if served else (AttentionKind.SPLIT,)
+
+
+def attention_kind(shape: BatchShape, group: int, total_tokens: Sequence[int]) -> AttentionKind:
+    """What serves sequences with so many tokens in KV best, as measured on an H200: docs/notes-cuda-engine.md."""
+    kinds = attention_kinds(shape, group)
+    if AttentionKind.ROWS in kinds and sum(total_tokens) <= _SHORT_KV_TOKENS * len(total_tokens):
+        return AttentionKind.ROWS
+    return AttentionKind.SPLIT if max(total_tokens) > _WHOLE_KV_TOKENS else kinds[0]
 
 
 # Up to so many rows a shape has a sequence for each: FlashInfer's kernel then takes 16 query rows at a time, and there

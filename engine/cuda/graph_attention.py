@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from enum import Enum
 from typing import TypeAlias
 
 import torch
@@ -14,7 +13,7 @@ from flashinfer.prefill import BatchPrefillWithPagedKVCacheWrapper
 from torch import Tensor
 
 from segue.engine.cuda.batch_inputs import BatchInputs
-from segue.engine.cuda.batch_shapes import DECODE_GROUPS, PLAN_BYTES, BatchShape, prompt_tiles, workspace_bytes
+from segue.engine.cuda.batch_shapes import PLAN_BYTES, AttentionKind, BatchShape, prompt_tiles, workspace_bytes
 from segue.engine.memory.pool import PagePool
 
 # Of FlashInfer; both have `run`, and what `plan` leaves behind.
@@ -24,22 +23,6 @@ _Wrapper: TypeAlias = BatchPrefillWithPagedKVCacheWrapper | BatchDecodeWithPaged
 def window_left(window: int | None) -> int:
     """FlashInfer's name for a window: how many tokens before itself a row sees; -1 for all."""
     return -1 if window is None else window - 1
-
-
-# Decode: from so many sequences on, and up to so many tokens of KV each on average, rows are served one by one.
-_LARGE_DECODE = 96
-_SHORT_KV_TOKENS = 256
-# Rows of large prompts: KV up to here is not split. There is enough to do, and merging takes more than it saves.
-_WHOLE_KV_TOKENS = 4096
-
-
-class AttentionKind(Enum):
-    """How a batch's attention is computed: tiles of rows with the KV of each sequence SPLIT among programs or WHOLE, or
-    single ROWS without tensor cores."""
-
-    SPLIT = "split"
-    WHOLE = "whole"
-    ROWS = "rows"
 
 
 class PlanMemory:
@@ -263,20 +246,6 @@ class RecordedAttention:
         self._heads = heads
         self._workspace = torch.zeros(size_bytes, dtype=torch.uint8, device=device)
         self._plans = {window: PlanMemory(device) for window in set(windows)}
-
-    def kinds(self, shape: BatchShape) -> tuple[AttentionKind, ...]:
-        """What serves a shape, but for batches of prompts with long KV."""
-        if not shape.decodes:
-            return (AttentionKind.SPLIT if shape.sequences == shape.rows else AttentionKind.WHOLE,)
-        served = self._heads // self._pool.kv_heads in DECODE_GROUPS and shape.sequences >= _LARGE_DECODE
-        return (AttentionKind.SPLIT, AttentionKind.ROWS) if served else (AttentionKind.SPLIT,)
-
-    def kind(self, shape: BatchShape, total_tokens: Sequence[int]) -> AttentionKind:
-        """What serves sequences with so many tokens in KV best, as measured on an H200: docs/notes-kernels.md."""
-        kinds = self.kinds(shape)
-        if AttentionKind.ROWS in kinds and sum(total_tokens) <= _SHORT_KV_TOKENS * len(total_tokens):
-            return AttentionKind.ROWS
-        return AttentionKind.SPLIT if max(total_tokens) > _WHOLE_KV_TOKENS else kinds[0]
 
     def begin(self, inputs: BatchInputs, kind: AttentionKind) -> GraphAttention:
         """The attention of the batches that these inputs bring."""

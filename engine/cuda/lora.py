@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from segue.engine.cuda.batch_inputs import host_buffer
 from segue.engine.lora.device_lora import LoraSegment
 from segue.engine.lora.manifest import Projection
 from segue.engine.lora.points import POINT_PROJECTIONS, LoraPoint
@@ -19,7 +20,7 @@ from segue.engine.memory.adapter_layout import AdapterLayout
 from segue.engine.memory.pool import PagePool
 from segue.gpu_kernels.lora import add_lora
 from segue.gpu_kernels.lora_tiles import Architecture, LoraTiles, PointShape, Regime, choose_tiles
-from segue.gpu_kernels.lora_work import plan_capacity, plan_point
+from segue.gpu_kernels.lora_work import HEADER_WORDS, plan_capacity, plan_point
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -298,8 +299,9 @@ class GraphPlans:
         device = lora.tables.page_tables.device
         self.workspace = lora.workspace()
         self.on_device = {point: torch.zeros(count, dtype=torch.int32, device=device) for point, count in words.items()}
-        self._pinned = {point: torch.zeros(count, dtype=torch.int32).pin_memory() for point, count in words.items()}
-        self._spare = {point: torch.zeros_like(pinned).pin_memory() for point, pinned in self._pinned.items()}
+        self._pinned, self._spare = (
+            {point: host_buffer(count, device) for point, count in words.items()} for _ in range(2)
+        )
 
     def fill(self, segments: Sequence[LoraSegment], regime: Regime) -> frozenset[LoraPoint]:
         """Have the plans be those of ``segments``, for a regime's tiles; the points at which there is something to do.
@@ -317,8 +319,11 @@ class GraphPlans:
             for point, pinned in self._pinned.items():
                 plan = self._lora.plan(point, segments, regime)
                 if len(plan):
-                    pinned[: len(plan)] = torch.from_numpy(plan)
-                    self.on_device[point][: len(plan)].copy_(pinned[: len(plan)], non_blocking=True)
                     used.add(point)
+                else:
+                    # A graph may have launches for it, and must not find what another batch has left.
+                    plan = np.zeros(HEADER_WORDS, dtype=np.int32)
+                pinned[: len(plan)] = torch.from_numpy(plan)
+                self.on_device[point][: len(plan)].copy_(pinned[: len(plan)], non_blocking=True)
             self._last, self._used = (regime, composition), frozenset(used)
         return self._used
