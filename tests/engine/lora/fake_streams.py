@@ -78,10 +78,10 @@ class FakeStreams:
         self.before_work: Callable[[FakeStream], Callable[[], None]] = lambda _: lambda: None
 
     def register_host(self, address: int, size_bytes: int) -> None:
-        raise NotImplementedError
+        raise AssertionError(f"nothing is registered in these tests: {size_bytes} bytes at {address:#x}")
 
     def unregister_host(self, address: int) -> None:
-        raise NotImplementedError
+        raise AssertionError(f"nothing has been registered at {address:#x}")
 
     def fence(self) -> torch.cuda.Event:
         self.fences.append(self._enqueue(self.loop, lambda: None, ()))
