@@ -36,7 +36,8 @@ DEPTH_BLOCK = 1024
 OUT_BLOCK = 256
 # Rows of a widened block start this much apart more than their length, so that four rows miss each other in the cache.
 _PADDING = 16
-_OUTER_ROWS = LANES // 2
+# Outer tiles do not widen weights in the register: more rows than have that done.
+_OUTER_ROWS = max(LANES // 2, FEW_ROWS + 1)
 
 
 class Scratch(NamedTuple):
@@ -194,6 +195,14 @@ def _expand_outer(
             outer_tile(scratch.st, t * rank, w, at, w_stride, outs - j, rank, scratch.y, j, OUT_BLOCK)
 
 
+@compiled(INT(INT, INT))
+def _outer_rows(kind: int, rank: int) -> int:
+    """From how many rows on outer tiles are faster: at once for ranks that do not fill a dot tile's vectors."""
+    if (kind == FLOAT32 and rank < LANES) or (kind == PAIRS and rank < 2 * LANES):
+        return 1
+    return _OUTER_ROWS
+
+
 @compiled(types.void(INT, INT, INT, FLOATS, HALVES, INT, INT, INT, INT, SCRATCH))
 def _expand_dot(
     kind: int, t: int, ts: int, w: Any, w_halves: Any, w_at: int, w_stride: int, outs: int, rank: int, scratch: Any
@@ -225,7 +234,7 @@ def _expand(
     y_item = 4 if y_element == FLOAT32 else 2
     w_item = 4 if w_element == FLOAT32 else 2
     kind = product_kind(y_element, w_element, rows)
-    outer = _OUTER_ROWS if rows > FEW_ROWS else LANES + 1
+    outer = _outer_rows(kind, rank)
     for o in range(0, out_features, OUT_BLOCK):
         outs = min(OUT_BLOCK, out_features - o)
         b_at = b_bytes + o * rank * w_item
