@@ -22,7 +22,7 @@ from segue.cpu_lora.tiles import (
 # How a tile multiplies: float32 rows with weights of an element type, or rows and weights as pairs of bfloat16.
 FLOAT32, BFLOAT16 = int(ElementType.FLOAT32), int(ElementType.BFLOAT16)
 PAIRS = 3
-# Up to so many rows the weights are widened in the register, beyond before: one tile takes all rows.
+# Up to so many rows the weights are widened in the register, beyond before.
 FEW_ROWS = TILE
 
 
@@ -36,8 +36,11 @@ def product_kind(x_element: int, w_element: int, rows: int) -> int:
 
 @compiled(INT(INT))
 def tile_rows(rows: int) -> int:
-    """Rows of the dot tile for so many: 2 or TILE. It takes SUMS over this rows of weights."""
-    return 2 if rows <= 2 else TILE
+    """Rows of the dot tile for so many: 2 or TILE. It takes SUMS over this rows of weights.
+
+    Few rows wait for the weights' way from memory, which carries eight rows of them at once better than four.
+    """
+    return 2 if rows <= FEW_ROWS else TILE
 
 
 @compiled(INT(INT))
