@@ -2,11 +2,13 @@
 
 x is ``[rows, in_features]``, A ``[rank, in_features]``, B ``[out_features, rank]``, all row-major, A and B in a
 checkpoint's order and read in place; y is a block of ``out_features`` columns of a wider row-major matrix. x and y
-share one element type, A and B another; all arithmetic is float32, and y is rounded once. "LoRA: Low-Rank Adaptation of
-Large Language Models", Hu et al. 2021, equation 3.
+share one element type, A and B another; sums are float32, and y is rounded once. "LoRA: Low-Rank Adaptation of Large
+Language Models", Hu et al. 2021, equation 3.
 
-The weights are read once per ROW_TILE rows. 16-bit operands are widened block by block into scratch memory that stays
-in the first and second level caches.
+Where x, A and B all are bfloat16, their products are taken in pairs in place, and ``scale * (x @ A^T)`` is rounded to
+bfloat16 in between, as the GPU's kernels do it. In all other cases arithmetic is float32, and 16-bit operands are
+widened: the weights of up to FEW_ROWS rows in the register, others block by block into scratch memory that stays in the
+first and second level caches. The weights are read once per ROW_TILE rows.
 """
 
 from __future__ import annotations
@@ -22,44 +24,44 @@ from segue.cpu_lora.convert import (
     float32_to_bfloat16,
     float32_to_float16,
 )
+from segue.cpu_lora.dots import BFLOAT16, FEW_ROWS, FLOAT32, PAIRS, dot, product_kind, sums_stride, tile_rows
 from segue.cpu_lora.elements import ElementType
 from segue.cpu_lora.layout import MAX_RANK
 from segue.cpu_lora.native import FLOATS, HALVES, INT, compiled, types
-from segue.cpu_lora.tiles import LANES, TILE, dot_tile, outer_tile
+from segue.cpu_lora.tiles import TILE, outer_tile, outer_tile_pairs
+from segue.cpu_lora.vectors import LANES
 
 ROW_TILE = 64
 DEPTH_BLOCK = 1024
 OUT_BLOCK = 256
 # Rows of a widened block start this much apart more than their length, so that four rows miss each other in the cache.
 _PADDING = 16
-_OUTER_ROWS = LANES // 2
-
-_FLOAT32, _BFLOAT16 = int(ElementType.FLOAT32), int(ElementType.BFLOAT16)
+# Outer tiles do not widen weights in the register: more rows than have that done.
+_OUTER_ROWS = max(LANES // 2, FEW_ROWS + 1)
 
 
 class Scratch(NamedTuple):
-    """Working memory of one worker, flat float32."""
+    """Working memory of one worker, flat: float32, and uint16 for bits of bfloat16."""
 
     x: npt.NDArray[np.float32]  # [ROW_TILE, DEPTH_BLOCK + padding]
     w: npt.NDArray[np.float32]  # [TILE, DEPTH_BLOCK + padding] or [OUT_BLOCK, rank + padding]
-    s: npt.NDArray[np.float32]  # [ROW_TILE, rank up to a multiple of TILE]
+    s: npt.NDArray[np.float32]  # [ROW_TILE, rank up to a multiple of SUMS]
     st: npt.NDArray[np.float32]  # [ROW_TILE / LANES, rank, LANES]
+    p: npt.NDArray[np.uint16]  # s, rounded
+    pt: npt.NDArray[np.uint16]  # [ROW_TILE / LANES, rank up to a multiple of 2, LANES] by pairs of ranks, rounded
     y: npt.NDArray[np.float32]  # [LANES, OUT_BLOCK]
 
     @classmethod
     def allocate(cls) -> Scratch:
         """Scratch memory for every shape up to MAX_RANK, touched."""
-        sizes = (
-            ROW_TILE * (DEPTH_BLOCK + _PADDING),
-            OUT_BLOCK * (MAX_RANK + _PADDING),
-            ROW_TILE * MAX_RANK,
-            ROW_TILE * MAX_RANK,
-            LANES * OUT_BLOCK,
-        )
-        return cls(*(np.full(size, 0, np.float32) for size in sizes))
+        widened = (ROW_TILE * (DEPTH_BLOCK + _PADDING), OUT_BLOCK * (MAX_RANK + _PADDING))
+        sums = ROW_TILE * MAX_RANK
+        x, w, s, st, y = (np.full(size, 0, np.float32) for size in (*widened, sums, sums, LANES * OUT_BLOCK))
+        p, pt = (np.full(sums, 0, np.uint16) for _ in range(2))
+        return cls(x=x, w=w, s=s, st=st, p=p, pt=pt, y=y)
 
 
-SCRATCH = types.NamedUniTuple(FLOATS, 5, Scratch)
+SCRATCH = types.NamedTuple((FLOATS, FLOATS, FLOATS, FLOATS, HALVES, HALVES, FLOATS), Scratch)
 
 
 def reference_delta(
@@ -74,14 +76,14 @@ def _as_float32(
     floats: Any, halves: Any, element: int, offset_bytes: int, stride: int, rows: int, columns: int, scratch: Any
 ) -> Any:
     """A [rows, columns] block as (float32 array, element offset, row stride): in place, or widened into scratch."""
-    if element == _FLOAT32:
+    if element == FLOAT32:
         return floats, offset_bytes // 4, stride
     width = columns + _PADDING
     for row in range(rows):
         begin = offset_bytes // 2 + row * stride
         source = halves[begin : begin + columns]
         target = scratch[row * width : row * width + columns]
-        if element == _BFLOAT16:
+        if element == BFLOAT16:
             for column in range(columns):
                 target[column] = bfloat16_to_float32(source[column])
         else:
@@ -90,7 +92,7 @@ def _as_float32(
     return scratch, 0, width
 
 
-@compiled(types.void(FLOATS, HALVES, INT, INT, INT, INT, INT, INT, INT, types.float64, SCRATCH))
+@compiled(types.void(FLOATS, HALVES, INT, INT, INT, INT, INT, INT, INT, SCRATCH))
 def _shrink(
     floats: Any,
     halves: Any,
@@ -101,32 +103,61 @@ def _shrink(
     w_element: int,
     a_bytes: int,
     rank: int,
-    scale: float,
     scratch: Any,
 ) -> None:
-    """``s = scale * x @ A^T``, into scratch.s row-major and into scratch.st transposed per LANES rows."""
-    x_item = 4 if x_element == _FLOAT32 else 2
-    w_item = 4 if w_element == _FLOAT32 else 2
-    width = (rank + TILE - 1) // TILE * TILE
-    s, st, factor = scratch.s, scratch.st, np.float32(scale)
-    s[: (rows + TILE - 1) // TILE * TILE * width] = np.float32(0)
-    for k in range(0, depth, DEPTH_BLOCK):
-        ks = min(DEPTH_BLOCK, depth - k)
-        x, x_at, x_stride = _as_float32(floats, halves, x_element, x_bytes + k * x_item, depth, rows, ks, scratch.x)
-        for r in range(0, rank, TILE):
-            rs = min(TILE, rank - r)
+    """``s = x @ A^T`` into scratch.s, row-major."""
+    x_item = 4 if x_element == FLOAT32 else 2
+    w_item = 4 if w_element == FLOAT32 else 2
+    width, kind, tile = sums_stride(rank), product_kind(x_element, w_element, rows), tile_rows(rows)
+    s = scratch.s
+    # Widened weights are few, so that they stay in the cache.
+    step = TILE if kind == FLOAT32 and w_element != FLOAT32 else rank
+    s[: (rows + tile - 1) // tile * tile * width] = np.float32(0)
+    # Pairs are never widened: a whole row is one block, whose sums are taken once.
+    block = depth if kind == PAIRS else DEPTH_BLOCK
+    for k in range(0, depth, block):
+        ks = min(block, depth - k)
+        x, x_at, x_stride = floats, x_bytes // 2, depth
+        if kind != PAIRS:
+            x, x_at, x_stride = _as_float32(floats, halves, x_element, x_bytes + k * x_item, depth, rows, ks, scratch.x)
+        for r in range(0, rank, step):
+            rs = min(step, rank - r)
             a_at = a_bytes + (r * depth + k) * w_item
-            w, w_at, w_stride = _as_float32(floats, halves, w_element, a_at, depth, rs, ks, scratch.w)
-            for t in range(0, rows, TILE):
-                dot_tile(
-                    x, x_at + t * x_stride, x_stride, rows - t, w, w_at, w_stride, rs, ks, s, t * width + r, width
-                )  # [4, ks] x [4, ks] -> [4, 4]
+            w, w_at, w_stride = floats, a_at // w_item, depth
+            if kind == FLOAT32:
+                w, w_at, w_stride = _as_float32(floats, halves, w_element, a_at, depth, rs, ks, scratch.w)
+            dot(
+                tile, kind, x, halves, x_at, x_stride, rows, w, halves, w_at, w_stride, rs, ks, s, r, width
+            )  # [rows, ks] x [step, ks] -> [rows, step]  # fmt: skip
+
+
+@compiled(types.void(INT, INT, types.float64, SCRATCH))
+def _scale(rows: int, rank: int, scale: float, scratch: Any) -> None:
+    """Multiply scratch.s, and transpose it into scratch.st per LANES rows."""
+    width, factor, s = sums_stride(rank), np.float32(scale), scratch.s
     for t in range(rows):
         lane = (t // LANES) * rank * LANES + t % LANES
         for r in range(rank):
             scaled = factor * s[t * width + r]
             s[t * width + r] = scaled
-            st[lane + r * LANES] = scaled
+            scratch.st[lane + r * LANES] = scaled
+
+
+@compiled(types.void(INT, INT, types.float64, SCRATCH))
+def _scale_pairs(rows: int, rank: int, scale: float, scratch: Any) -> None:
+    """Multiply scratch.s and round it into scratch.p and, transposed by pairs of ranks, into scratch.pt."""
+    width, factor = sums_stride(rank), np.float32(scale)
+    even = (rank + 1) // 2 * 2
+    for t in range(rows):
+        row = scratch.p[t * width : t * width + even]
+        for r in range(rank):
+            row[r] = float32_to_bfloat16(factor * scratch.s[t * width + r])
+        if even > rank:
+            row[rank] = np.uint16(0)
+        lane = (t // LANES) * even * LANES + 2 * (t % LANES)
+        for r in range(0, even, 2):
+            scratch.pt[lane + r * LANES] = row[r]
+            scratch.pt[lane + r * LANES + 1] = row[r + 1]
 
 
 @compiled(types.void(FLOATS, HALVES, INT, INT, INT, INT, INT, FLOATS))
@@ -136,18 +167,53 @@ def _store(
     """Write ``block`` [rows, OUT_BLOCK] to a [rows, columns] block of the deltas, rounded to their element type."""
     for row in range(rows):
         source = block[row * OUT_BLOCK : row * OUT_BLOCK + columns]
-        if element == _FLOAT32:
+        if element == FLOAT32:
             begin = offset_bytes // 4 + row * stride
             floats[begin : begin + columns] = source
             continue
         begin = offset_bytes // 2 + row * stride
         target = halves[begin : begin + columns]
-        if element == _BFLOAT16:
+        if element == BFLOAT16:
             for column in range(columns):
                 target[column] = float32_to_bfloat16(source[column])
         else:
             for column in range(columns):
                 target[column] = float32_to_float16(source[column])
+
+
+@compiled(types.void(INT, INT, FLOATS, HALVES, INT, INT, INT, INT, SCRATCH))
+def _expand_outer(
+    kind: int, t: int, w: Any, w_halves: Any, w_at: int, w_stride: int, outs: int, rank: int, scratch: Any
+) -> None:
+    """scratch.y = LANES rows of s from row t on, by ``outs`` rows of B; kind is FLOAT32 or PAIRS."""
+    even = (rank + 1) // 2 * 2
+    for j in range(0, outs, LANES):
+        at = w_at + j * w_stride
+        if kind == PAIRS:
+            outer_tile_pairs(scratch.pt, t * even, w_halves, at, w_stride, outs - j, rank, scratch.y, j, OUT_BLOCK)
+        else:
+            outer_tile(scratch.st, t * rank, w, at, w_stride, outs - j, rank, scratch.y, j, OUT_BLOCK)
+
+
+@compiled(INT(INT, INT))
+def _outer_rows(kind: int, rank: int) -> int:
+    """From how many rows on outer tiles are faster: at once for ranks that do not fill a dot tile's vectors."""
+    if (kind == FLOAT32 and rank < LANES) or (kind == PAIRS and rank < 2 * LANES):
+        return 1
+    return _OUTER_ROWS
+
+
+@compiled(types.void(INT, INT, INT, FLOATS, HALVES, INT, INT, INT, INT, SCRATCH))
+def _expand_dot(
+    kind: int, t: int, ts: int, w: Any, w_halves: Any, w_at: int, w_stride: int, outs: int, rank: int, scratch: Any
+) -> None:
+    """scratch.y = ``ts`` rows of s from row t on, by ``outs`` rows of B."""
+    width, tile = sums_stride(rank), tile_rows(ts)
+    scratch.y[: (ts + tile - 1) // tile * tile * OUT_BLOCK] = np.float32(0)
+    dot(
+        tile, kind, scratch.s, scratch.p, t * width, width, ts, w, w_halves, w_at, w_stride, outs, rank, scratch.y, 0,
+        OUT_BLOCK,
+    )  # [ts, rank] x [outs, rank] -> [ts, outs]  # fmt: skip
 
 
 @compiled(types.void(FLOATS, HALVES, INT, INT, INT, INT, INT, INT, INT, INT, SCRATCH))
@@ -164,31 +230,25 @@ def _expand(
     out_features: int,
     scratch: Any,
 ) -> None:
-    """``y = s @ B^T`` from what ``_shrink`` left in scratch."""
-    y_item = 4 if y_element == _FLOAT32 else 2
-    w_item = 4 if w_element == _FLOAT32 else 2
-    width = (rank + TILE - 1) // TILE * TILE
-    block = scratch.y
+    """``y = s @ B^T`` from what scaling left in scratch."""
+    y_item = 4 if y_element == FLOAT32 else 2
+    w_item = 4 if w_element == FLOAT32 else 2
+    kind = product_kind(y_element, w_element, rows)
+    outer = _outer_rows(kind, rank)
     for o in range(0, out_features, OUT_BLOCK):
         outs = min(OUT_BLOCK, out_features - o)
         b_at = b_bytes + o * rank * w_item
-        w, w_at, w_stride = _as_float32(floats, halves, w_element, b_at, rank, outs, rank, scratch.w)
+        w, w_at, w_stride = floats, b_at // w_item, rank
+        if kind == FLOAT32:
+            w, w_at, w_stride = _as_float32(floats, halves, w_element, b_at, rank, outs, rank, scratch.w)
         for t in range(0, rows, LANES):
             ts = min(LANES, rows - t)
-            if ts >= _OUTER_ROWS:
-                for j in range(0, outs, LANES):
-                    at = w_at + j * w_stride
-                    outer_tile(scratch.st, t * rank, w, at, w_stride, outs - j, rank, block, j, OUT_BLOCK)
+            if ts >= outer:
+                _expand_outer(kind, t, w, halves, w_at, w_stride, outs, rank, scratch)
             else:
-                block[: (ts + TILE - 1) // TILE * TILE * OUT_BLOCK] = np.float32(0)
-                for j in range(0, outs, TILE):
-                    at = w_at + j * w_stride
-                    for i in range(0, ts, TILE):
-                        s_at, y_at = (t + i) * width, i * OUT_BLOCK + j
-                        dot_tile(
-                            scratch.s, s_at, width, ts - i, w, at, w_stride, outs - j, rank, block, y_at, OUT_BLOCK
-                        )  # [4, rank] x [4, rank] -> [4, 4]
-            _store(floats, halves, y_element, y_bytes + (t * y_stride + o) * y_item, y_stride, ts, outs, block)
+                _expand_dot(kind, t, ts, w, halves, w_at, w_stride, outs, rank, scratch)
+            at = y_bytes + (t * y_stride + o) * y_item
+            _store(floats, halves, y_element, at, y_stride, ts, outs, scratch.y)
 
 
 @compiled(types.void(FLOATS, HALVES, INT, INT, INT, INT, INT))
@@ -197,7 +257,7 @@ def fill_zeros(
 ) -> None:
     """Zero a [rows, out_features] block of the deltas."""
     for row in range(rows):
-        if y_element == _FLOAT32:
+        if y_element == FLOAT32:
             begin = y_bytes // 4 + row * y_stride
             floats[begin : begin + out_features] = np.float32(0)
         else:
@@ -231,7 +291,11 @@ def lora_delta(
     if rank == 0:
         fill_zeros(floats, halves, x_element, y_bytes, y_stride, rows, out_features)
         return
-    _shrink(floats, halves, x_element, x_bytes, rows, in_features, w_element, a_bytes, rank, scale, scratch)
+    _shrink(floats, halves, x_element, x_bytes, rows, in_features, w_element, a_bytes, rank, scratch)
+    if product_kind(x_element, w_element, rows) == PAIRS:
+        _scale_pairs(rows, rank, scale, scratch)
+    else:
+        _scale(rows, rank, scale, scratch)
     _expand(floats, halves, x_element, y_bytes, y_stride, rows, w_element, b_bytes, rank, out_features, scratch)
 
 

@@ -11,8 +11,11 @@ from typing import Any, TypeVar, cast
 
 import numba
 import numba.extending
-from llvmlite import ir as _ir  # type: ignore[import-untyped]
+from llvmlite import binding as _binding  # type: ignore[import-untyped]
+from llvmlite import ir as _ir
 from numba.core import cgutils as _cgutils
+from numba.core import codegen as _codegen
+from numba.core import config as _config
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -26,6 +29,25 @@ DOUBLES = types.Array(types.float64, 1, "C")
 FLOATS = types.Array(types.float32, 1, "C")
 HALVES = types.Array(types.uint16, 1, "C")
 INT = types.int64
+
+
+def compiles_for(feature: str) -> bool:
+    """Whether numba compiles for CPUs with this feature (LLVM's name): the host's, or what NUMBA_CPU_FEATURES says.
+
+    The same features are part of the key of numba's cache: code of one machine is not taken for another's.
+    """
+    features = _config.CPU_FEATURES  # type: ignore[attr-defined]
+    return f"+{feature}" in (host_cpu_features() if features is None else features).split(",")
+
+
+def host_cpu_features() -> str:
+    """The host's features as LLVM writes them: ``+avx,-avx512f`` and so on, all that it knows."""
+    return str(_codegen.get_host_cpu_features())  # type: ignore[no-untyped-call]
+
+
+def llvm_version() -> int:
+    """The major version of numba's LLVM."""
+    return int(_binding.llvm_version_info[0])
 
 
 def intrinsic(define: Callable[..., Any]) -> Any:

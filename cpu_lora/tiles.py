@@ -1,13 +1,18 @@
-"""Register-tiled micro-kernels for float32, written in LLVM IR through numba.
+"""Register-tiled micro-kernels, written in LLVM IR through numba.
 
-Loops in plain numba reach 17 GFLOP/s on a core where these reach 165 and numpy's BLAS 115: LLVM neither keeps a tile of
-accumulators in registers nor shares their final sums. Both kernels multiply ``X @ W^T`` with X and W row-major along
-the common axis, as LoRA's shrink and expand need it.
+Loops in plain numba reach 17 GFLOP/s on a core where these reach 150 in float32 and numpy's BLAS 115: LLVM neither
+keeps a tile of accumulators in registers nor shares their final sums. All multiply ``X @ W^T`` with X and W row-major
+along the common axis, as LoRA's shrink and expand need it.
 
-- ``dot_tile``: 4 rows of X by 4 rows of W. Sixteen vector accumulators run along the common axis; their horizontal sums
-  are taken together, 45 operations for all sixteen. For long common axes, or few rows of X.
+- ``dot_tiles_MxN``: tiles of M rows of X by N rows of W. Sixteen vector accumulators run along the common axis; their
+  horizontal sums are taken together, 45 operations for all sixteen. For long common axes, or few rows of X. One row
+  takes 2x8 as well, where the weights' way from memory is what takes time.
 - ``outer_tile``: LANES rows of X (given transposed) by LANES rows of W. Each accumulator holds one row of W for all
   rows of X, and the tile is transposed in registers at the end. For short common axes: nothing is summed across lanes.
+
+Each comes for float32 and for pairs of bfloat16 (``pairs``), which the CPU multiplies and adds in float32 two at a time
+where it can (AVX-512 BF16). A dot tile of float32 rows also reads 16-bit weights in place, widened on the way into the
+register.
 
 Rows beyond the last valid one are computed from the last valid one, never read; their results must find room in the
 destination. No fast-math flag is set that would assume away NaN or infinity.
@@ -15,214 +20,125 @@ destination. No fast-math flag is set that would assume away NaN or infinity.
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-import llvmlite.binding as llvm  # type: ignore[import-untyped]
-
 from segue.cpu_lora.native import intrinsic, ir, types
+from segue.cpu_lora.vectors import I16, I32, I64, LANES, VECTOR, Emitter, data, loop, only_if
 
-
-def _vector_lanes() -> int:
-    """float32 lanes of the widest vector register of this machine."""
-    features = llvm.get_host_cpu_features()
-    if features.get("avx512f"):
-        return 16
-    return 8 if features.get("avx") else 4
-
-
-LANES = _vector_lanes()
 TILE = 4
+SUMS = 16
 
-_I32 = ir.IntType(32)
-_I64 = ir.IntType(64)
-_VECTOR = ir.VectorType(ir.FloatType(), LANES)
-_QUARTET = ir.VectorType(ir.FloatType(), TILE)
-_MASK = ir.VectorType(ir.IntType(1), LANES)
-_ZERO = ir.Constant(_VECTOR, None)
+_HALF_VECTOR = ir.VectorType(I16, LANES)
+_PAIR_VECTOR = ir.VectorType(I16, 2 * LANES)
+_WORD_VECTOR = ir.VectorType(I32, LANES)
 
 
-class _Emitter:
-    """Emits vector instructions at an IR builder's position."""
+@dataclass(frozen=True, slots=True)
+class _Operand:
+    """How elements in memory become a register: load vectors of ``kind``, then ``widen`` them."""
 
-    def __init__(self, builder: Any) -> None:
-        self.builder = builder
+    kind: Any
+    widen: Callable[[Emitter, Any], Any]
 
-    def _call(self, name: str, result: Any, args: list[Any]) -> Any:
-        module = self.builder.module
-        function = module.globals.get(name) or ir.Function(
-            module, ir.FunctionType(result, [arg.type for arg in args]), name
-        )
-        return self.builder.call(function, args)
+    def load(self, emit: Emitter, rows: list[Any], at: Any) -> list[Any]:
+        return [self.widen(emit, emit.load(emit.at(row, at), self.kind)) for row in rows]
 
-    def at(self, base: Any, *offsets: Any) -> Any:
-        """Pointer to ``base[sum(offsets)]``."""
-        for offset in offsets:
-            base = self.builder.gep(base, [offset])
-        return base
-
-    def load(self, pointer: Any) -> Any:
-        value = self.builder.load(self.builder.bitcast(pointer, _VECTOR.as_pointer()))
-        value.align = 4
-        return value
-
-    def load_masked(self, pointer: Any, mask: Any) -> Any:
-        pointer = self.builder.bitcast(pointer, _VECTOR.as_pointer())
-        name = f"llvm.masked.load.v{LANES}f32.p0"
-        return self._call(name, _VECTOR, [pointer, ir.Constant(_I32, 4), mask, _ZERO])
-
-    def store(self, value: Any, pointer: Any) -> None:
-        self.builder.store(value, self.builder.bitcast(pointer, value.type.as_pointer())).align = 4
-
-    def fma(self, a: Any, b: Any, c: Any) -> Any:
-        return self._call(f"llvm.fma.v{LANES}f32", _VECTOR, [a, b, c])
-
-    def shuffle(self, a: Any, b: Any, lanes: list[int]) -> Any:
-        return self.builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, len(lanes)), lanes))
-
-    def broadcast(self, scalar: Any) -> Any:
-        empty = ir.Constant(ir.VectorType(scalar.type, LANES), ir.Undefined)
-        vector = self.builder.insert_element(empty, scalar, _I32(0))
-        return self.shuffle(vector, vector, [0] * LANES)
-
-    def row_pointers(self, base: Any, offset: Any, stride: Any, valid: Any, count: int) -> list[Any]:
-        """Pointers to ``count`` rows; those beyond the ``valid`` ones repeat the last."""
-        last = self.builder.sub(valid, _I64(1))
-        pointers = []
-        for row in range(count):
-            index = self.builder.select(self.builder.icmp_signed("<", last, _I64(row)), last, _I64(row))
-            pointers.append(self.at(base, offset, self.builder.mul(index, stride)))
-        return pointers
-
-    def sums(self, vectors: list[Any]) -> tuple[list[Any], list[list[int]]]:
-        """Horizontal sums of all vectors together: result vectors, and the input whose sum stands in each lane.
-
-        Each round adds the halves of every block of lanes, joining two vectors into one, so the work halves by round.
-        """
-        sources = [[index] for index in range(len(vectors))]
-        block = LANES
-        while block > 1:
-            half = block // 2
-            low, high = [], []
-            for start in range(0, LANES, block):
-                low += [*range(start, start + half), *range(LANES + start, LANES + start + half)]
-                high += [*range(start + half, start + block), *range(LANES + start + half, LANES + start + block)]
-            pairs = list(zip(vectors[0::2], vectors[1::2], strict=True))
-            vectors = [self.builder.fadd(self.shuffle(a, b, low), self.shuffle(a, b, high)) for a, b in pairs]
-            sources = [
-                list(itertools.chain.from_iterable(zip(a, b, strict=True)))
-                for a, b in zip(sources[0::2], sources[1::2], strict=True)
-            ]
-            block = half
-        return vectors, sources
-
-    def transposed(self, rows: list[Any]) -> list[Any]:
-        """Transpose LANES vectors of LANES elements by swapping off-diagonal blocks, from half the size down to one."""
-        half = LANES // 2
-        while half:
-            low = [lane if not lane & half else LANES + lane - half for lane in range(LANES)]
-            high = [lane + half if not lane & half else LANES + lane for lane in range(LANES)]
-            swapped = list(rows)
-            for i in range(LANES):
-                if not i & half:
-                    swapped[i] = self.shuffle(rows[i], rows[i + half], low)
-                    swapped[i + half] = self.shuffle(rows[i], rows[i + half], high)
-            rows, half = swapped, half // 2
-        return rows
+    def load_first(self, emit: Emitter, rows: list[Any], at: Any, count: Any) -> list[Any]:
+        return [self.widen(emit, emit.load_first(emit.at(row, at), count, self.kind)) for row in rows]
 
 
-def _data(context: Any, builder: Any, signature: Any, args: Any, position: int) -> Any:
-    return context.make_array(signature.args[position])(context, builder, args[position]).data
+_FLOAT32 = _Operand(VECTOR, lambda _, vector: vector)
+_BFLOAT16 = _Operand(_HALF_VECTOR, Emitter.widened_bfloat16)
+_FLOAT16 = _Operand(_HALF_VECTOR, Emitter.widened_float16)
+_PAIRS = _Operand(_PAIR_VECTOR, lambda emit, vector: emit.builder.bitcast(vector, _WORD_VECTOR))
 
 
-def _loop(emitter: _Emitter, stop: Any, step: int, count: int, body: Any) -> tuple[Any, list[Any]]:
-    """Emit ``for i in range(0, stop, step)`` that carries ``count`` accumulators through ``body(i, accumulators)``.
+def _dot_tiles(x_count: int, x_operand: _Operand, w_operand: _Operand) -> Any:
+    """Tiles of ``x_count`` rows of X and SUMS / x_count rows of W."""
+    w_count = SUMS // x_count
+    lanes = w_operand.kind.count
+    multiply = Emitter.add_pair_products if w_operand is _PAIRS else Emitter.fma
 
-    Returns the block before the loop's end label and the accumulators there; zeros when the loop does not run.
-    """
-    builder = emitter.builder
-    entry, loop, done = builder.block, builder.append_basic_block("loop"), builder.append_basic_block("done")
-    builder.cbranch(builder.icmp_signed(">", stop, _I64(0)), loop, done)
-    builder.position_at_end(loop)
-    index = builder.phi(_I64)
-    carried = [builder.phi(_VECTOR) for _ in range(count)]
-    results = body(index, carried)
-    following = builder.add(index, _I64(step))
-    index.add_incoming(_I64(0), entry)
-    index.add_incoming(following, loop)
-    for phi, result in zip(carried, results, strict=True):
-        phi.add_incoming(_ZERO, entry)
-        phi.add_incoming(result, loop)
-    builder.cbranch(builder.icmp_signed("<", following, stop), loop, done)
-    builder.position_at_end(done)
-    final = [builder.phi(_VECTOR) for _ in range(count)]
-    for phi, result in zip(final, results, strict=True):
-        phi.add_incoming(_ZERO, entry)
-        phi.add_incoming(result, loop)
-    return done, final
+    def products(emit: Emitter, xs: list[Any], ws: list[Any], sums: list[Any]) -> list[Any]:
+        return [multiply(emit, x, w, sums[i * w_count + j]) for i, x in enumerate(xs) for j, w in enumerate(ws)]
 
-
-def _products(emitter: _Emitter, xs: list[Any], ws: list[Any], sums: list[Any]) -> list[Any]:
-    return [emitter.fma(x, w, sums[i * TILE + j]) for i, x in enumerate(xs) for j, w in enumerate(ws)]
-
-
-@intrinsic
-def dot_tile(
-    _typing: Any, x: Any, x_at: Any, x_stride: Any, x_rows: Any, w: Any, w_at: Any, w_stride: Any, w_rows: Any,
-    depth: Any, out: Any, out_at: Any, out_stride: Any,
-) -> Any:  # fmt: skip
-    """``out[i, j] += dot(x[i, :depth], w[j, :depth])`` for i, j in 0..3; writes all 16 elements of ``out``.
-
-    Arrays are flat float32 with an element offset and a row stride; ``x_rows`` and ``w_rows`` (1 to 4, or more) are the
-    rows that exist.
-    """
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        emit = _Emitter(builder)
-        _, x_at, x_stride, x_rows, _, w_at, w_stride, w_rows, depth, _, out_at, out_stride = args
-        xs = emit.row_pointers(_data(context, builder, signature, args, 0), x_at, x_stride, x_rows, TILE)
-        ws = emit.row_pointers(_data(context, builder, signature, args, 4), w_at, w_stride, w_rows, TILE)
-        whole = builder.and_(depth, _I64(-LANES))
+    def tile_sums(emit: Emitter, xs: list[Any], ws: list[Any], depth: Any) -> list[Any]:
+        whole = emit.builder.and_(depth, I64(-lanes))
 
         def step(k: Any, sums: list[Any]) -> list[Any]:
-            x_vectors = [emit.load(emit.at(row, k)) for row in xs]  # [4, LANES]
-            return _products(emit, x_vectors, [emit.load(emit.at(row, k)) for row in ws], sums)
+            x_vectors = x_operand.load(emit, xs, k)  # [x_count, lanes]
+            return products(emit, x_vectors, w_operand.load(emit, ws, k), sums)
 
-        before, sums = _loop(emit, whole, LANES, TILE * TILE, step)
-        rest, done = builder.append_basic_block("rest"), builder.append_basic_block("rest_done")
-        builder.cbranch(builder.icmp_signed("<", whole, depth), rest, done)
-        builder.position_at_end(rest)
-        left = emit.broadcast(builder.trunc(builder.sub(depth, whole), _I32))
-        mask = builder.icmp_signed("<", ir.Constant(ir.VectorType(_I32, LANES), list(range(LANES))), left)
-        x_vectors = [emit.load_masked(emit.at(row, whole), mask) for row in xs]
-        w_vectors = [emit.load_masked(emit.at(row, whole), mask) for row in ws]
-        rest_sums = _products(emit, x_vectors, w_vectors, sums)
-        builder.branch(done)
-        builder.position_at_end(done)
-        total = [builder.phi(_VECTOR) for _ in sums]
-        for phi, without, with_rest in zip(total, sums, rest_sums, strict=True):
-            phi.add_incoming(without, before)
-            phi.add_incoming(with_rest, rest)
-        _add_quartets(emit, total, _data(context, builder, signature, args, 9), out_at, out_stride)
-        return context.get_dummy_value()
+        def rest(sums: list[Any]) -> list[Any]:
+            left = emit.builder.sub(depth, whole)
+            x_vectors = x_operand.load_first(emit, xs, whole, left)
+            return products(emit, x_vectors, w_operand.load_first(emit, ws, whole, left), sums)
 
-    return types.void(
-        x, x_at, x_stride, x_rows, w, w_at, w_stride, w_rows, depth, out, out_at, out_stride
-    ), generate  # fmt: skip
+        sums = loop(emit, whole, lanes, SUMS, step)
+        return only_if(emit, emit.builder.icmp_signed("<", whole, depth), sums, rest)
+
+    def dot_tiles(
+        _typing: Any, x: Any, x_at: Any, x_stride: Any, x_rows: Any, w: Any, w_at: Any, w_stride: Any, w_rows: Any,
+        depth: Any, out: Any, out_at: Any, out_stride: Any,
+    ) -> Any:  # fmt: skip
+        """``out[i, j] += dot(x[i, :depth], w[j, :depth])`` for all i < x_rows, j < w_rows, both up to whole tiles.
+
+        Arrays are flat with an element offset and a row stride, ``out`` is float32.
+        """
+
+        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            emit = Emitter(builder)
+            _, x_at, x_stride, x_rows, _, w_at, w_stride, w_rows, depth, _, out_at, out_stride = args
+            x, w, out = (data(context, builder, signature, args, position) for position in (0, 4, 9))
+
+            def tile(i: Any, j: Any, ws: list[Any]) -> list[Any]:
+                start = builder.add(x_at, builder.mul(i, x_stride))
+                xs = emit.row_pointers(x, start, x_stride, builder.sub(x_rows, i), x_count)
+                corner = emit.at(out, out_at, builder.mul(i, out_stride), j)
+                _add_sums(emit, tile_sums(emit, xs, ws, depth), w_count, corner, out_stride)
+                return []
+
+            def column(j: Any, _: list[Any]) -> list[Any]:
+                start = builder.add(w_at, builder.mul(j, w_stride))
+                ws = emit.row_pointers(w, start, w_stride, builder.sub(w_rows, j), w_count)
+                return loop(emit, x_rows, x_count, 0, lambda i, _: tile(i, j, ws))
+
+            loop(emit, w_rows, w_count, 0, column)
+            return context.get_dummy_value()
+
+        return types.void(
+            x, x_at, x_stride, x_rows, w, w_at, w_stride, w_rows, depth, out, out_at, out_stride
+        ), generate  # fmt: skip
+
+    return intrinsic(dot_tiles)
 
 
-def _add_quartets(emit: _Emitter, sums: list[Any], out: Any, out_at: Any, out_stride: Any) -> None:
-    """Add the horizontal sum of ``sums[4 * i + j]`` to ``out[out_at + i * out_stride + j]``."""
+def _add_sums(emit: Emitter, sums: list[Any], columns: int, out: Any, out_stride: Any) -> None:
+    """Add the horizontal sum of ``sums[i * columns + j]`` to ``out[i * out_stride + j]``."""
     vectors, sources = emit.sums(sums)
     place = {source: (v, lane) for v, row in enumerate(sources) for lane, source in enumerate(row)}
-    for i in range(TILE):
-        places = [place[i * TILE + j] for j in range(TILE)]
+    width = min(columns, LANES)
+    for first in range(0, len(sums), width):
+        # Sums of LANES neighbours end in one vector.
+        places = [place[first + j] for j in range(width)]
         vector = vectors[places[0][0]]
-        quartet = emit.shuffle(vector, vector, [lane for _, lane in places])
-        pointer = emit.at(out, out_at, emit.builder.mul(_I64(i), out_stride))
-        old = emit.builder.load(emit.builder.bitcast(pointer, _QUARTET.as_pointer()))
-        old.align = 4
-        emit.store(emit.builder.fadd(old, quartet), pointer)
+        part = emit.shuffle(vector, vector, [lane for _, lane in places])
+        row, column = divmod(first, columns)
+        pointer = emit.at(out, emit.builder.mul(I64(row), out_stride), I64(column))
+        old = emit.load(pointer, ir.VectorType(ir.FloatType(), width))
+        emit.store(emit.builder.fadd(old, part), pointer)
+
+
+dot_tiles_2x8 = _dot_tiles(2, _FLOAT32, _FLOAT32)
+dot_tiles_4x4 = _dot_tiles(4, _FLOAT32, _FLOAT32)
+dot_tiles_2x8_bfloat16 = _dot_tiles(2, _FLOAT32, _BFLOAT16)
+dot_tiles_4x4_bfloat16 = _dot_tiles(4, _FLOAT32, _BFLOAT16)
+dot_tiles_2x8_float16 = _dot_tiles(2, _FLOAT32, _FLOAT16)
+dot_tiles_4x4_float16 = _dot_tiles(4, _FLOAT32, _FLOAT16)
+dot_tiles_2x8_pairs = _dot_tiles(2, _PAIRS, _PAIRS)
+dot_tiles_4x4_pairs = _dot_tiles(4, _PAIRS, _PAIRS)
 
 
 @intrinsic
@@ -237,20 +153,61 @@ def outer_tile(
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        emit = _Emitter(builder)
+        emit = Emitter(builder)
         _, xt_at, _, w_at, w_stride, w_rows, depth, _, out_at, out_stride = args
-        x = emit.at(_data(context, builder, signature, args, 0), xt_at)
-        ws = emit.row_pointers(_data(context, builder, signature, args, 2), w_at, w_stride, w_rows, LANES)
+        x = emit.at(data(context, builder, signature, args, 0), xt_at)
+        ws = emit.row_pointers(data(context, builder, signature, args, 2), w_at, w_stride, w_rows, LANES)
 
         def step(k: Any, sums: list[Any]) -> list[Any]:
-            vector = emit.load(emit.at(x, builder.mul(k, _I64(LANES))))  # [LANES]
+            vector = emit.load(emit.at(x, builder.mul(k, I64(LANES))))  # [LANES]
             weights = [emit.broadcast(builder.load(emit.at(row, k))) for row in ws]  # [LANES] scalars
             return [emit.fma(vector, weight, total) for weight, total in zip(weights, sums, strict=True)]
 
-        _, sums = _loop(emit, depth, 1, LANES, step)
-        out = _data(context, builder, signature, args, 7)
-        for i, row in enumerate(emit.transposed(sums)):
-            emit.store(row, emit.at(out, out_at, builder.mul(_I64(i), out_stride)))
+        sums = loop(emit, depth, 1, LANES, step)
+        _store_transposed(emit, sums, data(context, builder, signature, args, 7), out_at, out_stride)
         return context.get_dummy_value()
 
     return types.void(xt, xt_at, w, w_at, w_stride, w_rows, depth, out, out_at, out_stride), generate
+
+
+@intrinsic
+def outer_tile_pairs(
+    _typing: Any, xt: Any, xt_at: Any, w: Any, w_at: Any, w_stride: Any, w_rows: Any,
+    depth: Any, out: Any, out_at: Any, out_stride: Any,
+) -> Any:  # fmt: skip
+    """``outer_tile`` of bfloat16 bits: ``xt`` is ``[ceil(depth / 2), LANES, 2]``, zero beyond an odd depth."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        emit = Emitter(builder)
+        _, xt_at, _, w_at, w_stride, w_rows, depth, _, out_at, out_stride = args
+        x = emit.at(data(context, builder, signature, args, 0), xt_at)
+        ws = emit.row_pointers(data(context, builder, signature, args, 2), w_at, w_stride, w_rows, LANES)
+
+        def products(k: Any, weights: list[Any], sums: list[Any]) -> list[Any]:
+            halves = emit.load(emit.at(x, builder.mul(k, I64(LANES))), _PAIR_VECTOR)
+            vector = builder.bitcast(halves, _WORD_VECTOR)  # [LANES] pairs
+            pairs = [emit.broadcast(weight) for weight in weights]
+            return [emit.add_pair_products(vector, pair, total) for pair, total in zip(pairs, sums, strict=True)]
+
+        def word(row: Any, k: Any) -> Any:
+            value = builder.load(builder.bitcast(emit.at(row, k), I32.as_pointer()))
+            value.align = 2
+            return value
+
+        whole = builder.and_(depth, I64(-2))
+        sums = loop(emit, whole, 2, LANES, lambda k, sums: products(k, [word(row, k) for row in ws], sums))
+
+        def rest(sums: list[Any]) -> list[Any]:
+            # The neighbour of the last element is another row's, or nobody's: zero stands for it.
+            return products(whole, [builder.zext(builder.load(emit.at(row, whole)), I32) for row in ws], sums)
+
+        sums = only_if(emit, builder.icmp_signed("<", whole, depth), sums, rest)
+        _store_transposed(emit, sums, data(context, builder, signature, args, 7), out_at, out_stride)
+        return context.get_dummy_value()
+
+    return types.void(xt, xt_at, w, w_at, w_stride, w_rows, depth, out, out_at, out_stride), generate
+
+
+def _store_transposed(emit: Emitter, columns: list[Any], out: Any, out_at: Any, out_stride: Any) -> None:
+    for i, row in enumerate(emit.transposed(columns)):
+        emit.store(row, emit.at(out, out_at, emit.builder.mul(I64(i), out_stride)))

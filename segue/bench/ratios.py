@@ -39,9 +39,11 @@ def ratios(rows: Sequence[Row]) -> tuple[Ratio, ...]:
     """Tokens a second of a larger batch over the smallest; time per token with adapters over the base model's; time of
     a step over that of its GEMMs; and the base model's steps after those with adapters over before. Each where both
     rows are there. Of base rows, all but the last use those measured before. Of kernels: a published time of the best
-    peer on an H200 over q, k, v and o together."""
+    peer on an H200 over q, k, v and o together. Of the CPU's kernel: torch's time over its own on the same core, in the
+    same element type and in float32, and tokens a second of several workers over one."""
     first = [row for row in rows if row.when != When.AFTER]
-    return (*_batch_gains(first), *_adapter_costs(first), *_gemm_overheads(first), *_drifts(rows), *_peer_gains(rows))
+    engine = (*_batch_gains(first), *_adapter_costs(first), *_gemm_overheads(first), *_drifts(rows))
+    return (*engine, *_peer_gains(rows), *_torch_gains(rows), *_worker_gains(rows))
 
 
 def _batch_gains(rows: Sequence[Row]) -> Iterator[Ratio]:
@@ -84,6 +86,26 @@ def _peer_gains(rows: Sequence[Row]) -> Iterator[Ratio]:
         if (case, "qkv") in own and (case, "o") in own:
             value = peer_us / (own[case, "qkv"] + own[case, "o"])
             yield Ratio(name=f"{case}, q, k, v and o: best peer on an H200 ({peer_us:g} us) over this", value=value)
+
+
+def _torch_gains(rows: Sequence[Row]) -> Iterator[Ratio]:
+    torch = {(row.tokens, row.ranks, row.point, row.dtype): row.median for row in rows if row.measure == "torch_us"}
+    for row in rows:
+        if row.measure != "cpu_kernel_us":
+            continue
+        for dtype in dict.fromkeys((row.dtype, "float32")):
+            peer = torch.get((row.tokens, row.ranks, row.point, dtype))
+            if peer is not None:
+                yield Ratio(name=f"{row.case}, {row.point}: torch in {dtype} over this", value=peer / row.median)
+
+
+def _worker_gains(rows: Sequence[Row]) -> Iterator[Ratio]:
+    own = [row for row in rows if row.measure == "cpu_workers_us"]
+    one = {(row.case, row.point): row.median for row in own if row.cores == 1}
+    for row in own:
+        if row.cores != 1 and (row.case, row.point) in one:
+            name = f"{row.case}, {row.point}: tokens/s of {row.cores} workers over one"
+            yield Ratio(name=name, value=one[row.case, row.point] / row.median)
 
 
 def _case(row: Row) -> tuple[object, ...]:

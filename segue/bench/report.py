@@ -29,7 +29,8 @@ class Row:
 
     Of kernels, ``case`` names the batch of ``tokens`` rows and ``point`` the LoRA point; ``bytes`` is what a call must
     read and write at least, ``copy_fraction`` those over what the measured copy bandwidth moves in the median, and
-    ``max_relative_error`` the largest error of an output against float64, over the largest output.
+    ``max_relative_error`` the largest error of an output against float64, over the largest output. Of the CPU's kernels
+    ``dtype`` is that of rows and weights, and ``cores`` as many as computed.
     """
 
     measure: str
@@ -47,6 +48,8 @@ class Row:
     bytes: int | None = None
     copy_fraction: float | None = None
     max_relative_error: float | None = None
+    dtype: str | None = None
+    cores: int | None = None
     median: float
     p10: float
     p90: float

@@ -18,6 +18,9 @@ _WORDS = {
     "time_per_token_ms": "a stream's time per token",
     "lora_kernels_us": "LoRA kernels",
     "landing_kernel_us": "landing",
+    "cpu_kernel_us": "CPU kernel",
+    "torch_us": "torch",
+    "cpu_workers_us": "workers",
 }
 
 
@@ -25,7 +28,8 @@ def describe(row: Row) -> str:
     """A row's case in words."""
     parts = [_WORDS.get(row.measure, row.measure)]
     if row.case is not None:
-        return f"{parts[0]}, {row.case}, {row.point}"
+        cores = "" if row.cores is None else f", {row.cores} core{'' if row.cores == 1 else 's'}"
+        return f"{parts[0]}, {row.case}, {row.point}{cores}"
     if row.part is not None:
         parts.append(row.part)
     if row.measure != "ttft_ms":
@@ -52,22 +56,10 @@ def terminal_table(report: Report) -> Table:
     table.add_column("measure")
     if kernels:
         table.add_column("case")
-        names = ["point", "median", "p10", "p90", "runs", "bytes", "of copy", "max error"]
+        names = ["point", "cores", "median", "p10", "p90", "runs", "bytes", "of copy", "max error"]
     else:
-        names = [
-            "batch",
-            "adapters",
-            "ranks",
-            "targets",
-            "prompt",
-            "when",
-            "part",
-            "median",
-            "p10",
-            "p90",
-            "runs",
-            "tokens/s",
-        ]
+        names = ["batch", "adapters", "ranks", "targets", "prompt", "when", "part"]
+        names += ["median", "p10", "p90", "runs", "tokens/s"]
     for name in names:
         table.add_column(name, justify="right")
     for row in report.rows:
@@ -75,9 +67,8 @@ def terminal_table(report: Report) -> Table:
         if kernels:
             fraction = "" if row.copy_fraction is None else f"{row.copy_fraction:.0%}"
             error = "" if row.max_relative_error is None else f"{row.max_relative_error:.1e}"
-            table.add_row(
-                row.measure, row.case, row.point, *times, str(row.runs), _text(row.bytes), fraction, error
-            )  # fmt: skip
+            times += [str(row.runs), _text(row.bytes), fraction, error]
+            table.add_row(row.measure, row.case, row.point, _text(row.cores), *times)
         else:
             ranks = ",".join(map(str, row.ranks))
             rate = f"{1e3 * row.batch / row.median:.0f}" if row.measure == "decode_step_ms" else ""
@@ -91,7 +82,7 @@ def readme_tables(reports: Mapping[str, Report]) -> str:
     parts = []
     for benchmark in sorted({report.benchmark for report in reports.values()}):
         members = {name: report for name, report in sorted(reports.items()) if report.benchmark == benchmark}
-        parts.append(_kernel_table(members) if benchmark == "kernels" else _median_table(members))
+        parts.append(_TABLES.get(benchmark, _median_table)(members))
         parts += [f"`{name}`: {_origin(report)}." for name, report in members.items()]
     return "\n\n".join(parts) + "\n"
 
@@ -126,6 +117,28 @@ def _kernel_cell(row: Row | None) -> str:
         return ""
     fraction = "" if row.copy_fraction is None else f", {row.copy_fraction:.0%}"
     return f"{row.median:.1f}{fraction}"
+
+
+def _cpu_table(reports: Mapping[str, Report]) -> str:
+    """A line for each shape, with torch's time over the kernel's; what workers took is in the reports alone."""
+    kernel: dict[str, dict[str, Row]] = {}
+    torch: dict[str, dict[str, Row]] = {}
+    for name, report in reports.items():
+        for row in report.rows:
+            if row.measure in ("cpu_kernel_us", "torch_us"):
+                shape = f"{row.tokens} tokens, rank {row.ranks[0]}, {row.point}"
+                times = kernel if row.measure == "cpu_kernel_us" else torch
+                times.setdefault(shape, {})[f"`{name}` {row.dtype}"] = row
+    columns = list(dict.fromkeys(column for rows in kernel.values() for column in rows))
+    lines = [columns]
+    for shape, rows in kernel.items():
+        peers = torch[shape]
+        cells = [(rows[column].median, peers[column].median) if column in rows else None for column in columns]
+        lines.append(["" if cell is None else f"{cell[0]:.1f}, {cell[1] / cell[0]:.2f}" for cell in cells])
+    return _markdown(["microseconds on one core: median; torch's over it", *kernel], lines)
+
+
+_TABLES = {"kernels": _kernel_table, "cpu": _cpu_table}
 
 
 def _markdown(labels: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

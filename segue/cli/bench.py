@@ -72,6 +72,7 @@ def register(app: typer.Typer) -> None:
     bench.command(name="engine")(engine)
     bench.command(name="server")(server)
     bench.command(name="kernels")(kernels)
+    bench.command(name="cpu")(cpu)
     app.add_typer(bench, name="bench")
 
 
@@ -193,6 +194,36 @@ def kernels(
             return
         report = _with_progress(lambda progress: _kernel_report(config, progress))
         _write(report, json, plot)
+    _show(report)
+
+
+def cpu(
+    tokens: Annotated[str, typer.Option(metavar="N,...", help="Rows of a call.")] = "1,4,16,64,128,512",
+    ranks: Annotated[str, typer.Option(metavar="N,...", help="The adapters' ranks.")] = "8,64,128",
+    dtype: Annotated[str, typer.Option(metavar="NAME,...", help="float32, bfloat16.")] = "float32,bfloat16",
+    runs: Annotated[int, typer.Option(metavar="N", help="Timings of each case.")] = 30,
+    cores: Annotated[
+        int, typer.Option(metavar="N", help="Also time pools of 1 to N workers, each on a core of its own.")
+    ] = 0,
+    json: JsonOption = None,
+) -> None:
+    """Time the CPU LoRA kernel and torch on one core, and pools of workers, each case after a check against float64.
+
+    Widths are those of an 8B model: 4096 to 4096 (o) and 4096 to 6144 (q, k and v together).
+    """
+    with one_line_errors():
+        _check_outputs(json, None)
+        from segue.bench.cpu import CpuBenchConfig, run_cpu_bench
+
+        config = CpuBenchConfig(
+            tokens=_numbers("--tokens", tokens),
+            ranks=_numbers("--ranks", ranks),
+            dtypes=tuple(dtype.split(",")),
+            runs=runs,
+            cores=cores,
+        )
+        report = _with_progress(lambda progress: run_cpu_bench(config, progress))
+        _write(report, json, None)
     _show(report)
 
 
