@@ -29,6 +29,9 @@ class Row:
     Of kernels, ``case`` names the batch of ``tokens`` rows and ``point`` the LoRA point; ``bytes`` is what a call must
     read and write at least, ``copy_fraction`` those over what the measured copy bandwidth moves in the median, and
     ``max_relative_error`` the largest error of an output against float64, over the largest output.
+
+    Of a simulated cluster, ``placement`` names the policy, ``batch`` counts the requests measured and ``adapters`` all
+    adapters; ``mean`` and ``p99`` stand beside the percentiles.
     """
 
     measure: str
@@ -45,6 +48,9 @@ class Row:
     bytes: int | None = None
     copy_fraction: float | None = None
     max_relative_error: float | None = None
+    placement: str | None = None
+    mean: float | None = None
+    p99: float | None = None
     median: float
     p10: float
     p90: float

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from rich.table import Table
 
 from segue.bench.report import Report, Row
+from segue.bench.simulate.table import column_names, lines
 
 _WORDS = {
     "gemm_ms": "GEMMs alone",
@@ -75,7 +76,13 @@ def readme_tables(reports: Mapping[str, Report]) -> str:
     parts = []
     for benchmark in sorted({report.benchmark for report in reports.values()}):
         members = {name: report for name, report in sorted(reports.items()) if report.benchmark == benchmark}
-        parts.append(_kernel_table(members) if benchmark == "kernels" else _median_table(members))
+        match benchmark:
+            case "kernels":
+                parts.append(_kernel_table(members))
+            case "simulate":
+                parts += [_placement_table(name, report) for name, report in members.items()]
+            case _:
+                parts.append(_median_table(members))
         parts += [f"`{name}`: {_origin(report)}." for name, report in members.items()]
     return "\n\n".join(parts) + "\n"
 
@@ -103,6 +110,13 @@ def _kernel_table(reports: Mapping[str, Report]) -> str:
     lines = [[f"`{name}`" for name in cells]]
     lines += [[_kernel_cell(rows.get(case)) for rows in cells.values()] for case in cases]
     return _markdown(["microseconds: median, part of the copy bandwidth", *cases], lines)
+
+
+def _placement_table(name: str, report: Report) -> str:
+    label, *columns = column_names()
+    found = lines(report)
+    rows = [columns, *([*cells] for _, *cells in found)]
+    return _markdown([f"`{name}`: {label}", *(line[0] for line in found)], rows)
 
 
 def _kernel_cell(row: Row | None) -> str:
