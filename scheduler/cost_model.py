@@ -108,7 +108,8 @@ class StepCoefficients:
 
     def seconds(self, load: StepLoad) -> float:
         """Seconds of a step with these rows and no others."""
-        return math.fsum(self.parts(load))
+        base, attention, lora = self.parts(load)
+        return base + attention + lora
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
