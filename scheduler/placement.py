@@ -3,8 +3,8 @@
 Pure: a policy sees the state and the cost profile of each replica, and the same states give the same choice. The
 choice follows Algorithm 1 of Li et al., "Toppings: CPU-Assisted, Rank-Aware Adapter Serving for LLM Inference", USENIX
 ATC 2025 (as CaraServe, arXiv:2401.11240). It differs in four points: the new request's own time per token counts as
-well, as does bringing its adapter; what prompts take from those that decode counts against their targets; and replicas
-that miss a target, all infinitely dear there, have an order.
+well, as does bringing its adapter; what prompts take from those that decode, and a short answer's own wait, count
+against the targets; and replicas that miss a target, all infinitely dear there, have an order.
 """
 
 from __future__ import annotations
@@ -121,13 +121,18 @@ class PlacementCost:
 class RankAware:
     """Where the request costs all requests there least, and misses no target if that is possible.
 
-    What a prompt and a copy cost once is spread over ``mean_output_tokens``, which an answer is expected to have.
+    What a prompt and a copy cost once is spread over ``mean_output_tokens``, which an answer is expected to have. Where
+    a target counts the time per token from the arrival on, ``short_output_tokens`` is the length of an answer that few
+    fall below: spread over so many tokens, the new request's wait must fit into its target as well. Infinite where
+    targets are of decodes alone, as in Algorithm 1.
     """
 
     mean_output_tokens: float
+    short_output_tokens: float = math.inf
 
     def __post_init__(self) -> None:
         require(self.mean_output_tokens > 0, "mean_output_tokens", f"must be positive, is {self.mean_output_tokens}")
+        require(self.short_output_tokens > 0, "short_output_tokens", f"must be positive, is {self.short_output_tokens}")
 
     def cost(self, request: PlacementRequest, replica: ReplicaState) -> PlacementCost:
         """What placing the request there would cost."""
@@ -142,14 +147,18 @@ class RankAware:
         added_prefill = prefill_seconds - profile.prefill_seconds(replica.prompts)
         cold = adapter is not None and not replica.is_resident(adapter.version_id)
         copy_seconds = profile.copy_seconds(adapter.weight_bytes) if adapter is not None and cold else 0.0
-        target_seconds = min(request.time_per_token_seconds, replica.time_per_token_seconds)
+        # It waits for all prompts there, not for its own alone.
+        wait_seconds = prefill_seconds + copy_seconds
+        decode_seconds = step_seconds / (1 - replica.prompt_share)
+        own_seconds = decode_seconds + wait_seconds / self.short_output_tokens
         return PlacementCost(
             without_room=not replica.has_room(request),
-            excess_seconds=max(0.0, step_seconds / (1 - replica.prompt_share) - target_seconds),
+            excess_seconds=max(
+                0.0, own_seconds - request.time_per_token_seconds, decode_seconds - replica.time_per_token_seconds
+            ),
             added_seconds=replica.requests * (added_decode + added_prefill / self.mean_output_tokens)
             + step_seconds
-            # It waits for all prompts there, not for its own alone.
-            + (prefill_seconds + copy_seconds) / self.mean_output_tokens,
+            + wait_seconds / self.mean_output_tokens,
             requests=replica.requests,
         )
 

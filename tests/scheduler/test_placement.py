@@ -130,6 +130,16 @@ def test_what_prompts_take_counts_against_the_target() -> None:
     assert POLICY.choose(request(rank=8), [dataclasses.replace(busy, prompt_share=0.0), calm]) == 0
 
 
+def test_a_short_answers_wait_must_fit_into_its_target() -> None:
+    """Few others are harmed where many prompts wait; a short answer would miss its target there."""
+    replicas = [FakeReplica(decodes=batch([8]), prompts=batch([8] * 400)), FakeReplica(decodes=batch([8] * 20))]
+    wanted = request(rank=8, target_seconds=0.0060)
+    assert POLICY.choose(wanted, replicas) == 0
+    aware = RankAware(mean_output_tokens=64, short_output_tokens=16)
+    assert aware.cost(wanted, replicas[0]).excess_seconds > aware.cost(wanted, replicas[1]).excess_seconds
+    assert aware.choose(wanted, replicas) == 1
+
+
 def test_it_waits_for_fewer_prompts_where_nobody_else_is_harmed() -> None:
     replicas = [FakeReplica(prompts=batch([8] * 40)), FakeReplica()]
     assert POLICY.choose(request(), replicas) == 1

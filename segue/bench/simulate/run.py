@@ -27,7 +27,11 @@ def policy_of(name: str, config: SimulationConfig) -> PlacementPolicy:
     """The policy with this name."""
     match Placement(name):
         case Placement.RANK_AWARE:
-            return RankAware(mean_output_tokens=config.workload.output_mean)
+            counts_from_arrival = math.isfinite(config.targets.time_per_token_seconds)
+            return RankAware(
+                mean_output_tokens=config.workload.output_mean,
+                short_output_tokens=config.workload.short_output_tokens if counts_from_arrival else math.inf,
+            )
         case Placement.FIRST_FIT:
             return FirstFit()
         case Placement.MOST_IDLE:

@@ -48,6 +48,13 @@ def test_ranks_go_in_turn_and_lengths_have_their_means() -> None:
     assert min(min(request.prompt_tokens, request.output_tokens) for request in drawn) >= 1
 
 
+def test_one_answer_in_a_hundred_is_short() -> None:
+    config = dataclasses.replace(BASE, output_sigma=0.7)
+    lengths = [request.output_tokens for request in draw_requests(config)]
+    assert np.mean(np.array(lengths) < config.short_output_tokens) == pytest.approx(0.01, abs=0.003)
+    assert BASE.short_output_tokens == BASE.output_mean
+
+
 def test_what_is_not_changed_is_drawn_alike() -> None:
     other = draw_requests(dataclasses.replace(BASE, output_sigma=1.0))
     for before, after in zip(draw_requests(BASE), other, strict=True):
