@@ -113,10 +113,10 @@ def _kernel_table(reports: Mapping[str, Report]) -> str:
 
 
 def _placement_table(name: str, report: Report) -> str:
-    label, *columns = column_names()
-    found = lines(report)
-    rows = [columns, *([*cells] for _, *cells in found)]
-    return _markdown([f"`{name}`: {label}", *(line[0] for line in found)], rows)
+    """A column for each placement."""
+    (label, *columns), found = column_names(), lines(report)
+    cells = [[line[place] for line in found] for place in range(len(columns) + 1)]
+    return _markdown([f"`{name}`: {label}", *columns], cells)
 
 
 def _kernel_cell(row: Row | None) -> str:
