@@ -1,12 +1,13 @@
-"""What every configuration shares: checks that name the field, and reading a TOML table into a dataclass."""
+"""What every configuration shares: checks that name the field, and dataclasses from TOML tables and back."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 _Config = TypeVar("_Config")
 
@@ -49,10 +50,12 @@ def from_table(cls: type[_Config], table: Mapping[str, Any], *, where: str) -> _
     values: dict[str, Any] = {}
     for key, value in table.items():
         require(key in fields, f"{where}.{key}", f"unknown; known are {', '.join(sorted(fields))}")
-        hint = hints[key]
-        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        # A table that may be left out has the hint "Config | None".
+        choices = (hints[key], *get_args(hints[key]))
+        inner = next((each for each in choices if isinstance(each, type) and dataclasses.is_dataclass(each)), None)
+        if inner is not None:
             require(isinstance(value, Mapping), f"{where}.{key}", "must be a table")
-            values[key] = from_table(hint, value, where=f"{where}.{key}")
+            values[key] = from_table(inner, value, where=f"{where}.{key}")
         elif isinstance(value, list):
             values[key] = tuple(value)
         else:
@@ -61,3 +64,30 @@ def from_table(cls: type[_Config], table: Mapping[str, Any], *, where: str) -> _
         return cls(**values)
     except TypeError as error:
         raise ConfigError(f"{where}: {error}") from error
+
+
+def to_toml(config: object) -> str:
+    """A dataclass of texts, numbers, truth values and such dataclasses, as ``from_table`` reads it back.
+
+    Fields that are None are left out. Raises TypeError for a value of another type.
+    """
+    values = {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}  # type: ignore[arg-type]
+    tables = {name: value for name, value in values.items() if dataclasses.is_dataclass(value)}
+    lines = [f"{name} = {_toml(value)}" for name, value in values.items() if name not in tables and value is not None]
+    parts = ["\n".join(lines)]
+    for name, value in tables.items():
+        fields = dataclasses.fields(value)
+        inner = [(item.name, getattr(value, item.name)) for item in fields]
+        parts.append("\n".join([f"[{name}]", *(f"{key} = {_toml(each)}" for key, each in inner if each is not None)]))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, str):
+        # JSON's escapes are among TOML's.
+        return json.dumps(value)
+    raise TypeError(f"cannot be written as TOML: {value!r}")

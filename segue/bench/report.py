@@ -31,6 +31,9 @@ class Row:
     read and write at least, ``copy_fraction`` those over what the measured copy bandwidth moves in the median, and
     ``max_relative_error`` the largest error of an output against float64, over the largest output. Of the CPU's kernels
     ``dtype`` is that of rows and weights, and ``cores`` as many as computed.
+
+    Of a simulated cluster, ``placement`` names the policy, ``batch`` counts the requests measured and ``adapters`` all
+    adapters; ``mean`` and ``p99`` stand beside the percentiles.
     """
 
     measure: str
@@ -50,6 +53,9 @@ class Row:
     max_relative_error: float | None = None
     dtype: str | None = None
     cores: int | None = None
+    placement: str | None = None
+    mean: float | None = None
+    p99: float | None = None
     median: float
     p10: float
     p90: float

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from rich.table import Table
 
 from segue.bench.report import Report, Row
+from segue.bench.simulate.table import column_names, lines
 
 _WORDS = {
     "gemm_ms": "GEMMs alone",
@@ -82,7 +83,10 @@ def readme_tables(reports: Mapping[str, Report]) -> str:
     parts = []
     for benchmark in sorted({report.benchmark for report in reports.values()}):
         members = {name: report for name, report in sorted(reports.items()) if report.benchmark == benchmark}
-        parts.append(_TABLES.get(benchmark, _median_table)(members))
+        if benchmark == "simulate":
+            parts += [_placement_table(name, report) for name, report in members.items()]
+        else:
+            parts.append(_TABLES.get(benchmark, _median_table)(members))
         parts += [f"`{name}`: {_origin(report)}." for name, report in members.items()]
     return "\n\n".join(parts) + "\n"
 
@@ -110,6 +114,13 @@ def _kernel_table(reports: Mapping[str, Report]) -> str:
     lines = [[f"`{name}`" for name in cells]]
     lines += [[_kernel_cell(rows.get(case)) for rows in cells.values()] for case in cases]
     return _markdown(["microseconds: median, part of the copy bandwidth", *cases], lines)
+
+
+def _placement_table(name: str, report: Report) -> str:
+    """A column for each placement."""
+    (label, *columns), found = column_names(), lines(report)
+    cells = [[line[place] for line in found] for place in range(len(columns) + 1)]
+    return _markdown([f"`{name}`: {label}", *columns], cells)
 
 
 def _kernel_cell(row: Row | None) -> str:

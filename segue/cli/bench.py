@@ -6,12 +6,13 @@ import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from segue.cli.bench_options import JsonOption, check_outputs, numbers, show_console, with_progress, write_outputs
+from segue.cli.bench_simulate import simulate
 from segue.cli.common import UserError, one_line_errors
 
 if TYPE_CHECKING:
@@ -21,11 +22,8 @@ if TYPE_CHECKING:
     from segue.bench.report import Report
     from segue.bench.server import ServerBenchConfig
 
-_T = TypeVar("_T")
 _DEFAULT_SHAPE = "small"
-_WIDTH_WITHOUT_TERMINAL = 140
 
-JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE.json", help="Write the report here.")]
 PlotOption = Annotated[
     Path | None, typer.Option("--plot", metavar="FILE", help="Draw it: .png or .svg; needs the extra 'bench'.")
 ]
@@ -73,6 +71,7 @@ def register(app: typer.Typer) -> None:
     bench.command(name="server")(server)
     bench.command(name="kernels")(kernels)
     bench.command(name="cpu")(cpu)
+    bench.command(name="simulate")(simulate)
     app.add_typer(bench, name="bench")
 
 
@@ -98,7 +97,7 @@ def engine(
 ) -> None:
     """Time the engine's decode step by batch and adapter mix, and the time to a first token."""
     with one_line_errors():
-        _check_outputs(json, plot)
+        check_outputs(json, plot)
         if preset is None:
             cases = _cases(batch, mix, ranks, targets, prompt, ttft_prompts)
         else:
@@ -109,8 +108,8 @@ def engine(
             cases, shape, model, dtype, device, steps=steps, runs=runs, seconds=seconds, torch_threads=torch_threads
         )
         config = dataclasses.replace(config, parts=parts)
-        report = _with_progress(lambda progress: _engine_report(config, progress))
-        _write(report, json, plot)
+        report = with_progress(lambda progress: _engine_report(config, progress))
+        write_outputs(report, json, plot)
     _show(report)
 
 
@@ -137,7 +136,7 @@ def server(
 ) -> None:
     """Time streams that decode together through gRPC, and how long the device waits between their steps."""
     with one_line_errors():
-        _check_outputs(json, plot)
+        check_outputs(json, plot)
         from segue.bench.cases import decode_cases
         from segue.bench.server import ServerBenchConfig
 
@@ -157,8 +156,8 @@ def server(
             window_seconds=window,
             clients=clients,
         )
-        report = _with_progress(lambda progress: _server_report(config, progress))
-        _write(report, json, plot)
+        report = with_progress(lambda progress: _server_report(config, progress))
+        write_outputs(report, json, plot)
     _show(report)
 
 
@@ -178,7 +177,7 @@ def kernels(
     with one_line_errors():
         if check_only and (json is not None or plot is not None):
             raise UserError("--check-only measures nothing to write: leave out --json and --plot")
-        _check_outputs(json, plot)
+        check_outputs(json, plot)
         import torch
 
         # Triton reads it when it is first imported.
@@ -192,8 +191,8 @@ def kernels(
         if check_only:
             _show_checks(config)
             return
-        report = _with_progress(lambda progress: _kernel_report(config, progress))
-        _write(report, json, plot)
+        report = with_progress(lambda progress: _kernel_report(config, progress))
+        write_outputs(report, json, plot)
     _show(report)
 
 
@@ -212,18 +211,18 @@ def cpu(
     Widths are those of an 8B model: 4096 to 4096 (o) and 4096 to 6144 (q, k and v together).
     """
     with one_line_errors():
-        _check_outputs(json, None)
+        check_outputs(json, None)
         from segue.bench.cpu import CpuBenchConfig, run_cpu_bench
 
         config = CpuBenchConfig(
-            tokens=_numbers("--tokens", tokens),
-            ranks=_numbers("--ranks", ranks),
+            tokens=numbers("--tokens", tokens),
+            ranks=numbers("--ranks", ranks),
             dtypes=tuple(dtype.split(",")),
             runs=runs,
             cores=cores,
         )
-        report = _with_progress(lambda progress: run_cpu_bench(config, progress))
-        _write(report, json, None)
+        report = with_progress(lambda progress: run_cpu_bench(config, progress))
+        write_outputs(report, json, None)
     _show(report)
 
 
@@ -238,12 +237,12 @@ def _cases(
     from segue.bench.cases import cross_cases
 
     return cross_cases(
-        batches=_numbers("--batch", batch or "1,16"),
+        batches=numbers("--batch", batch or "1,16"),
         mixes=(mix or "base,one,8").split(","),
-        ranks=_numbers("--ranks", ranks or "16"),
+        ranks=numbers("--ranks", ranks or "16"),
         targets=(targets or "qkvo").split(","),
         prompt=32 if prompt is None else prompt,
-        first_token_prompts=_numbers("--ttft-prompts", ttft_prompts or "16,128"),
+        first_token_prompts=numbers("--ttft-prompts", ttft_prompts or "16,128"),
     )
 
 
@@ -312,46 +311,11 @@ def _kernel_report(config: KernelBenchConfig, progress: Callable[[str], None]) -
     return run_kernel_bench(config, progress)
 
 
-def _with_progress(measure: Callable[[Callable[[str], None]], _T]) -> _T:
-    from segue.bench.driver import BenchmarkError
-
-    try:
-        with Console(stderr=True).status("") as status:
-            return measure(status.update)
-    except (BenchmarkError, OSError) as error:
-        raise UserError(str(error)) from error
-
-
-def _check_outputs(json: Path | None, plot: Path | None) -> None:
-    from segue.bench.plots import PlotError, require_plots
-
-    for option, path in (("--json", json), ("--plot", plot)):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise UserError(f"{option}: {path.absolute().parent} is not a folder")
-    if plot is not None:
-        try:
-            require_plots(plot)
-        except PlotError as error:
-            raise UserError(str(error)) from error
-
-
-def _write(report: Report, json: Path | None, plot: Path | None) -> None:
-    from segue.bench.plots import PlotError, write_plot
-
-    try:
-        if json is not None:
-            report.write(json)
-        if plot is not None:
-            write_plot(report, plot)
-    except (OSError, PlotError) as error:
-        raise UserError(str(error)) from error
-
-
 def _show(report: Report) -> None:
     from segue.bench.ratios import ratios
     from segue.bench.tables import terminal_table
 
-    console = _console()
+    console = show_console()
     console.print(terminal_table(report))
     console.print()
     for ratio in ratios(report.rows):
@@ -364,18 +328,6 @@ def _show_checks(config: KernelBenchConfig) -> None:
     table = Table(box=None)
     for name in ("case", "point", "largest error over largest output"):
         table.add_column(name)
-    for check in _with_progress(lambda progress: check_kernels(config, progress)):
+    for check in with_progress(lambda progress: check_kernels(config, progress)):
         table.add_row(check.case, check.point, f"{check.max_relative_error:.1e}")
-    _console().print(table)
-
-
-def _console() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=_WIDTH_WITHOUT_TERMINAL)
-
-
-def _numbers(option: str, text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise UserError(f"{option}: must be whole numbers with commas between them, is {text!r}") from None
+    show_console().print(table)

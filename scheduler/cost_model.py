@@ -1,0 +1,201 @@
+"""What a step, a copy and the CPU's help cost, in seconds, from what they must compute and read.
+
+A step's time is linear in what it reads and computes, with coefficients that are never negative: so more work never
+costs less. Our kernels read the weights of the adapters that are present, each once, whatever the largest rank. Kernels
+of others cost something else, for which there are terms as well (Li et al., "Toppings", USENIX ATC 2025, equation 2; as
+CaraServe arXiv:2401.11240): Punica's BGMV pads every request to the largest rank of the batch, S-LoRA's MBGMV pays the
+sum of all requests' ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from enum import Enum
+
+from segue.config import ConfigError, require
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepLoad:
+    """Rows that run together, as far as their cost depends on them.
+
+    ``tokens`` rows read ``context_tokens`` tokens of KV: the sum over the rows of what each attends to. They use
+    ``adapters`` different adapters whose weights have ``adapter_bytes`` bytes together. ``max_rank`` is the largest
+    rank of a row's adapter, and ``rank_tokens`` the sum over the rows of their adapters' ranks.
+    """
+
+    tokens: int = 0
+    context_tokens: int = 0
+    adapters: int = 0
+    adapter_bytes: int = 0
+    max_rank: int = 0
+    rank_tokens: int = 0
+
+    @property
+    def padded_rank_tokens(self) -> int:
+        """The rows' ranks when each is padded to the largest."""
+        return self.tokens * self.max_rank
+
+    def joined(self, rows: StepLoad, *, shared_adapter: bool = False) -> StepLoad:
+        """These and ``rows`` together. ``shared_adapter``: the adapters of ``rows`` are all among these already."""
+        return StepLoad(
+            tokens=self.tokens + rows.tokens,
+            context_tokens=self.context_tokens + rows.context_tokens,
+            adapters=self.adapters + (0 if shared_adapter else rows.adapters),
+            adapter_bytes=self.adapter_bytes + (0 if shared_adapter else rows.adapter_bytes),
+            max_rank=max(self.max_rank, rows.max_rank),
+            rank_tokens=self.rank_tokens + rows.rank_tokens,
+        )
+
+
+class LoraForm(Enum):
+    """What the LoRA part of a step grows with: the terms of StepCoefficients that a fit may use for it."""
+
+    PRESENT_BYTES = ("seconds_per_adapter", "seconds_per_adapter_byte")
+    MAX_RANK = ("seconds_per_padded_rank",)
+    SUM_OF_RANKS = ("seconds_per_rank",)
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """All terms of a step's cost in this form."""
+        return ("fixed_seconds", "seconds_per_token", "seconds_per_context_token", *self.value)
+
+
+def require_coefficients(owner: object) -> None:
+    """Every field of this dataclass that is named for seconds must be a finite number and not negative.
+
+    Raises ConfigError.
+    """
+    for item in fields(owner):  # type: ignore[arg-type]
+        if "seconds" not in item.name:
+            continue
+        value = getattr(owner, item.name)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number:
+            raise ConfigError(f"{item.name}: must be a number, is {value!r}")
+        require(math.isfinite(value) and value >= 0, item.name, f"must be finite and not negative, is {value}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepCoefficients:
+    """Of a step: seconds of the step itself, of each row, of each token of KV that a row reads, of each adapter, of
+    each byte of the adapters' weights, and for other kernels of each row's rank, padded or not."""
+
+    fixed_seconds: float = 0.0
+    seconds_per_token: float = 0.0
+    seconds_per_context_token: float = 0.0
+    seconds_per_adapter: float = 0.0
+    seconds_per_adapter_byte: float = 0.0
+    seconds_per_padded_rank: float = 0.0
+    seconds_per_rank: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_coefficients(self)
+
+    def parts(self, load: StepLoad) -> tuple[float, float, float]:
+        """Seconds of the base model's products, of attention, and of LoRA. All 0 when there are no rows."""
+        if load.tokens == 0:
+            return (0.0, 0.0, 0.0)
+        return (
+            self.fixed_seconds + self.seconds_per_token * load.tokens,
+            self.seconds_per_context_token * load.context_tokens,
+            self.seconds_per_adapter * load.adapters
+            + self.seconds_per_adapter_byte * load.adapter_bytes
+            + self.seconds_per_padded_rank * load.padded_rank_tokens
+            + self.seconds_per_rank * load.rank_tokens,
+        )
+
+    def seconds(self, load: StepLoad) -> float:
+        """Seconds of a step with these rows and no others."""
+        base, attention, lora = self.parts(load)
+        return base + attention + lora
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CopyCoefficients:
+    """Of a copy from host memory to the device."""
+
+    fixed_seconds: float = 0.0
+    seconds_per_byte: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_coefficients(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CpuCoefficients:
+    """Of one layer's deltas on CPU workers: seconds of the hand-over, of each row's way there and back, of each rank's
+    weights read by a core, and of each row and rank computed by a core."""
+
+    fixed_seconds: float = 0.0
+    seconds_per_token: float = 0.0
+    core_seconds_per_rank: float = 0.0
+    core_seconds_per_token_rank: float = 0.0
+
+    def __post_init__(self) -> None:
+        require_coefficients(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CostProfile:
+    """What was measured on one machine with one model. ``name`` says which; the model has ``layers`` layers.
+
+    ``prompts_ride``: rows of prompts share the step of those that decode, so its fixed part is paid once. Otherwise a
+    step with both is two iterations, one after the other.
+    """
+
+    name: str
+    layers: int
+    decode: StepCoefficients
+    prefill: StepCoefficients
+    copy: CopyCoefficients = CopyCoefficients()
+    cpu: CpuCoefficients | None = None
+    prompts_ride: bool = True
+
+    def __post_init__(self) -> None:
+        require(isinstance(self.name, str) and bool(self.name), "name", "must be a text that is not empty")
+        whole = isinstance(self.layers, int) and not isinstance(self.layers, bool)
+        require(whole and self.layers >= 1, "layers", f"must be a whole number from 1 on, is {self.layers!r}")
+        require(isinstance(self.prompts_ride, bool), "prompts_ride", f"must be true or false, is {self.prompts_ride!r}")
+        require(self.decode.fixed_seconds > 0, "decode.fixed_seconds", "must be greater than 0: no step takes no time")
+
+    def decode_seconds(self, load: StepLoad) -> float:
+        """Seconds of a step whose rows all decode."""
+        return self.decode.seconds(load)
+
+    def prefill_seconds(self, load: StepLoad) -> float:
+        """Seconds of a step whose rows are all of prompts."""
+        return self.prefill.seconds(load)
+
+    def step_seconds(self, decodes: StepLoad, prompts: StepLoad) -> float:
+        """Seconds of a step with both kinds of rows."""
+        seconds = self.decode_seconds(decodes) + self.prefill_seconds(prompts)
+        if self.prompts_ride and decodes.tokens and prompts.tokens:
+            seconds -= min(self.decode.fixed_seconds, self.prefill.fixed_seconds)
+        return seconds
+
+    def copy_seconds(self, copy_bytes: int) -> float:
+        """Seconds until so many bytes are on the device, over a link that does nothing else."""
+        return self.copy.fixed_seconds + self.copy.seconds_per_byte * copy_bytes if copy_bytes else 0.0
+
+    def cpu_delta_seconds(self, tokens: int, rank: int, cores: int) -> float:
+        """Seconds of one layer's deltas on ``cores`` cores, which share the rows. Infinite where there is no help."""
+        if self.cpu is None or cores < 1:
+            return math.inf
+        busy = min(cores, max(tokens, 1))
+        core_seconds = self.cpu.core_seconds_per_token_rank * tokens * rank / busy
+        transfer_seconds = self.cpu.fixed_seconds + self.cpu.seconds_per_token * tokens
+        return transfer_seconds + self.cpu.core_seconds_per_rank * rank + core_seconds
+
+    def cold_prefill_seconds(self, load: StepLoad, cores: int) -> float:
+        """Seconds of a prefill whose adapter's copy begins with it, by the better of two ways.
+
+        Streamed: a layer waits for its own weights, so the longer of copying and computing bounds it, and one layer of
+        the other is not overlapped. Helped: the deltas of all layers come from the CPU. ``load`` has one adapter.
+        """
+        compute_seconds = self.prefill_seconds(load)
+        copy_seconds = self.copy_seconds(load.adapter_bytes)
+        streamed = max(compute_seconds, copy_seconds) + min(compute_seconds, copy_seconds) / self.layers
+        helped = compute_seconds + self.layers * self.cpu_delta_seconds(load.tokens, load.max_rank, cores)
+        return min(streamed, helped)

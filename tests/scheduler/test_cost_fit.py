@@ -1,0 +1,77 @@
+"""Fitting: known coefficients are found again, none is negative, and mixes that were not seen are predicted."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from segue.scheduler.cost_fit import StepObservation, fit_step, judge, nonnegative_least_squares
+from segue.scheduler.cost_model import LoraForm, StepCoefficients
+from tests.scheduler.cost_cases import COEFFICIENTS, batch
+
+
+def observed(form: LoraForm, seed: int, noise: float, count: int = 200) -> list[StepObservation]:
+    draw = random.Random(seed)
+    found = []
+    for _ in range(count):
+        ranks = [draw.choice((0, 8, 16, 32, 64)) for _ in range(draw.choice((1, 4, 16, 64, 128)))]
+        load = batch(ranks, context=draw.choice((16, 128, 1024)))
+        found.append(StepObservation(load, COEFFICIENTS[form].seconds(load) * draw.uniform(1 - noise, 1 + noise)))
+    return found
+
+
+@pytest.mark.parametrize("form", LoraForm)
+def test_the_coefficients_behind_exact_times_are_found(form: LoraForm) -> None:
+    found = fit_step(observed(form, seed=1, noise=0.0), form)
+    for term in form.terms:
+        assert getattr(found, term) == pytest.approx(getattr(COEFFICIENTS[form], term), rel=1e-6)
+
+
+@pytest.mark.parametrize("form", LoraForm)
+def test_steps_that_were_not_seen_are_predicted(form: LoraForm) -> None:
+    found = fit_step(observed(form, seed=1, noise=0.05), form)
+    quality = judge(found, observed(form, seed=2, noise=0.0))
+    assert quality.r_squared > 0.98
+    assert quality.mean_relative_error < 0.02
+    assert quality.mean_relative_error <= quality.max_relative_error
+
+
+def test_kernels_of_another_form_are_predicted_worse() -> None:
+    seen, others = observed(LoraForm.MAX_RANK, 1, 0.0), observed(LoraForm.MAX_RANK, 2, 0.0)
+    right, wrong = (judge(fit_step(seen, form), others) for form in (LoraForm.MAX_RANK, LoraForm.PRESENT_BYTES))
+    assert right.max_relative_error < 1e-6 < 0.03 < wrong.max_relative_error
+
+
+@given(
+    st.integers(0, 1 << 16), st.integers(5, 12), st.integers(1, 5)
+)  # fmt: skip
+def test_least_squares_without_negative_terms_is_optimal(seed: int, rows: int, terms: int) -> None:
+    """The conditions of Karush, Kuhn and Tucker: no slope at what is positive, none downwards at what is 0."""
+    draw = np.random.default_rng(seed)
+    columns, target = draw.normal(size=(rows, terms)), draw.normal(size=rows)
+    found = nonnegative_least_squares(columns, target)
+    slope = columns.T @ (columns @ found - target)
+    assert (found >= 0).all()
+    assert (slope >= -1e-6).all()
+    assert np.abs(slope[found > 0]).max(initial=0.0) < 1e-6
+
+
+def test_the_quality_of_known_numbers() -> None:
+    steps = [StepObservation(batch([0]), 1.0), StepObservation(batch([0]), 3.0)]
+    quality = judge(StepCoefficients(fixed_seconds=2.0), steps)
+    assert (quality.r_squared, quality.mean_relative_error) == pytest.approx((0.0, (1.0 + 1 / 3) / 2))
+    assert quality.max_relative_error == 1.0
+
+
+def test_too_little_is_refused() -> None:
+    steps = observed(LoraForm.MAX_RANK, seed=1, noise=0.0, count=3)
+    with pytest.raises(ValueError, match="at least 4 are needed, there are 3"):
+        fit_step(steps, LoraForm.MAX_RANK)
+    with pytest.raises(ValueError, match="have rows and take time"):
+        fit_step([*steps, StepObservation(batch([8]), 0.0)], LoraForm.MAX_RANK)
+    with pytest.raises(ValueError, match="at least one"):
+        judge(StepCoefficients(), [])

@@ -1,0 +1,118 @@
+"""The cost model: more never costs less, and each form of kernels costs what it says."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from segue.config import ConfigError, from_table, read_toml, to_toml
+from segue.scheduler.cost_model import CostProfile, LoraForm, StepCoefficients, StepLoad
+from tests.scheduler.cost_cases import COEFFICIENTS, PROFILE, RANK_BYTES, batch, ranks
+
+EMPTY = StepLoad()
+
+
+@given(some=ranks, more=ranks, form=st.sampled_from(LoraForm))
+def test_more_rows_never_cost_less(some: list[int], more: list[int], form: LoraForm) -> None:
+    profile = dataclasses.replace(PROFILE, decode=COEFFICIENTS[form], prefill=COEFFICIENTS[form])
+    small, large = batch(some), batch(some).joined(batch(more))
+    assert large == batch([*some, *more])
+    assert profile.decode_seconds(small) < profile.decode_seconds(large)
+    assert profile.prefill_seconds(small) < profile.prefill_seconds(large)
+    assert profile.step_seconds(small, EMPTY) <= profile.step_seconds(small, batch(more))
+    assert profile.step_seconds(EMPTY, small) <= profile.step_seconds(batch(more), small)
+    assert profile.copy_seconds(small.adapter_bytes) <= profile.copy_seconds(large.adapter_bytes)
+
+
+@given(tokens=st.integers(1, 4096), rank=st.sampled_from((1, 8, 64)), cores=st.integers(1, 64))
+def test_the_cpus_help_costs_more_for_more_rows_and_ranks_and_less_with_more_cores(
+    tokens: int, rank: int, cores: int
+) -> None:
+    seconds = PROFILE.cpu_delta_seconds(tokens, rank, cores)
+    assert seconds < PROFILE.cpu_delta_seconds(tokens + 64, rank, cores)
+    assert seconds < PROFILE.cpu_delta_seconds(tokens, rank + 1, cores)
+    assert PROFILE.cpu_delta_seconds(tokens, rank, cores + 1) <= seconds
+
+
+@given(tokens=st.integers(1, 2048), rank=st.sampled_from((1, 8, 64)), cores=st.integers(0, 16))
+def test_a_cold_prefill_is_no_faster_than_a_warm_one_and_no_slower_than_loading_first(
+    tokens: int, rank: int, cores: int
+) -> None:
+    load = StepLoad(tokens=tokens, adapters=1, adapter_bytes=rank * RANK_BYTES, max_rank=rank, rank_tokens=rank)
+    warm = PROFILE.prefill_seconds(load)
+    assert warm <= PROFILE.cold_prefill_seconds(load, cores) <= warm + PROFILE.copy_seconds(load.adapter_bytes)
+    assert PROFILE.cold_prefill_seconds(load, cores + 1) <= PROFILE.cold_prefill_seconds(load, cores)
+
+
+def test_each_form_of_kernels_pays_for_what_it_reads() -> None:
+    mixed, narrow = [8, 8, 8, 64], [8, 8, 8, 8]
+    lora = {form: (COEFFICIENTS[form].parts(batch(mixed))[2], COEFFICIENTS[form].parts(batch(narrow))[2])
+            for form in LoraForm}  # fmt: skip
+    assert lora[LoraForm.PRESENT_BYTES] == pytest.approx(
+        (4 * 4e-6 + 88 * RANK_BYTES * 4e-13, 4 * 4e-6 + 32 * RANK_BYTES * 4e-13)
+    )
+    assert lora[LoraForm.MAX_RANK] == pytest.approx((4 * 64 * 4e-6, 4 * 8 * 4e-6))
+    assert lora[LoraForm.SUM_OF_RANKS] == pytest.approx((88 * 3e-6, 32 * 3e-6))
+
+
+def test_rows_of_one_adapter_read_its_weights_once() -> None:
+    one = batch([64])
+    both = one.joined(one, shared_adapter=True)
+    assert (both.adapters, both.adapter_bytes, both.rank_tokens) == (1, 64 * RANK_BYTES, 128)
+
+
+def test_the_fixed_part_is_paid_once_where_prompts_ride() -> None:
+    decodes, prompts = batch([8, 8]), batch([16])
+    apart = dataclasses.replace(PROFILE, prompts_ride=False)
+    both = apart.step_seconds(decodes, prompts)
+    assert both == PROFILE.decode_seconds(decodes) + PROFILE.prefill_seconds(prompts)
+    assert both - PROFILE.step_seconds(decodes, prompts) == pytest.approx(PROFILE.prefill.fixed_seconds)
+
+
+def test_a_step_without_rows_costs_nothing() -> None:
+    assert PROFILE.step_seconds(EMPTY, EMPTY) == 0.0
+
+
+def test_there_is_no_help_without_cores() -> None:
+    assert PROFILE.cpu_delta_seconds(4, 8, 0) == math.inf
+    assert dataclasses.replace(PROFILE, cpu=None).cpu_delta_seconds(4, 8, 4) == math.inf
+
+
+@pytest.mark.parametrize("value", [-1e-9, math.inf, math.nan, "much", True])
+def test_a_coefficient_that_is_no_time_is_refused(value: object) -> None:
+    with pytest.raises(ConfigError, match=r"^seconds_per_token: must be"):
+        StepCoefficients(seconds_per_token=value)  # type: ignore[arg-type]
+
+
+def test_a_profile_is_read_as_it_was_written(tmp_path: Path) -> None:
+    for profile in (PROFILE, dataclasses.replace(PROFILE, cpu=None, name='odd "name" é')):
+        path = tmp_path / "profile.toml"
+        path.write_text(to_toml(profile))
+        assert from_table(CostProfile, read_toml(path), where="profile") == profile
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "error"),
+    [
+        ("layers = 32", "layers = 0", r"^layers: must be a whole number from 1 on, is 0"),
+        ("layers = 32", "layer = 32", r"^profile\.layer: unknown; known are copy, cpu, decode"),
+        ("[prefill]", "[prefil]", r"^profile\.prefil: unknown"),
+        ("seconds_per_byte = 2e-11", 'seconds_per_byte = "fast"', r"^seconds_per_byte: must be a number, is 'fast'"),
+        ("prompts_ride = true", "prompts_ride = 1", r"^prompts_ride: must be true or false, is 1"),
+        ('name = "a machine"', "", r"^profile: .*name"),
+        ("fixed_seconds = 0.005", "fixed_seconds = 0", r"^decode\.fixed_seconds: must be greater than 0"),
+        ("fixed_seconds = 0.005", "fixed_seconds 0.005", r"profile\.toml: Expected"),
+    ],
+)
+def test_a_profile_that_is_wrong_is_refused_by_the_fields_name(tmp_path: Path, old: str, new: str, error: str) -> None:
+    text = to_toml(PROFILE)
+    assert old in text
+    path = tmp_path / "profile.toml"
+    path.write_text(text.replace(old, new))
+    with pytest.raises(ConfigError, match=error):
+        from_table(CostProfile, read_toml(path), where="profile")
