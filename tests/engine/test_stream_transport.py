@@ -208,11 +208,14 @@ class Case:
                     continue
                 place = (rows, slice(left, left + width))
                 wide = x[rows].double()
-                delta = module.scale * (wide @ module.a.T) @ module.b.T
+                shrunk = module.scale * (wide @ module.a.T)
+                delta = shrunk @ module.b.T
                 terms = module.scale * (wide.abs() @ module.a.abs().T) @ module.b.abs().T
                 expected[place] += delta
-                # Of float32 sums over features and ranks, then of the delta and of the sum in the rows' dtype.
-                bound[place] = 2e-5 * terms + torch.finfo(x.dtype).eps * (delta.abs() + expected[place].abs())
+                # Of float32 sums over features and ranks; then, in the rows' dtype, of what goes from
+                # one product to the other, of the delta and of the sum.
+                rounded = 0.5 * shrunk.abs() @ module.b.abs().T + delta.abs() + expected[place].abs()
+                bound[place] = 2e-5 * terms + torch.finfo(x.dtype).eps * rounded
         between = before.isnan()
         error = torch.where(between, 0.0, (out.double() - expected).abs())
         overwritten = (between & ~out.isnan()).any()
