@@ -231,13 +231,14 @@ def test_zygote_and_workers_hold_one_thread_and_nothing_of_cuda(start_rig: Start
 
 
 OWNER = """
-import sys, time
+import signal, sys, time
 from segue.cpu_lora import CpuLoraConfig, SharedLayout, SharedMemory, WorkerPool
 config = CpuLoraConfig(workers=2, row_bytes=4096, delta_bytes=4096, store_bytes=4096)
 pool = WorkerPool(config, SharedMemory.create(SharedLayout.plan(config)))
 pool.start()
 assert pool.wait_ready(2, 120)
 pool.arm()
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job inherits it ignored
 print(pool.zygote_pid, *pool.worker_pids, flush=True)
 time.sleep(600)
 """
