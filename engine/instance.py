@@ -35,6 +35,7 @@ from segue.engine.memory.prepared_store import PreparedStore
 from segue.engine.messages import Ready, StartProgress, State
 from segue.engine.models.config import ModelConfig
 from segue.engine.models.decoder import DecoderModel
+from segue.engine.models.rope import RotaryEmbedding
 from segue.engine.pool_size import PageNeeds, cpu_pages, cuda_pages
 from segue.engine.progress import ReportProgress, log_lines
 from segue.engine.rate import RateMeter
@@ -232,7 +233,11 @@ class EngineInstance:
                 dict(self._model_config.projection_shapes()),
                 chunk_elems,
             ),
-            attention=TorchAttention(self._pool, self._model_config.sliding_windows),
+            attention=TorchAttention(
+                self._pool,
+                self._model_config.sliding_windows,
+                RotaryEmbedding(self._model_config.rope, self._model_config.head_dim),
+            ),
         )
 
     def _transport(self, ring: JobRing, device: torch.device) -> RowTransport:

@@ -18,18 +18,20 @@ from segue.engine.cuda.compile import (
     compile_host_rows,
     compile_lora,
     compile_modules,
+    compile_rotation,
     compile_sampler,
     flashinfer_modules,
 )
 from segue.engine.cuda.graph_attention import RecordedAttention
 from segue.engine.cuda.graph_recorder import GraphRecorder
 from segue.engine.cuda.lora import KernelLora, LoraSizes
-from segue.engine.cuda.ops import FlashInferOps
+from segue.engine.cuda.ops import CudaOps
 from segue.engine.cuda.reserve import MAX_TABLE_ROWS, adapter_pages, max_rows
 from segue.engine.cuda.sampler import KernelSampler
 from segue.engine.lora.store import AdapterStore
 from segue.engine.memory.pool import PagePool
 from segue.engine.models.decoder import DecoderModel
+from segue.engine.models.rope import RotaryEmbedding
 
 
 def cuda_backend(
@@ -61,17 +63,20 @@ def cuda_backend(
     sampler = KernelSampler()
     compile_sampler(sampler, report, model.config.vocab_size, pool.dtype, model.device)
     windows = model.config.sliding_windows
+    rotary = RotaryEmbedding(model.config.rope, model.config.head_dim, model.device)
     if pool.dtype not in SERVED_DTYPES or pool.head_dim not in SERVED_HEAD_DIMS:
-        return Backend(lora=lora, attention=TorchAttention(pool, windows), sampler=sampler)
+        return Backend(lora=lora, attention=TorchAttention(pool, windows, rotary), sampler=sampler)
     cores = len(os.sched_getaffinity(0))
     compile_modules(flashinfer_modules(pool.dtype, pool.head_dim, windows), report, cores=cores)
-    model.use(FlashInferOps(model.config, model.device, context_tokens))
-    attention = FlashInferAttention(pool, windows, model.config.heads)
+    model.use(CudaOps(model.config))
+    table = rotary.table(context_tokens)
+    compile_rotation(report, pool, model.config.heads, table)
+    attention = FlashInferAttention(pool, windows, model.config.heads, table)
     batches = batch_shapes(sizes.max_rows, config.max_running)
     graphs = BatchGraphs(
         model,
         pool,
-        RecordedAttention(pool, windows, model.config.heads, batches),
+        RecordedAttention(pool, windows, model.config.heads, table, batches),
         lora,
         GraphRecorder(),
         batches,

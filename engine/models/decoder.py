@@ -27,7 +27,7 @@ class DecoderModel:
         """Without ``ops`` the small operations run in torch."""
         self.config = config
         self.weights = weights
-        self._ops = ops or TorchOps(config, weights.embedding.device)
+        self._ops = ops or TorchOps(config)
 
     @classmethod
     def load(
@@ -82,7 +82,7 @@ class DecoderModel:
             if layer:
                 yield
             yield from lora.enter_layer(layer)
-            attended = yield from self._attention(layer, x, batch.positions, attention, lora)
+            attended = yield from self._attention(layer, x, attention, lora)
             x, residual = ops.add_norm(attended, residual, own.post_attention_norm)
             inner = yield from self._mlp(layer, x, lora)
             is_last = layer + 1 == len(weights.layers)
@@ -94,29 +94,32 @@ class DecoderModel:
         return functional.linear(x, weights.head) if logits is None else torch.mm(x, weights.head.t(), out=logits)
 
     def _attention(
-        self, layer: int, x: Tensor, positions: Tensor, attention: AttentionStep, lora: LoraHook
+        self, layer: int, x: Tensor, attention: AttentionStep, lora: LoraHook
     ) -> Generator[None, None, Tensor]:
         config, weights, ops = self.config, self.weights.layers[layer], self._ops
-        qkv = yield from _project(lora, layer, LoraPoint.QKV, x, weights.qkv)
+        qkv = yield from _project(ops, lora, layer, LoraPoint.QKV, x, weights.qkv)
         by_head = qkv.view(len(qkv), config.heads + 2 * config.kv_heads, config.head_dim)
         q, k, v = torch.split(by_head, [config.heads, config.kv_heads, config.kv_heads], dim=1)
         if weights.q_norm is not None and weights.k_norm is not None:
             q, k = ops.norm(q, weights.q_norm), ops.norm(k, weights.k_norm)
-        q, k = ops.rotate(q, k, positions)
         attended = attention.attend(layer, q, k, v).view(len(qkv), config.heads * config.head_dim)
-        out: Tensor = yield from _project(lora, layer, LoraPoint.O, attended, weights.o)
+        out: Tensor = yield from _project(ops, lora, layer, LoraPoint.O, attended, weights.o)
         return out
 
     def _mlp(self, layer: int, x: Tensor, lora: LoraHook) -> Generator[None, None, Tensor]:
         weights = self.weights.layers[layer]
-        gate_up = yield from _project(lora, layer, LoraPoint.GATE_UP, x, weights.gate_up)
-        out: Tensor = yield from _project(lora, layer, LoraPoint.DOWN, self._ops.swiglu(gate_up), weights.down)
+        gate_up = yield from _project(self._ops, lora, layer, LoraPoint.GATE_UP, x, weights.gate_up)
+        out: Tensor = yield from _project(
+            self._ops, lora, layer, LoraPoint.DOWN, self._ops.swiglu(gate_up), weights.down
+        )
         return out
 
 
-def _project(lora: LoraHook, layer: int, point: LoraPoint, x: Tensor, linear: Linear) -> Generator[None, None, Tensor]:
+def _project(
+    ops: ModelOps, lora: LoraHook, layer: int, point: LoraPoint, x: Tensor, linear: Linear
+) -> Generator[None, None, Tensor]:
     """``linear`` of x [rows, in], with the point's LoRA deltas: [rows, out]."""
     lora.begin(layer, point, x)
-    out = functional.linear(x, linear.weight, linear.bias)
+    out = ops.linear(x, linear.weight, linear.bias)
     yield from lora.finish(layer, point, x, out)
     return out

@@ -14,6 +14,7 @@ from segue.engine.config import HandoffConfig
 from segue.engine.cuda.lora import KernelLora, LoraSizes
 from segue.engine.instance import EngineInstance
 from segue.engine.models.decoder import DecoderModel
+from segue.engine.models.rope import RotaryEmbedding
 from tests.checkpoints import (
     ALL_TARGETS,
     TinyModel,
@@ -43,7 +44,8 @@ def interpreted_backend(instance: EngineInstance, model: DecoderModel, chunk_ele
     shapes = dict(model.config.projection_shapes())
     sizes = LoraSizes(adapters=TABLE_ROWS, adapter_pages=pool.pages, max_rank=MAX_RANK, max_rows=64)
     lora = KernelLora(store, pool, sizes, shapes, chunk_elems, multiprocessors=2)
-    return Backend(lora=lora, attention=TorchAttention(pool, model.config.sliding_windows))
+    rotary = RotaryEmbedding(model.config.rope, model.config.head_dim)
+    return Backend(lora=lora, attention=TorchAttention(pool, model.config.sliding_windows, rotary))
 
 
 @pytest.fixture(scope="module")

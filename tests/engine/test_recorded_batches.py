@@ -19,6 +19,7 @@ from segue.engine.cuda.batch_shapes import batch_shapes
 from segue.engine.cuda.lora import KernelLora, LoraSizes
 from segue.engine.instance import EngineInstance
 from segue.engine.models.decoder import DecoderModel
+from segue.engine.models.rope import RotaryEmbedding
 from tests.checkpoints import (
     ALL_TARGETS,
     TinyModel,
@@ -64,20 +65,21 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> FakeRecorder:
 
     def backend(instance: EngineInstance, model: DecoderModel, chunk_elems: int) -> Backend:
         pool, windows = instance._pool, model.config.sliding_windows
+        rotary = RotaryEmbedding(model.config.rope, model.config.head_dim)
         sizes = LoraSizes(adapters=TABLE_ROWS, adapter_pages=pool.pages, max_rank=MAX_RANK, max_rows=MAX_ROWS)
         shapes = dict(model.config.projection_shapes())
         lora = KernelLora(instance.store, pool, sizes, shapes, chunk_elems, multiprocessors=2)
         batches = BatchGraphs(
             model,
             pool,
-            FakeBatchAttention(pool, windows),
+            FakeBatchAttention(pool, windows, rotary),
             lora,
             made,
             batch_shapes(MAX_ROWS, MAX_SEQUENCES),
             max_sequences=MAX_SEQUENCES,
             context_tokens=128,
         )
-        return Backend(lora=lora, attention=TorchAttention(pool, windows), batches=batches)
+        return Backend(lora=lora, attention=TorchAttention(pool, windows, rotary), batches=batches)
 
     monkeypatch.setattr(EngineInstance, "_backend", backend)
     return made
