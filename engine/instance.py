@@ -99,7 +99,7 @@ class EngineInstance:
             dtype=dtype,
             clock=time.monotonic,
         )
-        runner = PassRunner(model, self._pool, backend.attention, resources, backend.batches)
+        runner = PassRunner(model, self._pool, backend.attention, resources, backend.batches, backend.passes)
         self._meter = device_meter(config.device) if config.measure_device_time else None
         self.engine = self._engine(runner, backend.sampler)
         self._host_store.wait_until_ready(min(self._host_store.extent_bytes, config.host_store_bytes))

@@ -103,6 +103,11 @@ class LoraApplier:
         self._added = [posted for posted in self._added if posted.poll() is not JobState.DONE]
         return any(posted.poll() is JobState.FAILED for posted in self._added)
 
+    @property
+    def is_on_device(self) -> bool:
+        """Whether all deltas of the layer that was entered last come from the device's pages."""
+        return all(source is LayerSource.DEVICE for source in self._sources.values())
+
     def enter_layer(self, layer: int) -> Iterator[None]:
         """Choose each adapter's source; yield while one of them can be served by neither device nor CPU.
 
