@@ -93,16 +93,13 @@ class ForwardPass:
     def __init__(
         self,
         rows: tuple[RequestRows, ...],
-        version_id: int | None,
         applier: LoraApplier,
         attention: AttentionStep | None,
         run: Generator[None, None, Tensor],
         lane: Lane,
         end: Callable[[], None],
     ) -> None:
-        """``version_id`` is the adapter that was still loading at the start, None for a warm pass."""
         self.rows = rows
-        self.version_id = version_id
         self.state = PassState.RESTING
         self._applier = applier
         self._attention = attention

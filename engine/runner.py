@@ -71,23 +71,23 @@ class PassRunner:
         self._resources = resources
         self._lanes = Lanes.on(model.device)
 
-    def start(self, rows: Sequence[RequestRows], version_id: int, *, cpu_allowed: bool) -> ForwardPass:
-        """A pass over these rows that has not run yet, beside the loop's work; the adapter is still loading."""
+    def start(self, rows: Sequence[RequestRows], *, cpu_allowed: bool) -> ForwardPass:
+        """A pass over these rows that has not run yet, beside the loop's work; their adapters are still loading."""
         lane = self._lanes.take()
         ordered = _by_version(rows)
         segments = _segments(ordered)
         # What it writes to tables that batches read as well belongs to the loop's own order.
         applier = LoraApplier(segments, self._resources, lane, cpu_allowed=cpu_allowed)
-        prepared = None if self._passes is None else self._passes.begin(ordered, segments)
+        prepared = self._prepared(ordered, segments)
         lane.begin()
         if prepared is None:
-            return self._pass(ordered, version_id, applier, lane, lambda: self._lanes.give_back(lane))
+            return self._pass(ordered, applier, lane, lambda: self._lanes.give_back(lane))
 
         def end() -> None:
             prepared.end()
             self._lanes.give_back(lane)
 
-        return ForwardPass(ordered, version_id, applier, None, prepared.forward(applier), lane, end)
+        return ForwardPass(ordered, applier, None, prepared.forward(applier), lane, end)
 
     @torch.inference_mode()
     def run(self, rows: Sequence[RequestRows]) -> PassResult:
@@ -100,16 +100,21 @@ class PassRunner:
                 return PassResult(ordered, logits, {})
         lane = LoopLane()
         applier = LoraApplier(segments, self._resources, lane, cpu_allowed=False)
-        forward_pass = self._pass(ordered, None, applier, lane, lambda: None)
+        forward_pass = self._pass(ordered, applier, lane, lambda: None)
         state = forward_pass.advance(None)
         if state is not PassState.DONE:
             raise RuntimeError(f"a batch is {state.value}: it must never wait")
         return forward_pass.result
 
+    def _prepared(self, rows: Sequence[RequestRows], segments: Sequence[LoraSegment]) -> PreparedPass | None:
+        has_pages = self._resources.store.has_pages
+        if self._passes is None or not all(has_pages(segment.version_id) for segment in segments):
+            return None
+        return self._passes.begin(rows, segments)
+
     def _pass(
         self,
         rows: tuple[RequestRows, ...],
-        version_id: int | None,
         applier: LoraApplier,
         lane: Lane,
         end: Callable[[], None],
@@ -127,7 +132,7 @@ class PassRunner:
             on_device = batch.to(self._model.device)
             fill_pending(on_device.token_ids, pending_rows(rows))
         run = self._model.forward(on_device, attention, applier)
-        return ForwardPass(rows, version_id, applier, attention, run, lane, end)
+        return ForwardPass(rows, applier, attention, run, lane, end)
 
 
 def _by_version(rows: Sequence[RequestRows]) -> tuple[RequestRows, ...]:

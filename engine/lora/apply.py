@@ -69,8 +69,9 @@ class LoraApplier:
     """The LoraHook of one pass. ``blocked`` says what it waits for whenever its generators have yielded.
 
     ``cpu_allowed`` is False for a pass that lost its CPU workers too often. A pass of which every adapter has landed
-    never waits. Another keeps close to the device in its ``lane``: what is not enqueued yet can still choose weights
-    that land meanwhile. ``close`` must be called when the pass is given up before its end.
+    never waits. Another keeps close to the device in its ``lane`` with layers that it would not take from the device:
+    what is not enqueued yet can still choose weights that land meanwhile. ``close`` must be called when the pass is
+    given up before its end.
     """
 
     def __init__(
@@ -113,7 +114,7 @@ class LoraApplier:
 
         Raises WorkerLostError when a worker was lost.
         """
-        while self._is_loading and not self._lane.is_close:
+        while self._is_loading and not self._lane.is_close and not self._is_settled(layer):
             self.blocked = Blocked.DEVICE
             yield
         self.blocked = Blocked.NOTHING
@@ -191,6 +192,10 @@ class LoraApplier:
     def _is_loading(self) -> bool:
         store = self._resources.store
         return any(not store.is_landed(version) for version in self._versions if version not in self._landed)
+
+    def _is_settled(self, layer: int) -> bool:
+        """Whether nothing that lands meanwhile can change where the layer's deltas come from."""
+        return all(self._choose(version_id, layer) is LayerSource.DEVICE for version_id in self._versions)
 
     def _choose(self, version_id: int, layer: int) -> LayerSource:
         if version_id in self._landed:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -197,3 +198,46 @@ def test_all_kinds_are_recorded_ahead(world: World, cuda: FakeCuda) -> None:
             harness.run()
             world.compare(adapter, prompt, harness.answers[number], NEW_TOKENS)
         assert [list(recorder.recorded) for recorder in cuda.pass_recorders] == recorded
+
+
+@pytest.mark.parametrize("cpu_layers", range(LAYERS + 1))
+def test_several_adapters_in_one_pass(world: World, cuda: FakeCuda, cpu_layers: int) -> None:
+    """All of them in host memory; the pass has graphs for several adapters as for one."""
+    asked = [(name, make_prompt(4 + 2 * seed, seed)) for seed, name in enumerate([*ADAPTERS, "some"])]
+    with harness_of(world, handoff=fixed(cpu_layers), merged_rows=PASS_ROWS) as harness:
+        bring_to_host(harness, ADAPTERS)
+        numbers = [harness.submit(prompt, name, max_tokens=NEW_TOKENS, logprobs=0) for name, prompt in asked]
+        harness.step()
+        (only,) = harness.engine.passes
+        assert len(only.rows) == len(asked)
+        harness.run()
+        for number, (name, prompt) in zip(numbers, asked, strict=True):
+            world.compare(name, prompt, harness.answers[number], NEW_TOKENS)
+            assert timing_of(harness, number).cpu_layers == cpu_layers
+    if cpu_layers < LAYERS:
+        assert cuda.pass_recorders[0].replays
+
+
+def test_a_version_that_fails_holds_up_nobody_in_its_pass(world: World, cuda: FakeCuda) -> None:
+    """The pass waits for its weights; what it had of the others is computed again."""
+    prompt = make_prompt(5)
+    settings: dict[str, Any] = {"handoff": HandoffConfig(mode="stream"), "copy_bytes_per_second": 1e6}
+    with harness_of(world, merged_rows=PASS_ROWS, **settings) as harness:
+        bring_to_host(harness, ["all", "some"])
+        failing, other = (harness.submit(prompt, name, max_tokens=1, logprobs=0) for name in ("all", "some"))
+        harness.step()
+        (only,) = harness.engine.passes
+        assert len(only.rows) == 2
+        harness.engine._fail_version(harness.open("all"), "it is gone")
+        harness.run()
+        assert harness.answers[failing].failed is not None
+        world.compare("some", prompt, harness.answers[other], 1)
+    assert cuda.pass_recorders[0].replays
+
+
+def bring_to_host(harness: EngineHarness, names: Iterable[str]) -> None:
+    """Have adapters in host memory and not on the device."""
+    for name in names:
+        harness.warm(name)
+        harness.instance.store.evict_device(harness.open(name))
+    harness.run_until(lambda: harness.instance.state(0).adapter_pages == 0)
