@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import random
 import signal
-from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -205,7 +204,7 @@ def test_several_adapters_in_one_pass(world: World, cuda: FakeCuda, cpu_layers: 
     """All of them in host memory; the pass has graphs for several adapters as for one."""
     asked = [(name, make_prompt(4 + 2 * seed, seed)) for seed, name in enumerate([*ADAPTERS, "some"])]
     with harness_of(world, handoff=fixed(cpu_layers), merged_rows=PASS_ROWS) as harness:
-        bring_to_host(harness, ADAPTERS)
+        harness.bring_to_host(ADAPTERS)
         numbers = [harness.submit(prompt, name, max_tokens=NEW_TOKENS, logprobs=0) for name, prompt in asked]
         harness.step()
         (only,) = harness.engine.passes
@@ -223,7 +222,7 @@ def test_a_version_that_fails_holds_up_nobody_in_its_pass(world: World, cuda: Fa
     prompt = make_prompt(5)
     settings: dict[str, Any] = {"handoff": HandoffConfig(mode="stream"), "copy_bytes_per_second": 1e6}
     with harness_of(world, merged_rows=PASS_ROWS, **settings) as harness:
-        bring_to_host(harness, ["all", "some"])
+        harness.bring_to_host(["all", "some"])
         failing, other = (harness.submit(prompt, name, max_tokens=1, logprobs=0) for name in ("all", "some"))
         harness.step()
         (only,) = harness.engine.passes
@@ -233,11 +232,3 @@ def test_a_version_that_fails_holds_up_nobody_in_its_pass(world: World, cuda: Fa
         assert harness.answers[failing].failed is not None
         world.compare("some", prompt, harness.answers[other], 1)
     assert cuda.pass_recorders[0].replays
-
-
-def bring_to_host(harness: EngineHarness, names: Iterable[str]) -> None:
-    """Have adapters in host memory and not on the device."""
-    for name in names:
-        harness.warm(name)
-        harness.instance.store.evict_device(harness.open(name))
-    harness.run_until(lambda: harness.instance.state(0).adapter_pages == 0)
