@@ -48,6 +48,8 @@ _LOG = logging.getLogger(__name__)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Until the first prompts have been measured.
 _ASSUMED_PREFILL_TOKENS_PER_SECOND = 1000.0
+# Up to about so many rows a pass takes the time in which the device reads the model's weights.
+_MERGED_ROWS = 128
 
 
 class EngineInstance:
@@ -100,7 +102,7 @@ class EngineInstance:
             dtype=dtype,
             clock=time.monotonic,
         )
-        runner = PassRunner(model, self._pool, backend.attention, resources, backend.batches)
+        runner = PassRunner(model, self._pool, backend.attention, resources, backend.batches, backend.passes)
         self._meter = device_meter(config.device) if config.measure_device_time else None
         self.engine = self._engine(runner, backend.sampler)
         self._host_store.wait_until_ready(min(self._host_store.extent_bytes, config.host_store_bytes))
@@ -264,6 +266,7 @@ class EngineInstance:
                 budget_tokens=config.budget_tokens,
                 chunk_tokens=config.chunk_tokens,
                 layers_per_step=config.layers_per_step,
+                merged_rows=_merged_rows(config),
             ),
             max_waiting=config.max_waiting,
             prefix_cache=config.prefix_cache,
@@ -311,6 +314,12 @@ def handoff_policy(config: HandoffConfig) -> HandoffPolicy:
             return StreamLayers()
         case HandoffMode.LOAD_FIRST:
             return LoadFirst()
+
+
+def _merged_rows(config: EngineConfig) -> int:
+    if config.merged_rows is not None:
+        return config.merged_rows
+    return _MERGED_ROWS if config.device == "cuda" else 0
 
 
 def _cpu_config(config: EngineConfig, model: ModelConfig, item_bytes: int) -> CpuLoraConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -12,7 +13,7 @@ from segue.engine.backend import Backend
 from segue.engine.config import EngineConfig
 from segue.engine.cuda.attention import SERVED_DTYPES, SERVED_HEAD_DIMS, FlashInferAttention
 from segue.engine.cuda.batch_graphs import BatchGraphs
-from segue.engine.cuda.batch_shapes import batch_shapes
+from segue.engine.cuda.batch_shapes import PASS_SETS, BatchShape, batch_shapes, pass_shapes
 from segue.engine.cuda.compile import (
     Report,
     compile_host_rows,
@@ -24,8 +25,10 @@ from segue.engine.cuda.compile import (
 )
 from segue.engine.cuda.graph_attention import RecordedAttention
 from segue.engine.cuda.graph_recorder import GraphRecorder
+from segue.engine.cuda.graph_set import GraphSet
 from segue.engine.cuda.lora import KernelLora, LoraSizes
 from segue.engine.cuda.ops import CudaOps
+from segue.engine.cuda.pass_graphs import PassGraphs, PassGraphSets
 from segue.engine.cuda.reserve import MAX_TABLE_ROWS, adapter_pages, max_rows
 from segue.engine.cuda.sampler import KernelSampler
 from segue.engine.lora.store import AdapterStore
@@ -48,7 +51,7 @@ def cuda_backend(
 
     Has the model's small operations run in FlashInfer as well. ``report`` is told what is being compiled.
     """
-    shapes = dict(model.config.projection_shapes())
+    projections = dict(model.config.projection_shapes())
     sizes = LoraSizes(
         # So that the tables of every layer begin at 16 bytes: else Triton compiles the kernels for both cases.
         adapters=-(-min(pool.pages, MAX_TABLE_ROWS) // 16) * 16,
@@ -57,7 +60,7 @@ def cuda_backend(
         max_rows=max_rows(config),
     )
     processors = torch.cuda.get_device_properties(model.device).multi_processor_count
-    lora = KernelLora(store, pool, sizes, shapes, chunk_elems, processors)
+    lora = KernelLora(store, pool, sizes, projections, chunk_elems, processors)
     compile_lora(lora, report, pool.dtype)
     compile_host_rows(report, pool.dtype, model.device)
     sampler = KernelSampler()
@@ -72,17 +75,20 @@ def cuda_backend(
     table = rotary.table(context_tokens)
     compile_rotation(report, pool, model.config.heads, table)
     attention = FlashInferAttention(pool, windows, model.config.heads, table)
-    batches = batch_shapes(sizes.max_rows, config.max_running)
-    graphs = BatchGraphs(
-        model,
-        pool,
-        RecordedAttention(pool, windows, model.config.heads, table, batches),
-        lora,
-        GraphRecorder(),
-        batches,
-        max_sequences=config.max_running,
-        context_tokens=context_tokens,
+
+    def graph_set(shapes: Sequence[BatchShape]) -> GraphSet:
+        recorded = RecordedAttention(pool, windows, model.config.heads, table, shapes)
+        limits = {"max_sequences": config.max_running, "context_tokens": context_tokens}
+        return GraphSet(model, pool, recorded, lora, shapes, **limits)
+
+    batches = BatchGraphs(
+        model, graph_set(batch_shapes(sizes.max_rows, config.max_running)), GraphRecorder(model.device)
+    )
+    shapes = pass_shapes(config.budget_tokens, config.max_running)
+    passes = PassGraphSets(
+        [PassGraphs(model, graph_set(shapes), GraphRecorder(model.device)) for _ in range(PASS_SETS)]
     )
     if config.record_ahead:
-        graphs.record_all(partial(report, "record CUDA graphs"))
-    return Backend(lora=lora, attention=attention, batches=graphs, sampler=sampler)
+        batches.record_all(partial(report, "record CUDA graphs"))
+        passes.record_all(partial(report, "record CUDA graphs of passes"))
+    return Backend(lora=lora, attention=attention, batches=batches, passes=passes, sampler=sampler)

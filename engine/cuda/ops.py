@@ -5,9 +5,9 @@ from __future__ import annotations
 from flashinfer.activation import silu_and_mul
 from flashinfer.norm import fused_add_rmsnorm, rmsnorm
 from torch import Tensor
-from torch.nn import functional
 
 from segue.engine.models.config import ModelConfig
+from segue.engine.models.ops import library_linear
 from segue.gpu_kernels.few_rows_linear import choose_tiles, few_rows_linear
 
 
@@ -26,9 +26,11 @@ class CudaOps:
         fused_add_rmsnorm(x, residual, weight, self._eps)
         return x, residual
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | None = None) -> Tensor:
         tiles = choose_tiles(len(x), *weight.shape)
-        return functional.linear(x, weight, bias) if tiles is None else few_rows_linear(x, weight, bias, tiles)
+        if tiles is None:
+            return library_linear(x, weight, bias, target)
+        return few_rows_linear(x, weight, bias, tiles, out=target)
 
     def swiglu(self, gate_up: Tensor) -> Tensor:
         product: Tensor = silu_and_mul(gate_up)

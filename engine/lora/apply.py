@@ -69,8 +69,9 @@ class LoraApplier:
     """The LoraHook of one pass. ``blocked`` says what it waits for whenever its generators have yielded.
 
     ``cpu_allowed`` is False for a pass that lost its CPU workers too often. A pass of which every adapter has landed
-    never waits. Another keeps close to the device in its ``lane``: what is not enqueued yet can still choose weights
-    that land meanwhile. ``close`` must be called when the pass is given up before its end.
+    never waits. Another keeps close to the device in its ``lane`` with layers that it would not take from the device:
+    what is not enqueued yet can still choose weights that land meanwhile. ``close`` must be called when the pass is
+    given up before its end.
     """
 
     def __init__(
@@ -103,12 +104,17 @@ class LoraApplier:
         self._added = [posted for posted in self._added if posted.poll() is not JobState.DONE]
         return any(posted.poll() is JobState.FAILED for posted in self._added)
 
+    @property
+    def is_on_device(self) -> bool:
+        """Whether all deltas of the layer that was entered last come from the device's pages."""
+        return all(source is LayerSource.DEVICE for source in self._sources.values())
+
     def enter_layer(self, layer: int) -> Iterator[None]:
         """Choose each adapter's source; yield while one of them can be served by neither device nor CPU.
 
         Raises WorkerLostError when a worker was lost.
         """
-        while self._is_loading and not self._lane.is_close:
+        while self._is_loading and not self._lane.is_close and not self._is_settled(layer):
             self.blocked = Blocked.DEVICE
             yield
         self.blocked = Blocked.NOTHING
@@ -186,6 +192,10 @@ class LoraApplier:
     def _is_loading(self) -> bool:
         store = self._resources.store
         return any(not store.is_landed(version) for version in self._versions if version not in self._landed)
+
+    def _is_settled(self, layer: int) -> bool:
+        """Whether nothing that lands meanwhile can change where the layer's deltas come from."""
+        return all(self._choose(version_id, layer) is LayerSource.DEVICE for version_id in self._versions)
 
     def _choose(self, version_id: int, layer: int) -> LayerSource:
         if version_id in self._landed:

@@ -22,8 +22,9 @@ class ModelOps(Protocol):
         """The norm of ``x + residual`` [rows, hidden], and that sum. Either argument may be overwritten."""
         ...
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """``x`` [rows, in] times ``weight`` [out, in] transposed, plus ``bias`` [out]: [rows, out]."""
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | None = None) -> Tensor:
+        """``x`` [rows, in] times ``weight`` [out, in] transposed, plus ``bias`` [out]: [rows, out], in ``target`` if
+        given."""
         ...
 
     def swiglu(self, gate_up: Tensor) -> Tensor:
@@ -47,9 +48,17 @@ class TorchOps:
         total = residual + x
         return self.norm(total, weight), total
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return functional.linear(x, weight, bias)
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | None = None) -> Tensor:
+        return library_linear(x, weight, bias, target)
 
     def swiglu(self, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
         return functional.silu(gate) * up
+
+
+def library_linear(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | None) -> Tensor:
+    """See ``ModelOps.linear``: through the library that torch calls."""
+    if target is None:
+        return functional.linear(x, weight, bias)
+    transposed = weight.t()
+    return torch.mm(x, transposed, out=target) if bias is None else torch.addmm(bias, x, transposed, out=target)

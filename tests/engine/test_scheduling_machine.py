@@ -115,7 +115,8 @@ class World:
         for item in plan.batch:
             version_id = self.known(item.number).version_id
             assert version_id is None or version_id in self.residency.warm, "a batch would wait for weights"
-        assert all(group.version_id in self.residency.resident for group in plan.passes), "a pass has no weights"
+        in_passes = {version_id for group in plan.passes for version_id in group.version_ids}
+        assert in_passes <= self.residency.resident, "a pass has no weights"
         self._commit(plan.batch)
         self._end_passes()
         return plan
