@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from segue.engine.config import EngineConfig
+from segue.engine.cuda.adapter_tables import RowLayout
 from segue.engine.cuda.batch_shapes import (
     ATTENTION_BYTES,
     PASS_SETS,
@@ -113,7 +114,7 @@ def _lora_bytes(config: EngineConfig, model: ModelConfig, item_bytes: int, proce
         ]
         partials = max(partials, *(capacity.workspace_elems for capacity in capacities))
         plans += max(capacity.words for capacity in capacities)
-    table = adapter_pages(config, model, page_elems, chunk_elems) + model.layers * len(shapes) * 4
+    table = RowLayout.plan(adapter_pages(config, model, page_elems, chunk_elems), model.layers).words
     recorded = 1 + PASS_SETS
     return 4 * (partials * (1 + recorded + config.max_passes) + recorded * plans + MAX_TABLE_ROWS * table)
 

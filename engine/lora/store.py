@@ -262,6 +262,13 @@ class AdapterStore:
             raise ValueError(f"adapter version {version_id} has no pages")
         return device.place.page_table
 
+    def page_ids(self, version_id: int) -> tuple[int, ...]:
+        """The same pages in host memory: another tuple each time. Raises ValueError when it has none."""
+        device = self._adapters[version_id].device
+        if device is None:
+            raise ValueError(f"adapter version {version_id} has no pages")
+        return device.pages
+
     def host_view(self, version_id: int, layer: int) -> HostLayer:
         """A layer's matrices in the host store. Raises ValueError unless it is there."""
         adapter = self._adapters[version_id]
