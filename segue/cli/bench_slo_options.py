@@ -162,9 +162,12 @@ RepeatsOption = Annotated[
     int | None, _option(_RUNS, "Runs at most of a rate too near to the border to tell; default 2.", metavar="N")
 ]
 SecondsOption = Annotated[float | None, _option(_RUNS, "No run begins later than this; default 600.", metavar="LIMIT")]
-WarmupOption = Annotated[float | None, _option(_RUNS, "Load before what is measured; default 2.", metavar="SECONDS")]
+SettleOption = Annotated[
+    float | None, _option(_RUNS, "Load before the first run, at its rate, not measured; default 5.", metavar="SECONDS")
+]
 DurationOption = Annotated[float | None, _option(_RUNS, "What is measured of a run; default 10.", metavar="SECONDS")]
-CooldownOption = Annotated[float | None, _option(_RUNS, "Load behind what is measured; default 1.", metavar="SECONDS")]
+WarmupOption = Annotated[float | None, _option(_RUNS, "Load before it; default 2.", metavar="SECONDS")]
+CooldownOption = Annotated[float | None, _option(_RUNS, "Load behind it; default 1.", metavar="SECONDS")]
 ClientsOption = Annotated[
     int | None, _option(_RUNS, "Processes that send; default one for four cores, at most 4.", metavar="N")
 ]

@@ -86,6 +86,7 @@ def bench_config(base: SloBenchConfig, given: Given) -> SloBenchConfig:
         ),
         churn=_churn(base.churn, given["churn"]),
         rate=given["rate"],
+        settle_seconds=given["settle"],
         warmup_seconds=given["warmup"],
         measured_seconds=given["duration"],
         cooldown_seconds=given["cooldown"],
@@ -187,11 +188,9 @@ def _trace(config: WorkloadConfig, given: Given) -> Trace:
 @contextmanager
 def _server(preset: Preset, given: Given) -> Iterator[str]:
     """The address of the server that is measured."""
-    own = ("device", "dtype", "ranks", "settings")
     if given["start"] is None:
-        for name in own:
+        for option, name in (("device",) * 2, ("dtype",) * 2, ("ranks",) * 2, ("pin",) * 2, ("set", "settings")):
             if given[name]:
-                option = "set" if name == "settings" else name
                 raise UserError(f"--{option} is of a server that --start starts")
         yield given["server"]
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -9,6 +10,7 @@ from types import MappingProxyType
 from segue.bench.slo.outcome import Outcome, Verdict
 from segue.bench.slo.statistics import jain_index, wilson_interval
 
+_MOST_PROBLEMS = 3
 _WARM_TIERS = ("device", "none")
 
 
@@ -115,6 +117,13 @@ def count_verdicts(outcomes: Sequence[Outcome]) -> Mapping[Verdict, int]:
     """How many ended in each way; those that occur."""
     counts = {verdict: sum(outcome.verdict is verdict for outcome in outcomes) for verdict in Verdict}
     return {verdict: count for verdict, count in counts.items() if count}
+
+
+def common_problems(outcomes: Sequence[Outcome]) -> Sequence[str]:
+    """What servers said most often of requests that were refused or failed, at most three, with how often."""
+    failed = [o for o in outcomes if o.verdict in (Verdict.REFUSED, Verdict.FAILED)]
+    counts = Counter(f"{o.record.code}: {o.record.message}" for o in failed)
+    return [f"{count} x {problem}" for problem, count in counts.most_common(_MOST_PROBLEMS)]
 
 
 def _natural(label: str) -> tuple[str, int]:

@@ -156,20 +156,25 @@ class ChurnConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SloBenchConfig:
-    """One benchmark. ``rate`` measures that rate alone, in requests a second; None searches."""
+    """One benchmark. ``rate`` measures that rate alone, in requests a second; None searches.
+
+    ``settle_seconds`` of load at the first rate come before the first run and are not kept: kernels are compiled and
+    adapters loaded then. Each run has a warm-up and a cool-down of its own, which are not measured either.
+    """
 
     workload: WorkloadConfig = field(default_factory=WorkloadConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     client: ClientConfig = field(default_factory=ClientConfig)
     churn: ChurnConfig = field(default_factory=ChurnConfig)
     rate: float | None = None
+    settle_seconds: float = 5.0
     warmup_seconds: float = 2.0
     measured_seconds: float = 10.0
     cooldown_seconds: float = 1.0
 
     def __post_init__(self) -> None:
         require_positive(self, "measured_seconds")
-        for name in ("warmup_seconds", "cooldown_seconds"):
+        for name in ("settle_seconds", "warmup_seconds", "cooldown_seconds"):
             require(getattr(self, name) >= 0, name, f"must not be negative, is {getattr(self, name):g}")
         require(self.rate is None or 0 < self.rate < math.inf, "rate", f"must be positive and finite, is {self.rate}")
 
@@ -177,6 +182,15 @@ class SloBenchConfig:
         """Raises ConfigError for a search without any target, which would have no end."""
         searchable = self.rate is not None or any(each.has_targets for each in self.workload.classes)
         require(searchable, "ttft_ms", "a search needs targets: give --ttft-ms, --tpot-ms or --class, or else --rate")
+
+    @property
+    def first_rate(self) -> float:
+        return self.search.from_rate if self.rate is None else self.rate
+
+    @property
+    def settling(self) -> Phases:
+        """Of the load before the first run."""
+        return Phases(warmup_seconds=self.settle_seconds, measured_seconds=0.0, cooldown_seconds=0.0)
 
     @property
     def phases(self) -> Phases:

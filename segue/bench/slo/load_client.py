@@ -10,10 +10,11 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import math
 import random
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,6 +25,8 @@ from segue.client.status import error_of_rpc
 from segue.types import SLO
 from segue.v1 import generation_pb2, generation_pb2_grpc
 
+CUT = "CUT"
+OK = "OK"
 _LOOP_CHECK_SECONDS = 0.005
 _CONNECT_SECONDS = 20.0
 _CHANNEL_OPTIONS = (("grpc.enable_retries", 0), ("grpc.max_receive_message_length", -1))
@@ -64,8 +67,8 @@ class ClientPlan:
 class ClientRecord:
     """What became of a request. Moments are in seconds of CLOCK_MONOTONIC; tokens are those that came.
 
-    ``code`` is OK, the name of a gRPC status, or CUT for a request that was cut off at the end of the run. ``tier`` and
-    ``queue_seconds`` are what the reply's timing says.
+    ``code`` is OK, the name of a gRPC status, or CUT for a request that was cut off at the end of the run; ``error`` is
+    the name of the SDK's exception. ``tier`` and ``queue_seconds`` are what the reply's timing says.
     """
 
     number: int
@@ -73,14 +76,11 @@ class ClientRecord:
     first_seconds: float | None = None
     last_seconds: float | None = None
     tokens: int = 0
-    code: str = "CUT"
+    code: str = CUT
+    error: str = ""
     message: str = ""
     tier: str | None = None
     queue_seconds: float | None = None
-
-
-CUT = "CUT"
-OK = "OK"
 
 
 def prompt_ids(request: ClientRequest, vocab_size: int, block_tokens: int) -> list[int]:
@@ -123,15 +123,22 @@ def build_metadata(plan: ClientPlan, request: ClientRequest) -> tuple[tuple[str,
 
 
 class LoadClient:
-    """Sends a plan's requests. ``tell`` is given each line for standard output."""
+    """Sends a plan's requests. ``generate`` is the stub's method; ``tell`` is given each line for standard output."""
 
     def __init__(
-        self, plan: ClientPlan, generate: Callable[..., Any], tell: Callable[[Mapping[str, Any]], None]
+        self,
+        plan: ClientPlan,
+        generate: Callable[..., Any],
+        tell: Callable[[Mapping[str, Any]], None],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[object]] = asyncio.sleep,
     ) -> None:
-        """``generate`` is the stub's method."""
         self._plan = plan
         self._generate = generate
         self._tell = tell
+        self._clock = clock
+        self._sleep = sleep
         self._loop_lags: list[float] = []
         # Before the run begins, so that it takes none of its time.
         self._ready = [
@@ -155,9 +162,9 @@ class LoadClient:
 
     async def _send_all(self, begin_seconds: float, tasks: set[asyncio.Task[None]]) -> None:
         for request, message, metadata in self._ready:
-            wait_seconds = begin_seconds + request.at_seconds - time.monotonic()
+            wait_seconds = begin_seconds + request.at_seconds - self._clock()
             if wait_seconds > 0:
-                await asyncio.sleep(wait_seconds)
+                await self._sleep(wait_seconds)
             tasks.add(asyncio.create_task(self._follow(request, message, metadata)))
             # The task's first step, which sends, comes before the next request's.
             await asyncio.sleep(0)
@@ -170,14 +177,14 @@ class LoadClient:
         message: generation_pb2.GenerateRequest,
         metadata: tuple[tuple[str, str], ...],
     ) -> None:
-        record = ClientRecord(number=request.number, sent_seconds=time.monotonic())
+        record = ClientRecord(number=request.number, sent_seconds=self._clock())
         call = self._generate(message, timeout=self._plan.timeout_seconds, metadata=metadata)
         try:
             while isinstance(response := await call.read(), generation_pb2.GenerateResponse):
-                _note(record, response)
+                _note(record, response, self._clock())
         except grpc.RpcError as error:
             failure = error_of_rpc(error)
-            record.code, record.message = failure.code.name, failure.message
+            record.code, record.error, record.message = failure.code.name, type(failure).__name__, failure.message
         finally:
             if record.code == CUT:
                 call.cancel()
@@ -186,15 +193,24 @@ class LoadClient:
     async def _watch_loop(self) -> None:
         """How late the event loop is: what arrives is noted that much later."""
         while True:
-            before = time.monotonic()
-            await asyncio.sleep(_LOOP_CHECK_SECONDS)
-            self._loop_lags.append(max(0.0, time.monotonic() - before - _LOOP_CHECK_SECONDS))
+            before = self._clock()
+            await self._sleep(_LOOP_CHECK_SECONDS)
+            self._loop_lags += expected_lags(self._clock() - before - _LOOP_CHECK_SECONDS, _LOOP_CHECK_SECONDS)
 
 
-def _note(record: ClientRecord, response: generation_pb2.GenerateResponse) -> None:
+def expected_lags(lag_seconds: float, interval_seconds: float) -> list[float]:
+    """The lags that looking every ``interval_seconds`` would have met, where one look was late by ``lag_seconds``.
+
+    Without them a loop that stands still for long would count once, as a loop that is late for a moment does.
+    """
+    count = max(1, math.ceil(lag_seconds / interval_seconds))
+    return [max(0.0, lag_seconds - place * interval_seconds) for place in range(count)]
+
+
+def _note(record: ClientRecord, response: generation_pb2.GenerateResponse, now_seconds: float) -> None:
     event = response.WhichOneof("event")
     if event == "chunk" and response.chunk.token_ids:
-        record.last_seconds = time.monotonic()
+        record.last_seconds = now_seconds
         record.tokens += len(response.chunk.token_ids)
         if record.first_seconds is None:
             record.first_seconds = record.last_seconds

@@ -11,9 +11,10 @@ import numpy as np
 from segue.bench.slo.load import LoadResult
 from segue.bench.slo.load_client import CUT, OK, ClientRecord
 from segue.bench.slo.workload import PlannedRequest
+from segue.errors import OverloadedError, SloInfeasibleError
 
 _LATE_CODES = (CUT, "DEADLINE_EXCEEDED")
-_REFUSALS = ("RESOURCE_EXHAUSTED", "FAILED_PRECONDITION")
+_REFUSALS = (OverloadedError.__name__, SloInfeasibleError.__name__)
 
 
 class Verdict(StrEnum):
@@ -97,7 +98,7 @@ def judge(request: PlannedRequest, record: ClientRecord | None, begin_seconds: f
 
 def _verdict(request: PlannedRequest, record: ClientRecord, ttft: float | None, tpot: float | None) -> Verdict:
     targets = request.slo
-    if record.code in _REFUSALS and record.tokens == 0:
+    if record.error in _REFUSALS and record.tokens == 0:
         return Verdict.REFUSED
     if record.code not in (OK, *_LATE_CODES):
         return Verdict.FAILED

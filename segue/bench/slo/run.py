@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from segue.bench.slo.arrivals import Phases
 from segue.bench.slo.churn import ChurnCount, Churner
 from segue.bench.slo.config import SloBenchConfig
 from segue.bench.slo.load import LoadProcesses
@@ -21,6 +21,8 @@ from segue.bench.slo.workload import Adapter, PlannedRequest, plan_requests, ran
 # A void run may have met a moment in which the machine did something else.
 _ATTEMPTS = 2
 _STOP_LAG_SECONDS = 0.1
+# No round of a rate that is measured has this number.
+_SETTLING = 1 << 16
 
 
 class Watcher(Protocol):
@@ -65,6 +67,7 @@ def run_slo_bench(config: SloBenchConfig, target: Target, watcher: Watcher, trac
     void: str | None = None
     found: SearchResult | None = None
     try:
+        bench.settle()
         if config.rate is None:
             found = find_rate(config.search, bench.measure, time.monotonic, bench.trials)
         else:
@@ -104,10 +107,15 @@ class _SloBench:
         self.trials: list[Trial] = []
         self.churned = ChurnCount()
 
+    def settle(self) -> None:
+        """Load that is not kept."""
+        if self._config.settle_seconds > 0:
+            self._run(self._config.first_rate, self._config.settling, _SETTLING)
+
     def measure(self, requests_per_second: float, round_number: int) -> Count:
         """One run. Raises VoidRunError if the clients lag in each attempt, and BenchmarkError."""
         for attempt in range(_ATTEMPTS):
-            run = self._run(requests_per_second, round_number * _ATTEMPTS + attempt)
+            run = self._run(requests_per_second, self._config.phases, round_number * _ATTEMPTS + attempt)
             problem = run.lag.problem(self._config.client.most_lag_ms)
             self._watcher.end(run, problem)
             if problem is None:
@@ -125,12 +133,12 @@ class _SloBench:
         rate = min(rates) if best is None else best.requests_per_second
         return [run for run in self._runs if run.requests_per_second == rate]
 
-    def _run(self, requests_per_second: float, round_number: int) -> Run:
+    def _run(self, requests_per_second: float, phases: Phases, round_number: int) -> Run:
         requests = plan_requests(
             self._config.workload,
             self._adapters,
             requests_per_second,
-            self._config.phases,
+            phases,
             round_number=round_number,
             context_tokens=self._target.context_tokens,
             trace=self._trace,
@@ -145,21 +153,20 @@ class _SloBench:
 
             def begun(begin_seconds: float) -> None:
                 self._watcher.started(begin_seconds)
-                churner.start(begin_seconds, self._config.phases.total_seconds)
+                churner.start(begin_seconds, phases.total_seconds)
 
-            result = load.run(stop_seconds(self._config, requests), self._watcher.record, begun)
+            seconds = stop_seconds(requests, phases, client.timeout_seconds)
+            result = load.run(seconds, self._watcher.record, begun)
         self.churned = self.churned.plus(churner.count)
         return judge_run(requests_per_second, requests, result)
 
 
-def stop_seconds(config: SloBenchConfig, requests: Sequence[PlannedRequest]) -> float:
+def stop_seconds(requests: Sequence[PlannedRequest], phases: Phases, timeout_seconds: float) -> float:
     """When whatever still runs is cut off, in seconds from the run's beginning: each measured request that has not
     ended by then has missed its targets."""
-    timeout_seconds = config.client.timeout_seconds
-    last = config.phases.total_seconds
+    last = phases.total_seconds
     for request in requests:
         if request.measured:
             late = min(request.slo.late_after_seconds(request.output_tokens), timeout_seconds)
             last = max(last, request.at_seconds + late)
-    assert math.isfinite(last)
     return last + _STOP_LAG_SECONDS

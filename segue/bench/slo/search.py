@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from segue.bench.slo.config import SearchConfig
 from segue.bench.slo.statistics import wilson_interval
 
+# How far below the rate at which it begins a search goes.
+_MOST_FALL = 32
 _NOTHING_SENT = "no request was measured: a longer --duration or a higher --from-rate is needed"
 
 
@@ -56,7 +58,7 @@ class Trial:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchResult:
-    """``best`` is the highest rate that attained the wanted share, None if the lowest did not. ``above`` is the lowest
+    """``best`` is the highest rate that attained the wanted share, None if none did. ``above`` is the lowest above it
     that did not, None if the highest did. ``is_complete`` says that time was enough to come as near as wanted."""
 
     best: Trial | None
@@ -70,7 +72,8 @@ def find_rate(
     clock: Callable[[], float],
     trials: list[Trial],
 ) -> SearchResult:
-    """Double the rate until the wanted share is missed, then halve the interval, on a scale of factors.
+    """Double the rate until the wanted share is missed, or halve it until it is not; then halve the interval, on a
+    scale of factors.
 
     ``measure`` runs at a rate, and is given a number that differs each time at one rate; what it raises ends the
     search. ``clock`` is in seconds. All that was measured is appended to ``trials``. Raises SearchError if nothing was.
@@ -82,19 +85,25 @@ def find_rate(
     while high is None and not search.is_over:
         # A rate that may do is left at that: the next one tells more.
         trial = search.trial(rate, repeats_if_met=rate >= config.to_rate)
-        if trial.share >= config.attain:
-            low = trial
-            if rate >= config.to_rate:
-                break
-            rate = min(2 * rate, config.to_rate)
-        else:
+        if trial.share < config.attain:
             high = trial
+        elif rate < config.to_rate:
+            low, rate = trial, min(2 * rate, config.to_rate)
+        else:
+            low = trial
+            break
+    while low is None and rate > config.from_rate / _MOST_FALL and not search.is_over:
+        rate /= 2
+        trial = search.trial(rate)
+        low, high = (trial, high) if trial.share >= config.attain else (None, trial)
     while low and high and not search.is_over and not _is_near(config, low, high):
         trial = search.trial(math.sqrt(low.requests_per_second * high.requests_per_second))
         low, high = (trial, high) if trial.share >= config.attain else (low, trial)
-    found = high is None or low is None or _is_near(config, low, high)
-    at_top = low is not None and low.requests_per_second >= config.to_rate
-    return SearchResult(best=low, above=high, is_complete=found and (high is not None or at_top))
+    if low is None:
+        is_complete = rate <= config.from_rate / _MOST_FALL
+    else:
+        is_complete = low.requests_per_second >= config.to_rate if high is None else _is_near(config, low, high)
+    return SearchResult(best=low, above=high, is_complete=is_complete)
 
 
 def _is_near(config: SearchConfig, low: Trial, high: Trial) -> bool:

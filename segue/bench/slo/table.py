@@ -8,7 +8,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from segue.bench.slo.breakdown import Group, count_verdicts, divide, group_of
+from segue.bench.slo.breakdown import Group, common_problems, count_verdicts, divide, group_of
 from segue.bench.slo.run import SloResult
 
 
@@ -26,23 +26,36 @@ def headline(result: SloResult) -> Sequence[str]:
         lowest = min(trial.requests_per_second for trial in result.trials)
         lines = [f"no rate has {share}: {lowest:.4g} requests/s has not"]
     else:
-        missed = "" if result.above is None else f"; {result.above.requests_per_second:.4g} has not"
-        lines = [f"{result.best.requests_per_second:.4g} requests/s with {share}{missed}"]
+        best = f"{result.best.requests_per_second:.4g} requests/s with {share}"
+        above = result.above
+        lines = [f"at least {best}" if above is None else f"{best}; {above.requests_per_second:.4g} has not"]
         if not result.best.is_sure(config.search.attain):
             low, high = result.best.interval
             lines.append(f"not sure: {result.best.share:.1%} were in time there, which may be {low:.1%} to {high:.1%}")
     if config.rate is None and result.void is None and not result.is_complete:
-        lines.append("the search ended before it was as near as wanted: time was over, or --to-rate reached")
+        lines.append("time was over before the search was as near as wanted")
     lines.append(
         f"{target.model} ({target.dtype}) on {target.device} at {target.address}, {len(result.adapters)} adapters"
     )
+    return [*lines, *_remarks(result)]
+
+
+def _remarks(result: SloResult) -> Sequence[str]:
+    """What was unusual."""
+    remarks = []
     churned = result.churned
     if churned.done or churned.failed:
         cause = "" if churned.last_error is None else f": {churned.last_error}"
-        lines.append(
-            f"{churned.done} adapters were taken from the server meanwhile, {churned.failed} calls failed{cause}"
+        remarks.append(
+            f"{churned.done} adapters were taken from the server, {churned.failed} calls for it failed{cause}"
         )
-    return lines
+    outcomes = [outcome for run in result.runs for outcome in run.measured]
+    cut = sum(outcome.request.is_cut for outcome in outcomes)
+    if cut:
+        remarks.append(
+            f"{cut} of {len(outcomes)} requests were cut to a context of {result.target.context_tokens} tokens"
+        )
+    return [*remarks, *common_problems(outcomes)]
 
 
 def show_result(console: Console, result: SloResult) -> None:

@@ -31,6 +31,7 @@ class PlannedRequest:
     """A request that is to start ``at_seconds`` after the run began. ``adapter`` is None for the base model.
 
     The prompt's tokens are drawn from ``prompt_seed``, or block by block from ``blocks``, where prompts are alike.
+    ``is_cut`` says that prompt or answer is shorter than drawn, to fit the server's context.
     """
 
     number: int
@@ -43,6 +44,7 @@ class PlannedRequest:
     tenant: str | None
     prompt_seed: int
     blocks: tuple[int, ...] = ()
+    is_cut: bool = False
 
 
 def rank_adapters(config: WorkloadConfig, ranks: Sequence[tuple[str, int]]) -> Sequence[Adapter]:
@@ -87,6 +89,7 @@ def plan_requests(
         chosen = draw_places(config.popularity, weights, count, places)
     prompt_tokens = draw_lengths(config.prompt, count, prompts, trace.prompt_tokens)
     output_tokens = draw_lengths(config.output, count, outputs, trace.output_tokens)
+    drawn_tokens = prompt_tokens + output_tokens
     if context_tokens is not None:
         output_tokens = np.minimum(output_tokens, context_tokens - 1)
         prompt_tokens = np.minimum(prompt_tokens, context_tokens - output_tokens)
@@ -109,6 +112,7 @@ def plan_requests(
                 tenant=None if tenant_places is None else names[tenant_places[number]],
                 prompt_seed=int(prompt_seeds[number]),
                 blocks=trace.blocks_of(number),
+                is_cut=bool(prompt_tokens[number] + output_tokens[number] < drawn_tokens[number]),
             )
         )
     return planned
