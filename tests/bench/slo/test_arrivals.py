@@ -25,7 +25,7 @@ def arrivals(rate: float = 10.0, phases: Phases = PHASES, **config: object) -> n
     ],
 )
 def test_gaps_have_their_mean_and_their_variation(config: dict[str, object], variation: float) -> None:
-    times = arrivals(**config)
+    times = arrivals(**config)  # type: ignore[arg-type]
     gaps = np.diff(times)
     assert len(times) == pytest.approx(20_000, rel=0.03)
     assert gaps.mean() == pytest.approx(0.1, rel=0.03)
