@@ -45,7 +45,7 @@ class LiveView:
         for name in _COLUMNS:
             self._past.add_column(name, justify="right")
         self._current: _Current | None = None
-        self._live = Live(get_renderable=self._render, console=console, refresh_per_second=4, transient=True)
+        self._live = Live(get_renderable=self.render, console=console, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> Self:
         self._live.start()
@@ -90,8 +90,8 @@ class LiveView:
             words = "; ".join(f"{name} {cell}" for name, cell in zip(_COLUMNS, cells, strict=True) if cell)
             self._live.console.print(words, highlight=False, soft_wrap=True)
 
-    def _render(self) -> RenderableType:
-        """Called by a thread of its own, so it looks once at what may be replaced."""
+    def render(self) -> RenderableType:
+        """What is shown now. Called by a thread of its own, so it looks once at what may be replaced."""
         current = self._current
         parts: list[RenderableType] = [self._past] if self._past.rows else []
         if current is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import queue
 import subprocess
@@ -67,9 +68,8 @@ class LoadProcesses:
         for reader in self._readers:
             reader.join()
         for process in self._processes:
-            assert process.stdin is not None
             assert process.stdout is not None
-            process.stdin.close()
+            self._close(process)
             process.stdout.close()
 
     def run(
@@ -142,7 +142,9 @@ class LoadProcesses:
     @staticmethod
     def _close(process: subprocess.Popen[str]) -> None:
         assert process.stdin is not None
-        process.stdin.close()
+        # What was not taken of a plan cannot be written any more.
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
 
 
 def client_plan(address: str, vocab_size: int, requests: Sequence[PlannedRequest], config: ClientConfig) -> ClientPlan:

@@ -23,6 +23,7 @@ from segue.bench.slo.svg import Plot, Series, draw_bars, draw_plot
 from segue.bench.slo.table import headline
 from segue.bench.slo.target import Target
 from segue.bench.slo.workload import Adapter
+from segue.bench.tables import readme_tables
 from tests.bench.slo.plans import outcome
 
 ADAPTERS = (Adapter(name="s", rank=8, decile=1), Adapter(name='<l & "x">', rank=64, decile=6))
@@ -180,3 +181,16 @@ def test_bars_are_as_long_as_their_shares() -> None:
     root = ElementTree.fromstring(draw_bars(["a", "b"], [0.5, 1.0], [(0.4, 0.6), (0.9, 1.0)]))
     widths = [float(element.attrib["width"]) for element in root.iter() if element.tag.endswith("rect")]
     assert widths[1] == pytest.approx(2 * widths[0], abs=0.2)
+
+
+def test_reports_become_a_table_of_the_readme() -> None:
+    lines = readme_tables({"h.json": slo_report(result()), "v.json": slo_report(result(void="late"))}).splitlines()
+    assert lines[:4] == [
+        "| under load | `h.json` | `v.json` |",
+        "| --- | ---: | ---: |",
+        "| requests/s with 95% in time | 8 |  |",
+        "| measured at, requests/s | 8 |  |",
+    ]
+    assert "| in time (Wilson's interval) | 95.0% (76.4% to 99.1%) |  |" in lines
+    assert "| first token, ms: median, p99 | 50.0, 252.5 |  |" in lines
+    assert "| void |  | late |" in lines
