@@ -167,7 +167,7 @@ SettleOption = Annotated[
 ]
 DurationOption = Annotated[float | None, _option(_RUNS, "What is measured of a run; default 10.", metavar="SECONDS")]
 WarmupOption = Annotated[float | None, _option(_RUNS, "Load before it; default 2.", metavar="SECONDS")]
-CooldownOption = Annotated[float | None, _option(_RUNS, "Load behind it; default 1.", metavar="SECONDS")]
+CooldownOption = Annotated[float | None, _option(_RUNS, "Load behind it; default 2.", metavar="SECONDS")]
 ClientsOption = Annotated[
     int | None, _option(_RUNS, "Processes that send; default one for four cores, at most 4.", metavar="N")
 ]

@@ -170,7 +170,7 @@ class SloBenchConfig:
     settle_seconds: float = 5.0
     warmup_seconds: float = 2.0
     measured_seconds: float = 10.0
-    cooldown_seconds: float = 1.0
+    cooldown_seconds: float = 2.0
 
     def __post_init__(self) -> None:
         require_positive(self, "measured_seconds")

@@ -49,7 +49,11 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
                     ),
                 ),
                 search=SearchConfig(from_rate=2, to_rate=128),
+                # Answers take five seconds in the mean, so that the load needs some time to build up.
+                settle_seconds=10.0,
+                warmup_seconds=10.0,
                 measured_seconds=20.0,
+                cooldown_seconds=5.0,
             ),
             start=StartConfig(shape="tiny", adapters=256, context_tokens=5120, settings=_PREFILL_SETTINGS),
         ),

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from segue.bench.server_state import wait_until_idle
 from segue.bench.slo.arrivals import Phases
 from segue.bench.slo.churn import ChurnCount, Churner
 from segue.bench.slo.config import SloBenchConfig
@@ -14,7 +15,7 @@ from segue.bench.slo.load import LoadProcesses
 from segue.bench.slo.load_client import ClientRecord
 from segue.bench.slo.outcome import Run, judge_run
 from segue.bench.slo.search import Count, SearchResult, Trial, find_rate
-from segue.bench.slo.target import Target, wait_until_idle
+from segue.bench.slo.target import Target
 from segue.bench.slo.trace import NO_TRACE, Trace
 from segue.bench.slo.workload import Adapter, PlannedRequest, plan_requests, rank_adapters
 

@@ -17,6 +17,7 @@ import torch
 from segue.bench.adapter_folders import write_adapters
 from segue.bench.cases import Mix
 from segue.bench.driver import BenchmarkError
+from segue.bench.engine import DTYPES
 from segue.bench.random_checkpoints import Targets
 from segue.bench.server import write_tokenizer
 from segue.bench.shapes import SHAPES
@@ -26,7 +27,6 @@ from segue.engine.lora.catalog import AdapterCatalog
 from segue.engine.models.config import ModelConfig
 from segue.server.spawn import SpawnError, spawned_server
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Host copies of adapters that are on the device may go, so that the host store need not hold all.
 _MOST_HOST_BYTES = 16 << 30
 _SPARE_HOST_BYTES = 64 << 20
@@ -128,7 +128,7 @@ def started_server(config: StartConfig, progress: Callable[[str], None]) -> Iter
         (model_dir / "config.json").write_text(json.dumps(SHAPES[config.shape].config_json(config.dtype)))
         model = ModelConfig.load(model_dir)
         write_tokenizer(model_dir, model.vocab_size)
-        names = write_adapters([config.mix], model, adapters_dir, _DTYPES[config.dtype])
+        names = write_adapters([config.mix], model, adapters_dir, DTYPES[config.dtype])
         weight_bytes = _weight_bytes(AdapterCatalog(adapters_dir, model, max(config.ranks)), names)
         progress("starting the server")
         try:

@@ -1,19 +1,12 @@
-"""The server that is measured: what it says of itself, and when it has nothing left to do."""
+"""The server that is measured, as it describes itself."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import grpc
-
-from segue.bench.driver import BenchmarkError
 from segue.client import Client
-from segue.v1 import server_pb2, server_pb2_grpc
 
-_IDLE_SECONDS = 60.0
-_POLL_SECONDS = 0.05
 _ANSWER_SECONDS = 20.0
 
 
@@ -44,20 +37,3 @@ def ask_target(address: str) -> Target:
         context_tokens=info.context_tokens,
         adapters=[(adapter.name, adapter.rank) for adapter in adapters if not adapter.problem],
     )
-
-
-def wait_until_idle(address: str) -> None:
-    """Return once the server has no requests. Raises BenchmarkError if that takes too long or it cannot be asked."""
-    deadline_seconds = time.monotonic() + _IDLE_SECONDS
-    with grpc.insecure_channel(address) as channel:
-        stub = server_pb2_grpc.ServerServiceStub(channel)
-        while True:
-            try:
-                state = next(iter(stub.WatchState(server_pb2.WatchStateRequest(), timeout=_ANSWER_SECONDS)))
-            except grpc.RpcError as error:
-                raise BenchmarkError(f"the server does not tell its state: {error}") from error
-            if state.queue == server_pb2.Queue():
-                return
-            if time.monotonic() > deadline_seconds:
-                raise BenchmarkError(f"requests that were cancelled still run after {_IDLE_SECONDS:g} s")
-            time.sleep(_POLL_SECONDS)
