@@ -75,8 +75,7 @@ class LiveView:
         """The run is over."""
         self._current = None
         measured = run.measured
-        share = "void"
-        interval = ""
+        share, interval = "none measured" if void is None else "void", ""
         if void is None and measured:
             met = sum(outcome.met for outcome in measured)
             low, high = wilson_interval(met, len(measured), self._config.search.confidence)

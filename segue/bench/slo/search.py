@@ -92,7 +92,7 @@ def find_rate(
         else:
             low = trial
             break
-    while low is None and rate > config.from_rate / _MOST_FALL and not search.is_over:
+    while low is None and search.can_tell_less(rate):
         rate /= 2
         trial = search.trial(rate)
         low, high = (trial, high) if trial.share >= config.attain else (None, trial)
@@ -100,7 +100,7 @@ def find_rate(
         trial = search.trial(math.sqrt(low.requests_per_second * high.requests_per_second))
         low, high = (trial, high) if trial.share >= config.attain else (low, trial)
     if low is None:
-        is_complete = rate <= config.from_rate / _MOST_FALL
+        is_complete = not search.is_over
     else:
         is_complete = low.requests_per_second >= config.to_rate if high is None else _is_near(config, low, high)
     return SearchResult(best=low, above=high, is_complete=is_complete)
@@ -130,6 +130,11 @@ class _Search:
     def is_over(self) -> bool:
         return bool(self.trials) and self._clock() >= self._end_seconds
 
+    def can_tell_less(self, rate: float) -> bool:
+        """Whether to measure half the rate: of so few requests that a single miss is too many nothing can be told."""
+        enough = self.trials[-1].sent / 2 * (1 - self._config.attain) >= 1
+        return enough and rate > self._config.from_rate / _MOST_FALL and not self.is_over
+
     def trial(self, rate: float, *, repeats_if_met: bool = True) -> Trial:
         """Measure a rate, again while the share may lie on either side of the wanted one."""
         trial = Trial(requests_per_second=rate, confidence=self._config.confidence)
@@ -137,9 +142,11 @@ class _Search:
         for number in range(self._config.repeats):
             count = self._measure(rate, number)
             if count.sent == 0:
-                raise SearchError(_NOTHING_SENT)
+                continue
             trial.counts.append(count)
             is_met = trial.share >= self._config.attain
             if trial.is_sure(self._config.attain) or (is_met and not repeats_if_met) or self.is_over:
                 break
+        if not trial.counts:
+            raise SearchError(_NOTHING_SENT)
         return trial

@@ -24,7 +24,7 @@ def headline(result: SloResult) -> Sequence[str]:
         lines = [f"{trial.share:.1%} of the requests in time ({low:.1%} to {high:.1%}) at {config.rate:.4g} requests/s"]
     elif result.best is None:
         lowest = min(trial.requests_per_second for trial in result.trials)
-        lines = [f"no rate has {share}: {lowest:.4g} requests/s has not"]
+        lines = [f"no rate from {lowest:.4g} requests/s on has {share}; a longer --duration tells of lower ones"]
     else:
         best = f"{result.best.requests_per_second:.4g} requests/s with {share}"
         above = result.above
@@ -32,7 +32,7 @@ def headline(result: SloResult) -> Sequence[str]:
         if not result.best.is_sure(config.search.attain):
             low, high = result.best.interval
             lines.append(f"not sure: {result.best.share:.1%} were in time there, which may be {low:.1%} to {high:.1%}")
-    if config.rate is None and result.void is None and not result.is_complete:
+    if result.best is not None and result.void is None and not result.is_complete:
         lines.append("time was over before the search was as near as wanted")
     lines.append(
         f"{target.model} ({target.dtype}) on {target.device} at {target.address}, {len(result.adapters)} adapters"

@@ -75,7 +75,7 @@ def test_no_rate_will_do_for_targets_that_cannot_be_met(address: str) -> None:
         "--tpot-ms", "0.001", *PATIENT,
     )  # fmt: skip
     assert result.exit_code == 0, result.stderr
-    assert result.stdout.startswith("no rate has 95% of the requests in time: ")
+    assert result.stdout.startswith("no rate from ")
 
 
 def test_a_client_that_lags_makes_the_run_void(address: str, tmp_path: Path) -> None:

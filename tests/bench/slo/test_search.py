@@ -55,18 +55,24 @@ def test_it_finds_the_border(capacity: float) -> None:
 
 
 def test_a_border_below_where_it_begins_is_found() -> None:
-    result, trials = FakeServer(1.3).find(from_rate=16.0)
+    result, trials = FakeServer(11.0, steepness=60.0).find(from_rate=64.0)
     assert result.best is not None
-    assert result.best.requests_per_second == pytest.approx(1.3, rel=0.3)
-    assert [trial.requests_per_second for trial in trials[:5]] == [16, 8, 4, 2, 1]
+    assert result.best.requests_per_second == pytest.approx(11.0, rel=0.15)
+    assert [trial.requests_per_second for trial in trials[:4]] == [64, 32, 16, 8]
 
 
 def test_a_server_that_never_meets_them_has_no_rate() -> None:
-    result, trials = FakeServer(1e-6).find()
+    result, trials = FakeServer(1e-6).find(from_rate=512.0)
     assert result.best is None
     assert result.above is not None
-    assert result.above.requests_per_second == trials[-1].requests_per_second == 4 / 32
+    assert result.above.requests_per_second == trials[-1].requests_per_second == 512 / 32
     assert result.is_complete
+
+
+def test_it_does_not_go_down_to_rates_that_nothing_could_be_told_of() -> None:
+    """Of 95% of fewer than twenty requests one miss is too many."""
+    _, trials = FakeServer(1e-6).find(from_rate=16.0)
+    assert [trial.sent for trial in trials] == [160, 80, 40, 20]
 
 
 def test_a_server_that_always_meets_them_is_left_at_the_top() -> None:
@@ -107,6 +113,13 @@ def test_no_run_begins_when_time_is_over() -> None:
 def test_what_sends_nothing_cannot_be_judged() -> None:
     with pytest.raises(SearchError, match="no request was measured"):
         find_rate(SearchConfig(), lambda _rate, _number: Count(sent=0, met=0), lambda: 0.0, [])
+
+
+def test_a_run_that_happens_to_send_nothing_is_made_again() -> None:
+    counts = [Count(sent=0, met=0), Count(sent=40, met=40)]
+    trials: list[Trial] = []
+    find_rate(SearchConfig(from_rate=4.0, to_rate=4.0), lambda _rate, number: counts[number], lambda: 0.0, trials)
+    assert [trial.sent for trial in trials] == [40]
 
 
 def test_what_ends_a_run_ends_the_search_and_leaves_what_was_measured() -> None:
