@@ -189,9 +189,9 @@ def _trace(config: WorkloadConfig, given: Given) -> Trace:
 def _server(preset: Preset, given: Given) -> Iterator[str]:
     """The address of the server that is measured."""
     if given["start"] is None:
-        for option, name in (("device",) * 2, ("dtype",) * 2, ("ranks",) * 2, ("pin",) * 2, ("set", "settings")):
+        for name in ("device", "dtype", "ranks", "pin", "settings"):
             if given[name]:
-                raise UserError(f"--{option} is of a server that --start starts")
+                raise UserError(f"--{name.replace('settings', 'set')} is of a server that --start starts")
         yield given["server"]
         return
     start: StartConfig = changed(

@@ -182,6 +182,8 @@ class LoadClient:
         try:
             while isinstance(response := await call.read(), generation_pb2.GenerateResponse):
                 _note(record, response, self._clock())
+            if record.code == CUT:
+                record.code, record.message = "INTERNAL", "the server ended the stream before the answer"
         except grpc.RpcError as error:
             failure = error_of_rpc(error)
             record.code, record.error, record.message = failure.code.name, type(failure).__name__, failure.message

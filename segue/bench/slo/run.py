@@ -14,7 +14,7 @@ from segue.bench.slo.config import SloBenchConfig
 from segue.bench.slo.load import LoadProcesses
 from segue.bench.slo.load_client import ClientRecord
 from segue.bench.slo.outcome import Run, judge_run
-from segue.bench.slo.search import Count, SearchResult, Trial, find_rate
+from segue.bench.slo.search import NOTHING_SENT, Count, SearchError, SearchResult, Trial, find_rate
 from segue.bench.slo.target import Target
 from segue.bench.slo.trace import NO_TRACE, Trace
 from segue.bench.slo.workload import Adapter, PlannedRequest, plan_requests, rank_adapters
@@ -73,7 +73,10 @@ def run_slo_bench(config: SloBenchConfig, target: Target, watcher: Watcher, trac
             found = find_rate(config.search, bench.measure, time.monotonic, bench.trials)
         else:
             trial = Trial(requests_per_second=config.rate, confidence=config.search.confidence)
-            trial.counts.append(bench.measure(config.rate, 0))
+            count = bench.measure(config.rate, 0)
+            if count.sent == 0:
+                raise SearchError(NOTHING_SENT)
+            trial.counts.append(count)
             bench.trials.append(trial)
     except VoidRunError as error:
         void = str(error)

@@ -11,7 +11,7 @@ from segue.bench.slo.statistics import wilson_interval
 
 # How far below the rate at which it begins a search goes.
 _MOST_FALL = 32
-_NOTHING_SENT = "no request was measured: a longer --duration or a higher --from-rate is needed"
+NOTHING_SENT = "no request was measured: a longer --duration or a higher rate is needed"
 
 
 class SearchError(Exception):
@@ -148,5 +148,5 @@ class _Search:
             if trial.is_sure(self._config.attain) or (is_met and not repeats_if_met) or self.is_over:
                 break
         if not trial.counts:
-            raise SearchError(_NOTHING_SENT)
+            raise SearchError(NOTHING_SENT)
         return trial

@@ -229,6 +229,16 @@ def test_a_failure_is_told_with_its_status() -> None:
     assert record.tokens == 2
 
 
+def test_an_answer_without_an_end_has_failed() -> None:
+    def endless(clock: FakeClock) -> FakeCall:
+        call = FakeCall(clock, 2)
+        del call.responses[-1]
+        return call
+
+    record = drive([request()], make=endless).records[0]
+    assert (record.code, record.tokens) == ("INTERNAL", 2)
+
+
 def test_prompts_come_from_the_seed_and_share_blocks() -> None:
     alone = [prompt_ids(request(number, prompt_seed=number), 50, 4) for number in (1, 1, 2)]
     assert alone[0] == alone[1] != alone[2]

@@ -114,6 +114,12 @@ def test_a_timeout_is_a_miss(address: str) -> None:
     assert " unfinished" in result.stdout
 
 
+def test_a_rate_too_low_to_send_anything_is_told(address: str) -> None:
+    result = bench(address, "--rate", "0.001", "--duration", "0.5", *PATIENT)
+    line = "segue: no request was measured: a longer --duration or a higher rate is needed"
+    assert (result.exit_code, result.stdout, result.stderr.splitlines()[-1]) == (1, "", line)
+
+
 def test_more_adapters_than_there_are_cannot_be_asked(address: str) -> None:
     result = bench(address, "--rate", "5", "--adapters", "7")
     assert (result.exit_code, result.stderr) == (1, "segue: adapters: the server has 6, not 7\n")
