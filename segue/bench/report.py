@@ -34,6 +34,9 @@ class Row:
 
     Of a simulated cluster, ``placement`` names the policy, ``batch`` counts the requests measured and ``adapters`` all
     adapters; ``mean`` and ``p99`` stand beside the percentiles.
+
+    Of a server under load, ``batch`` counts the requests measured at ``requests_per_second``, ``low`` and ``high`` are
+    Wilson's interval of a share, and ``group`` is a part of the requests in the division ``part``.
     """
 
     measure: str
@@ -54,6 +57,10 @@ class Row:
     dtype: str | None = None
     cores: int | None = None
     placement: str | None = None
+    requests_per_second: float | None = None
+    group: str | None = None
+    low: float | None = None
+    high: float | None = None
     mean: float | None = None
     p99: float | None = None
     median: float

@@ -149,7 +149,34 @@ def _cpu_table(reports: Mapping[str, Report]) -> str:
     return _markdown(["microseconds on one core: median; torch's over it", *kernel], lines)
 
 
-_TABLES = {"kernels": _kernel_table, "cpu": _cpu_table}
+def _slo_table(reports: Mapping[str, Report]) -> str:
+    """A column for each report, of the rate that it reports."""
+    cells = {name: _slo_cells(report) for name, report in reports.items()}
+    labels = list(dict.fromkeys(label for column in cells.values() for label in column))
+    lines = [[f"`{name}`" for name in cells], *([cells[name].get(label, "") for name in cells] for label in labels)]
+    return _markdown(["under load", *labels], lines)
+
+
+def _slo_cells(report: Report) -> Mapping[str, str]:
+    if report.settings["void"] is not None:
+        return {"void": report.settings["void"]}
+    attain = f"{report.settings['search']['attain']:.0%}"
+    found = {row.measure: row for row in report.rows if row.part == "all"}
+    cells = {
+        f"requests/s with {attain} in time": f"{row.median:.4g}"
+        for row in report.rows
+        if row.measure == "goodput_requests_per_second"
+    }
+    if (share := found.get("slo_attainment_fraction")) is not None:
+        cells["measured at, requests/s"] = f"{share.requests_per_second:.4g}"
+        cells["in time (Wilson's interval)"] = f"{share.median:.1%} ({share.low:.1%} to {share.high:.1%})"
+    for measure, name in (("ttft_ms", "first token"), ("tpot_ms", "per token after it")):
+        if (row := found.get(measure)) is not None:
+            cells[f"{name}, ms: median, p99"] = f"{row.median:.1f}, {row.p99:.1f}"
+    return cells
+
+
+_TABLES = {"kernels": _kernel_table, "cpu": _cpu_table, "slo": _slo_table}
 
 
 def _markdown(labels: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from segue.cli.bench_options import JsonOption, check_outputs, numbers, show_console, with_progress, write_outputs
 from segue.cli.bench_simulate import simulate
+from segue.cli.bench_slo import slo
 from segue.cli.common import UserError, one_line_errors
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ def register(app: typer.Typer) -> None:
     bench.command(name="kernels")(kernels)
     bench.command(name="cpu")(cpu)
     bench.command(name="simulate")(simulate)
+    bench.command(name="slo")(slo)
     app.add_typer(bench, name="bench")
 
 
