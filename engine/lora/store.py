@@ -50,7 +50,8 @@ class AdapterStore:
 
     ``wake`` is called on one of the store's threads whenever ``drain`` has something to apply. ``link`` is throttled to
     ``copy_bytes_per_second``; others may charge it too. Without ``streams`` the device is the CPU. ``staging_bytes``
-    are those of the largest layer that is expected; a larger one makes room when it comes. An unknown version raises
+    are those of the largest layer that is expected; a larger one makes room when it comes. ``read_threads`` read files,
+    and a version fails when one of its reads has not come back for ``read_stall_seconds``. An unknown version raises
     KeyError where nothing else is said.
     """
 
@@ -65,6 +66,8 @@ class AdapterStore:
         ops: TransferOps | None = None,
         streams: DeviceStreams | None = None,
         staging_bytes: int = 0,
+        read_threads: int = 1,
+        read_stall_seconds: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.link = LinkThrottle(copy_bytes_per_second)
@@ -83,6 +86,8 @@ class AdapterStore:
             wake=wake,
             ops=ops or TransferOps(),
             staging_bytes=staging_bytes,
+            read_threads=read_threads,
+            read_stall_seconds=read_stall_seconds,
         )
 
     # -- versions and their users ------------------------------------------------------------------------------------
@@ -178,6 +183,7 @@ class AdapterStore:
         adapter.device = DeviceCopy.to_fill(pages, place, len(adapter.layers))
         adapter.evict_host_when_dropped = False
         self.start_load(version_id)
+        self._mover.hasten(adapter)
         self._mover.start_copies(adapter)
         self._start_waiting()
 

@@ -17,10 +17,11 @@ from torch import Tensor
 from segue.engine.device import CpuStreams, DeviceStreams
 from segue.engine.lora.catalog import AdapterCatalog
 from segue.engine.lora.events import StoreEvent
+from segue.engine.lora.file_runs import Target
 from segue.engine.lora.landing import LandLayer
 from segue.engine.lora.manifest import AdapterManifest, Projection
 from segue.engine.lora.store import AdapterStore, LayerState
-from segue.engine.lora.transfer import TransferOps, read_into
+from segue.engine.lora.transfer import TransferOps
 from segue.engine.memory.adapter_layout import choose_chunk_elems
 from segue.engine.memory.pool import PagePool
 from segue.gpu_kernels.landing import land_matrices
@@ -76,7 +77,8 @@ class FakeSharedMemory:
 
 @dataclass(kw_only=True)
 class StoreRig:
-    """A store with its surroundings. ``reads`` and ``copies`` gate each tensor read and each matrix landed."""
+    """A store with its surroundings. ``reads`` and ``copies`` gate each part of a layer that is read (a layer has one)
+    and each matrix that is landed."""
 
     root: Path
     model: SmallModel = MODEL
@@ -117,7 +119,7 @@ class StoreRig:
             copy_bytes_per_second=self.copy_bytes_per_second,
             staging_bytes=self.staging_bytes,
             streams=self.streams,
-            ops=TransferOps(read_into=self._read, land=self._land),
+            ops=TransferOps(read_runs=self._read, land=self._land),
         )
         self.capacity_bytes = self.store.host_free_bytes
         self.catalog = AdapterCatalog(self.root, self.model, 256)
@@ -223,10 +225,10 @@ class StoreRig:
             assert time.monotonic() < deadline, "nothing waits at the gate"
             time.sleep(0.001)
 
-    def _read(self, descriptor: int, buffer: memoryview, offset: int) -> int:
+    def _read(self, target: Target, descriptor: int, runs: npt.NDArray[np.int64], offset: int) -> int:
         self.reads.pass_through()
         self.on_read()
-        return read_into(descriptor, buffer, offset)
+        return target.read(descriptor, runs, offset)
 
     def _land(self, staging: Tensor, table: Tensor, pool_layer: Tensor, page_table: Tensor, chunk_elems: int) -> None:
         for index in range(len(table)):
