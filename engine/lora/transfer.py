@@ -11,8 +11,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from queue import Queue
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 
@@ -122,13 +121,21 @@ Completion = LayerRead | ReadFailed | ReadEnded | CopyEnqueued | CopyEnded
 _Job = TypeVar("_Job", CopyJob, EnqueuedCopy)
 
 
-class JobThread(ABC, Generic[_Job]):
-    """A thread that carries out jobs in the order in which they were put, at most ``max_jobs`` (0: any) in waiting."""
+class JobQueue(Protocol[_Job]):
+    """Where jobs wait; ``put`` may wait for room. After None there are no more."""
 
-    def __init__(self, name: str, report: Callable[[Completion], None], max_jobs: int = 0) -> None:
+    def put(self, job: _Job | None) -> None: ...
+
+    def get(self) -> _Job | None: ...
+
+
+class JobThread(ABC, Generic[_Job]):
+    """A thread that carries out the jobs of a queue, one after the other."""
+
+    def __init__(self, name: str, report: Callable[[Completion], None], jobs: JobQueue[_Job]) -> None:
         self._report = report
         self._stopped = threading.Event()
-        self._jobs: Queue[_Job | None] = Queue(max_jobs)
+        self._jobs: JobQueue[_Job] = jobs
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 

@@ -153,6 +153,7 @@ class FakeSteppedCopier(CopierThread):
     def put(self, job: CopyJob) -> None:
         self._steps.job_put()
         super().put(job)
+        self._steps.wait_until_still()
 
     def _carry_out(self, job: CopyJob) -> None:
         self._steps.pause()
