@@ -22,7 +22,7 @@ from segue.engine.lora.events import LayerEnqueued, LayerHost, LayerLanded, Load
 from segue.engine.lora.host_memory import HostExtents
 from segue.engine.lora.landing import LayerLander
 from segue.engine.lora.link import LinkThrottle
-from segue.engine.lora.reader import ReaderPool
+from segue.engine.lora.reader import ReaderPool, ReadLimits
 from segue.engine.lora.states import UNDER_WAY, Adapter, DeviceCopy, HostCopy, LayerState, ReadPhase
 from segue.engine.lora.transfer import (
     Completion,
@@ -71,8 +71,7 @@ class WeightMover:
         wake: Callable[[], None],
         ops: TransferOps,
         staging_bytes: int,
-        read_threads: int,
-        read_stall_seconds: float,
+        read_limits: ReadLimits,
     ) -> None:
         self.extents = HostExtents(len(memory.store))
         self._pool = pool
@@ -92,8 +91,7 @@ class WeightMover:
             dtype=pool.dtype,
             read_runs=ops.read_runs,
             report=self._report,
-            threads=read_threads,
-            stall_seconds=read_stall_seconds,
+            limits=read_limits,
         )
         lander = LayerLander(
             host=host,

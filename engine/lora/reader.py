@@ -35,15 +35,23 @@ from segue.engine.lora.transfer import (
     failure_message,
 )
 
-# Enough for a read to run at the speed of memory; and a layer of usual size is in several.
-PART_BYTES = 2 << 20
 # What nobody waits for yet gets this many layers later what is waited for.
 _PREFETCH_STRIDE = 8.0
 _URGENT_STRIDE = 1.0
-_OVERDUE_SECONDS = 0.05
 _MOST_STAND_INS = 32
 # Threads that hang in the kernel do not keep an engine from ending.
 _JOIN_SECONDS = 2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadLimits:
+    """How files are read. A layer is read in parts of at most ``part_bytes``: enough for a read to run at the speed of
+    memory, and so few that all ``threads`` are at the layer that is needed first."""
+
+    threads: int = 1
+    stall_seconds: float = 10.0
+    overdue_seconds: float = 0.05
+    part_bytes: int = 2 << 20
 
 
 @dataclass(slots=True, eq=False)
@@ -92,7 +100,7 @@ class _Work:
 
 
 class ReaderPool:
-    """``threads`` threads that read, and one that looks for those that hang.
+    """Threads that read, as many as ``limits`` says, and one that looks for those that hang.
 
     ``host`` is the host store as uint8 [bytes]. ``make_touchable(stop_bytes)`` is called before bytes below it are
     touched, and may wait. Weights of another dtype than the model's are converted once, on their way.
@@ -106,10 +114,7 @@ class ReaderPool:
         dtype: torch.dtype,
         read_runs: ReadRuns,
         report: Callable[[Completion], None],
-        threads: int,
-        stall_seconds: float,
-        part_bytes: int = PART_BYTES,
-        overdue_seconds: float = _OVERDUE_SECONDS,
+        limits: ReadLimits,
     ) -> None:
         self._host = host
         self._make_touchable = make_touchable
@@ -117,10 +122,7 @@ class ReaderPool:
         self._dtype_name = file_dtype(dtype)
         self._read_runs = read_runs
         self._report = report
-        self._wanted_threads = threads
-        self._stall_seconds = stall_seconds
-        self._part_bytes = part_bytes
-        self._overdue_seconds = overdue_seconds
+        self._limits = limits
         lock = threading.Lock()
         self._has_work = threading.Condition(lock)
         self._has_begun = threading.Condition(lock)
@@ -135,7 +137,7 @@ class ReaderPool:
         self._look_seconds = math.inf
         self._watch = threading.Thread(target=self._watch_reads, name="segue-lora-read-watch", daemon=True)
         with lock:
-            for _ in range(threads):
+            for _ in range(limits.threads):
                 self._start_thread()
         self._watch.start()
 
@@ -150,7 +152,7 @@ class ReaderPool:
             self._readings[job] = reading
             self._order.add(reading, stride)
             self._has_work.notify_all()
-            self._look_by(reading.put_seconds + self._stall_seconds)
+            self._look_by(reading.put_seconds + self._limits.stall_seconds)
 
     def hasten(self, job: ReadJob) -> None:
         """A pass waits for the job from now on; nothing if it has ended."""
@@ -218,7 +220,7 @@ class ReaderPool:
     def _next(self) -> _Work | None:
         """What a thread is to do; None: it is to end."""
         with self._has_work:
-            while not self._stopped and len(self._threads) <= self._wanted_threads + self._overdue_threads:
+            while not self._stopped and len(self._threads) <= self._limits.threads + self._overdue_threads:
                 reading = self._order.first()
                 if reading is not None:
                     return self._begin(reading)
@@ -230,7 +232,7 @@ class ReaderPool:
         if not reading.parts:
             layer = reading.begun_layers
             planned = reading.job.plan.layers[layer]
-            reading.begin_layer(parts_of(layer, planned, self._dtype_name, self._part_bytes))
+            reading.begin_layer(parts_of(layer, planned, self._dtype_name, self._limits.part_bytes))
         layer_parts = reading.unread[reading.begun_layers - 1]
         part = reading.parts.popleft()
         self._order.charge(reading, 1 / layer_parts)
@@ -242,7 +244,7 @@ class ReaderPool:
             reading.begin_seconds = now
         work = _Work(reading, part, now)
         self._works.add(work)
-        self._look_by(now + self._overdue_seconds)
+        self._look_by(now + self._limits.overdue_seconds)
         return work
 
     def _finish(self, work: _Work, failure: str | None) -> bool:
@@ -325,13 +327,13 @@ class ReaderPool:
         waits = []
         for work in tuple(self._works):
             seconds = now - work.begin_seconds
-            if not work.is_overdue and seconds >= self._overdue_seconds:
+            if not work.is_overdue and seconds >= self._limits.overdue_seconds:
                 self._stand_in_for(work)
             stalls = not work.waits_for_memory and not work.reading.is_over
-            if stalls and seconds >= self._stall_seconds:
+            if stalls and seconds >= self._limits.stall_seconds:
                 self._fail(work.reading, self._stall_failure)
-            waits += [self._overdue_seconds - seconds] * (not work.is_overdue)
-            waits += [self._stall_seconds - seconds] * (stalls and not work.reading.is_over)
+            waits += [self._limits.overdue_seconds - seconds] * (not work.is_overdue)
+            waits += [self._limits.stall_seconds - seconds] * (stalls and not work.reading.is_over)
         if all(not work.waits_for_memory for work in self._works):
             waits += self._look_at_the_queue(now)
         return min(waits, default=None)
@@ -342,11 +344,11 @@ class ReaderPool:
         for reading in tuple(self._readings.values()):
             if reading in self._order:
                 seconds = now - max(reading.put_seconds, self._last_begin_seconds)
-                if seconds >= self._stall_seconds:
+                if seconds >= self._limits.stall_seconds:
                     self._fail(reading, self._stall_failure)
                     self._end_if_left(reading, verified=False)
                 else:
-                    waits.append(self._stall_seconds - seconds)
+                    waits.append(self._limits.stall_seconds - seconds)
         return waits
 
     def _stand_in_for(self, work: _Work) -> None:
@@ -355,12 +357,12 @@ class ReaderPool:
         if work.reading in self._order:
             self._order.remove(work.reading)
         self._overdue_threads += 1
-        if len(self._threads) < self._wanted_threads + min(self._overdue_threads, _MOST_STAND_INS):
+        if len(self._threads) < self._limits.threads + min(self._overdue_threads, _MOST_STAND_INS):
             self._start_thread()
 
     @property
     def _stall_failure(self) -> str:
-        return f"the weights could not be read: the disk did not answer for {self._stall_seconds:g} seconds"
+        return f"the weights could not be read: the disk did not answer for {self._limits.stall_seconds:g} seconds"
 
 
 def _verify(job: ReadJob) -> str | None:

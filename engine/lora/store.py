@@ -21,6 +21,7 @@ from segue.engine.lora.landing import LandingPlace
 from segue.engine.lora.link import LinkThrottle
 from segue.engine.lora.manifest import AdapterManifest
 from segue.engine.lora.mover import HostStore, WeightMover
+from segue.engine.lora.reader import ReadLimits
 from segue.engine.lora.states import Adapter, DeviceCopy, HostLayer, LayerState, ReadPhase
 from segue.engine.lora.transfer import TransferOps
 from segue.engine.memory.adapter_layout import AdapterLayout
@@ -39,6 +40,7 @@ __all__ = [
     "LayerLanded",
     "LayerState",
     "LoadFailed",
+    "ReadLimits",
     "StoreEvent",
     "TransferOps",
     "Verified",
@@ -50,8 +52,7 @@ class AdapterStore:
 
     ``wake`` is called on one of the store's threads whenever ``drain`` has something to apply. ``link`` is throttled to
     ``copy_bytes_per_second``; others may charge it too. Without ``streams`` the device is the CPU. ``staging_bytes``
-    are those of the largest layer that is expected; a larger one makes room when it comes. ``read_threads`` read files,
-    and a version fails when one of its reads has not come back for ``read_stall_seconds``. An unknown version raises
+    are those of the largest layer that is expected; a larger one makes room when it comes. An unknown version raises
     KeyError where nothing else is said.
     """
 
@@ -66,8 +67,7 @@ class AdapterStore:
         ops: TransferOps | None = None,
         streams: DeviceStreams | None = None,
         staging_bytes: int = 0,
-        read_threads: int = 1,
-        read_stall_seconds: float = 10.0,
+        read_limits: ReadLimits | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.link = LinkThrottle(copy_bytes_per_second)
@@ -86,8 +86,7 @@ class AdapterStore:
             wake=wake,
             ops=ops or TransferOps(),
             staging_bytes=staging_bytes,
-            read_threads=read_threads,
-            read_stall_seconds=read_stall_seconds,
+            read_limits=read_limits or ReadLimits(),
         )
 
     # -- versions and their users ------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,18 +27,17 @@ from segue.engine.lora.checkpoint import WEIGHTS_FILE, open_checkpoint
 from segue.engine.lora.copier import CopierThread, LandingsThread
 from segue.engine.lora.manifest import AdapterManifest, ModuleWeights, Projection, TensorSpan
 from segue.engine.lora.part_reader import PartReader
-from segue.engine.lora.reader import ReaderPool
+from segue.engine.lora.reader import ReaderPool, ReadLimits
 from segue.engine.lora.transfer import Completion, CopyJob, EnqueuedCopy, ReadEnded, ReadJob
 from tests.engine.lora.adapter_folders import SmallModel, peft_config, random_tensors, write_folder
 from tests.engine.lora.fake_streams import PATIENCE_SECONDS, FakeStream, FakeStreams
-from tests.engine.lora.store_rig import StoreRig
+from tests.engine.lora.store_rig import NEVER_SECONDS, PATIENT_READS, StoreRig
 
 STEPPED_MODEL = SmallModel(layers=2, hidden=32)
 TARGETS = (Projection.Q,)
 READ_ERROR = "the disk failed"
 # A layer of rank 8 is read in four parts, one of rank 2 in one.
-PART_BYTES = 512
-NEVER_SECONDS = 1e6
+STEPPED_READS = replace(PATIENT_READS, part_bytes=512, overdue_seconds=1e3 * NEVER_SECONDS)
 LANDING_ERROR = "the link failed"
 
 
@@ -115,8 +114,7 @@ class FakeSteppedReader(ReaderPool):
             if isinstance(completion, ReadEnded):
                 steps.job_ended()
 
-        times = {"stall_seconds": NEVER_SECONDS, "overdue_seconds": NEVER_SECONDS}
-        super().__init__(report=report_and_count, **{**options, **times, "part_bytes": PART_BYTES})
+        super().__init__(report=report_and_count, **options)
 
     def put(self, job: ReadJob, *, urgent: bool) -> None:
         self._steps.job_put()
@@ -124,10 +122,10 @@ class FakeSteppedReader(ReaderPool):
         # Which job an idle thread takes must not depend on whether it is quicker than the next call.
         self._steps.wait_until_still()
 
-    def look(self, seconds_later: float) -> None:
-        """Look for reads that hang, as if so much time had gone by."""
+    def stall(self) -> None:
+        """Whatever is being read, and what waits behind it, has hung for longer than it may. None stands in."""
         with self._has_begun:
-            self._look(time.monotonic() + seconds_later)
+            self._look(time.monotonic() + 2 * NEVER_SECONDS)
 
     def _read(self, reader: PartReader, work: Any) -> str | None:
         self.job = work.reading.job
@@ -187,6 +185,7 @@ class SteppedRig(StoreRig):
     """
 
     model: SmallModel = STEPPED_MODEL
+    read_limits: ReadLimits = STEPPED_READS
     reader: FakeSteps = field(default_factory=FakeSteps)
     copier: FakeSteps = field(default_factory=FakeSteps)
     landings: FakeSteps = field(default_factory=FakeSteps)
@@ -218,6 +217,12 @@ class SteppedRig(StoreRig):
         assert self.pool.free_pages + self.store.device_pages_held + len(self.grabbed) == self.pool.pages
         for page, value in self.grabbed.items():
             assert (self.pool.data[:, page] == value).all(), f"page {page} was written by who does not own it"
+
+    def stall_reads(self) -> None:
+        """See FakeSteppedReader."""
+        reader = self.store._mover._reader
+        assert isinstance(reader, FakeSteppedReader)
+        reader.stall()
 
     def _before_read(self) -> None:
         thread = self.store._mover._reader
