@@ -282,7 +282,7 @@ class WeightMover:
     def _on_read_failed(self, failed: ReadFailed) -> None:
         adapter, host = self._reads[failed.job]
         if adapter.host is host and adapter.phase is ReadPhase.READING:
-            self._fail(adapter, failed.failure, failed.monotonic_seconds)
+            self._fail(adapter, failed.failure, failed.monotonic_seconds, may_pass=failed.may_pass)
 
     def _on_read_ended(self, done: ReadEnded) -> Adapter:
         adapter, host = self._reads.pop(done.job)
@@ -324,7 +324,7 @@ class WeightMover:
                 self._fail(adapter, done.failure, done.monotonic_seconds)
         return adapter
 
-    def _fail(self, adapter: Adapter, message: str, seconds: float) -> None:
+    def _fail(self, adapter: Adapter, message: str, seconds: float, *, may_pass: bool = False) -> None:
         """Users keep what they hold until they release it; what is still under way is cancelled."""
         adapter.move_phase(ReadPhase.FAILED)
         adapter.failure = message
@@ -335,7 +335,7 @@ class WeightMover:
         for layer, state in enumerate(adapter.layers):
             if state is LayerState.READING:
                 adapter.move_layer(layer, LayerState.ABSENT)
-        self._events.append(LoadFailed(adapter.version_id, message, seconds))
+        self._events.append(LoadFailed(adapter.version_id, message, seconds, may_pass))
 
     def _free_if_left(self, host: HostCopy) -> None:
         if host in self._leaving_hosts and not host.is_referenced:

@@ -290,10 +290,11 @@ class ReaderPool:
                 self._order.add(reading, reading.stride)
                 self._has_work.notify_all()
 
-    def _fail(self, reading: _Reading, failure: str) -> None:
+    def _fail(self, reading: _Reading, failure: str, *, may_pass: bool = False) -> None:
         if not reading.is_over:
             self._give_up(reading)
-            self._report(ReadFailed(job=reading.job, failure=failure, monotonic_seconds=time.monotonic()))
+            now = time.monotonic()
+            self._report(ReadFailed(job=reading.job, failure=failure, may_pass=may_pass, monotonic_seconds=now))
 
     def _give_up(self, reading: _Reading) -> None:
         reading.is_over = True
@@ -331,7 +332,7 @@ class ReaderPool:
                 self._stand_in_for(work)
             stalls = not work.waits_for_memory and not work.reading.is_over
             if stalls and seconds >= self._limits.stall_seconds:
-                self._fail(work.reading, self._stall_failure)
+                self._fail(work.reading, self._stall_failure, may_pass=True)
             waits += [self._limits.overdue_seconds - seconds] * (not work.is_overdue)
             waits += [self._limits.stall_seconds - seconds] * (stalls and not work.reading.is_over)
         if all(not work.waits_for_memory for work in self._works):
@@ -345,7 +346,7 @@ class ReaderPool:
             if reading in self._order:
                 seconds = now - max(reading.put_seconds, self._last_begin_seconds)
                 if seconds >= self._limits.stall_seconds:
-                    self._fail(reading, self._stall_failure)
+                    self._fail(reading, self._stall_failure, may_pass=True)
                     self._end_if_left(reading, verified=False)
                 else:
                     waits.append(self._limits.stall_seconds - seconds)

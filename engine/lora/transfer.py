@@ -79,10 +79,14 @@ class LayerRead:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadFailed:
-    """A read job cannot be completed. Reads of it may still be under way: it has not ended."""
+    """A read job cannot be completed. Reads of it may still be under way: it has not ended.
+
+    ``may_pass``: the weights are not to blame, and another time they may be read.
+    """
 
     job: ReadJob
     failure: str
+    may_pass: bool
     monotonic_seconds: float
 
 
