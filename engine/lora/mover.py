@@ -90,7 +90,8 @@ class WeightMover:
             make_touchable=memory.wait_until_ready,
             dtype=pool.dtype,
             read_runs=ops.read_runs,
-            report=self._report,
+            report=self._completions.put,
+            wake=wake,
             limits=read_limits,
         )
         lander = LayerLander(

@@ -103,7 +103,8 @@ class ReaderPool:
     """Threads that read, as many as ``limits`` says, and one that looks for those that hang.
 
     ``host`` is the host store as uint8 [bytes]. ``make_touchable(stop_bytes)`` is called before bytes below it are
-    touched, and may wait. Weights of another dtype than the model's are converted once, on their way.
+    touched, and may wait. Weights of another dtype than the model's are converted once, on their way. ``report`` must
+    not wait; ``wake`` is called behind it, by those that read without the lock, since a system call gives the GIL away.
     """
 
     def __init__(
@@ -114,6 +115,7 @@ class ReaderPool:
         dtype: torch.dtype,
         read_runs: ReadRuns,
         report: Callable[[Completion], None],
+        wake: Callable[[], None],
         limits: ReadLimits,
     ) -> None:
         self._host = host
@@ -121,7 +123,9 @@ class ReaderPool:
         self._dtype = dtype
         self._dtype_name = file_dtype(dtype)
         self._read_runs = read_runs
-        self._report = report
+        self._put_report = report
+        self._wake = wake
+        self._is_told = True
         self._limits = limits
         lock = threading.Lock()
         self._has_work = threading.Condition(lock)
@@ -170,6 +174,7 @@ class ReaderPool:
             if reading is not None:
                 self._give_up(reading)
                 self._end_if_left(reading, verified=False)
+        self._tell()
 
     def close(self) -> None:
         """Stop, each thread behind the part that it is at. Threads that hang in the kernel are left there."""
@@ -195,6 +200,17 @@ class ReaderPool:
             while (work := self._next()) is not None:
                 if self._finish(work, self._read(reader, work)):
                     self._conclude(work)
+                self._tell()
+
+    def _report(self, completion: Completion) -> None:
+        self._put_report(completion)
+        self._is_told = False
+
+    def _tell(self) -> None:
+        """Wake who applies reports, if there are new ones."""
+        if not self._is_told:
+            self._is_told = True
+            self._wake()
 
     def _read(self, reader: PartReader, work: _Work) -> str | None:
         """Why it failed, if it did."""
@@ -314,6 +330,7 @@ class ReaderPool:
             while not self._stopped:
                 now = time.monotonic()
                 wait_seconds = self._look(now)
+                self._tell()
                 self._look_seconds = math.inf if wait_seconds is None else now + wait_seconds
                 self._has_begun.wait(wait_seconds)
 

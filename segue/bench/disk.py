@@ -168,6 +168,7 @@ def _pool_times(adapter: _Adapter, config: DiskBenchConfig, threads: int, read_r
         dtype=torch.bfloat16,
         read_runs=read_runs,
         report=report,
+        wake=lambda: None,
         limits=ReadLimits(threads=threads, part_bytes=config.part_bytes),
     )
     times = _Timings()
