@@ -51,7 +51,9 @@ class EngineConfig:
     with; on the CPU a quarter of the available memory, 4 GiB at most. ``prefix_cache`` keeps
     the KV of ended requests for those that begin with the same tokens, until its pages are needed. ``host_store_bytes``
     bounds the adapter weights kept in host memory. ``copy_bytes_per_second`` throttles copies to the device (None: as
-    fast as it goes); the rows that CPU workers exchange are charged to the same budget.
+    fast as it goes); the rows that CPU workers exchange are charged to the same budget. ``read_threads`` read adapters'
+    files; None: 4, or as many as there are cores beside the workers' and two more. A version whose file has not
+    answered a read for ``read_stall_seconds`` fails.
 
     ``budget_tokens`` bounds the rows of one pass, and ``chunk_tokens`` the rows of prompts that ride in a step with
     requests that decode. ``max_passes`` bounds the passes of loading adapters under way, and ``layers_per_step`` how
@@ -82,6 +84,8 @@ class EngineConfig:
     max_lora_rank: int = 256
     host_store_bytes: int = 256 << 20
     copy_bytes_per_second: float | None = None
+    read_threads: int | None = None
+    read_stall_seconds: float = 10.0
     torch_threads: int = 1
     cpu_workers: int = 2
     cpu_cores: tuple[int, ...] = ()
@@ -115,6 +119,7 @@ class EngineConfig:
             "max_waiting",
             "max_lora_rank",
             "host_store_bytes",
+            "read_stall_seconds",
             "torch_threads",
             "cpu_slots",
             "cpu_stall_seconds",
@@ -130,3 +135,5 @@ class EngineConfig:
             require_positive(self, "max_context_tokens")
         if self.copy_bytes_per_second is not None:
             require_positive(self, "copy_bytes_per_second")
+        if self.read_threads is not None:
+            require_positive(self, "read_threads")

@@ -29,7 +29,14 @@ from segue.engine.sampler import Sampler
 from segue.engine.sampling import SampledToken
 from segue.engine.timeline import LayerRecord
 from segue.engine.versions import AdapterVersions
-from segue.errors import AdapterRejectedError, InternalError, InvalidRequestError, OverloadedError, SegueError
+from segue.errors import (
+    AdapterRejectedError,
+    EngineUnavailableError,
+    InternalError,
+    InvalidRequestError,
+    OverloadedError,
+    SegueError,
+)
 from segue.scheduler.plan import Admission, PassPlan, PassRows, SchedulerLimits, StepPlan, pages_for
 from segue.types import FinishReason
 
@@ -144,7 +151,7 @@ class Engine:
         try:
             self._versions.open(manifest, descriptor, pinned=pinned, largest_need_pages=max(needs, default=0))
         except AdapterRejectedError as error:
-            self._fail_version(manifest.version_id, error.message)
+            self._fail_version(manifest.version_id, error)
 
     # -- one step ----------------------------------------------------------------------------------------------------
 
@@ -241,14 +248,16 @@ class Engine:
         for event in self._store.drain():
             self._progressed = True
             if isinstance(event, LoadFailed):
-                self._fail_version(event.version_id, event.message)
+                kind = EngineUnavailableError if event.may_pass else AdapterRejectedError
+                self._fail_version(event.version_id, kind(event.message))
 
-    def _fail_version(self, version_id: int, message: str) -> None:
-        self._versions.fail(version_id, message)
-        self._unreported.append(VersionFailed(version_id, message))
+    def _fail_version(self, version_id: int, error: SegueError) -> None:
+        self._versions.fail(version_id, error)
+        may_pass = isinstance(error, EngineUnavailableError)
+        self._unreported.append(VersionFailed(version_id, error.message, may_pass))
         for request in self._requests:
             if request.version_id == version_id and request.state is not RequestState.ENDING:
-                self._fail(request, AdapterRejectedError(message))
+                self._fail(request, error)
         for item in self._passes:
             if any(rows.request.version_id == version_id for rows in item.rows):
                 # It would wait for weights that never come. Rows of other adapters in it are computed again.

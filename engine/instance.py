@@ -27,7 +27,7 @@ from segue.engine.lora.bridge import CpuBridge, HostTransport, RowTransport
 from segue.engine.lora.device_lora import TorchDeviceLora
 from segue.engine.lora.manifest import Projection
 from segue.engine.lora.points import POINT_PROJECTIONS
-from segue.engine.lora.store import AdapterStore
+from segue.engine.lora.store import AdapterStore, ReadLimits
 from segue.engine.lora.transfer import TransferOps
 from segue.engine.memory.adapter_layout import choose_chunk_elems
 from segue.engine.memory.pool import PagePool
@@ -50,6 +50,9 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 _ASSUMED_PREFILL_TOKENS_PER_SECOND = 1000.0
 # Up to about so many rows a pass takes the time in which the device reads the model's weights.
 _MERGED_ROWS = 128
+_MOST_READ_THREADS = 4
+# The engine's loop and the front end.
+_BUSY_CORES = 2
 
 
 class EngineInstance:
@@ -88,6 +91,7 @@ class EngineInstance:
             ops=_transfer_ops(self._pool, chunk_elems),
             streams=streams,
             staging_bytes=config.max_lora_rank * dtype.itemsize * sum(sum(shape) for shape in shapes.values()),
+            read_limits=_read_limits(config),
             wake=self._wake,
         )
         ring = JobRing(self.workers)
@@ -301,6 +305,17 @@ def _transfer_ops(pool: PagePool, chunk_elems: int) -> TransferOps:
 
 def _not_installed(error: ImportError) -> ConfigError:
     return ConfigError(f"device: 'cuda' needs flashinfer-python and triton, and {error}")
+
+
+def _read_limits(config: EngineConfig) -> ReadLimits:
+    threads = config.read_threads or default_read_threads(len(os.sched_getaffinity(0)), config.cpu_workers)
+    return ReadLimits(threads=threads, stall_seconds=config.read_stall_seconds)
+
+
+def default_read_threads(cores: int, cpu_workers: int) -> int:
+    """Threads that read adapters' files: as many as memory keeps busy, if the workers, the engine's loop and the front
+    end leave so many cores; they copy, and compute nothing."""
+    return max(1, min(_MOST_READ_THREADS, cores - cpu_workers - _BUSY_CORES))
 
 
 def handoff_policy(config: HandoffConfig) -> HandoffPolicy:

@@ -191,10 +191,14 @@ class State(msgspec.Struct, frozen=True, tag=True):
 
 
 class VersionFailed(msgspec.Struct, frozen=True, tag=True):
-    """A version turned out not to be servable (truncated, NaN, changed while read); its users were failed."""
+    """A version turned out not to be servable (truncated, NaN, changed while read); its users were failed.
+
+    ``may_pass``: what it was made of is not to blame (a disk that does not answer).
+    """
 
     version_id: int
     message: str
+    may_pass: bool = False
 
 
 ToEngine = Start | Submit | Cancel | OpenVersion | CloseVersion | Evict | Preload | GetState | Shutdown

@@ -33,7 +33,7 @@ class AdapterVersions:
         self._pool_pages = pool_pages
         self._forget_kv = forget_kv
         self._known: dict[int, AdapterManifest] = {}
-        self._failures: dict[int, str] = {}
+        self._failures: dict[int, SegueError] = {}
         self._evicting: set[int] = set()
         self._leaving: set[int] = set()
 
@@ -45,7 +45,7 @@ class AdapterVersions:
     def refusal(self, version_id: int) -> SegueError | None:
         """Why a request cannot use the version; None if it can."""
         if version_id in self._failures:
-            return AdapterRejectedError(self._failures[version_id])
+            return self._failures[version_id]
         if version_id not in self._known:
             return AdapterNotFoundError("this adapter version is no longer known")
         return None
@@ -88,9 +88,9 @@ class AdapterVersions:
         self._leaving.add(version_id)
         self.settle()
 
-    def fail(self, version_id: int, message: str) -> None:
-        """The version cannot be served: requests for it are refused with ``message``."""
-        self._failures[version_id] = message
+    def fail(self, version_id: int, error: SegueError) -> None:
+        """The version cannot be served: requests for it are refused with ``error``."""
+        self._failures[version_id] = error
         self._drop(version_id)
         self._leaving.add(version_id)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from queue import Queue
 
+from segue.engine.lora.copy_queue import CopyQueue
 from segue.engine.lora.landing import LayerLander
 from segue.engine.lora.link import LinkThrottle
 from segue.engine.lora.transfer import (
@@ -23,7 +25,7 @@ _MAX_ENQUEUED = 128
 
 
 class CopierThread(JobThread[CopyJob]):
-    """Copies layers to the device. ``link`` says when each copy's bytes have gone through.
+    """Copies layers to the device in the order of need. ``link`` says when each copy's bytes have gone through.
 
     Where the device works beside the host, a layer is enqueued and reported at once, by an event for the streams that
     want it, and has landed when its end is reported. Elsewhere the end is all there is to report.
@@ -33,7 +35,7 @@ class CopierThread(JobThread[CopyJob]):
         self._lander = lander
         self._link = link
         self._landings = LandingsThread(report)
-        super().__init__("segue-lora-copier", report)
+        super().__init__("segue-lora-copier", report, CopyQueue())
 
     def close(self) -> None:
         """Stop, and wait until the device has done all that it was given."""
@@ -68,7 +70,7 @@ class LandingsThread(JobThread[EnqueuedCopy]):
 
     def __init__(self, report: Callable[[Completion], None]) -> None:
         self._last_end_seconds = 0.0
-        super().__init__("segue-lora-landings", report, _MAX_ENQUEUED)
+        super().__init__("segue-lora-landings", report, Queue(_MAX_ENQUEUED))
 
     def close(self) -> None:
         """See all of them land: until then the device reads the host's memory."""
