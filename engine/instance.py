@@ -36,7 +36,7 @@ from segue.engine.messages import Ready, StartProgress, State
 from segue.engine.models.config import ModelConfig
 from segue.engine.models.decoder import DecoderModel
 from segue.engine.models.rope import RotaryEmbedding
-from segue.engine.pool_size import PageNeeds, cpu_pages, cuda_pages
+from segue.engine.pool_size import PageNeeds, cpu_pages, cuda_pages, staging_bytes
 from segue.engine.progress import ReportProgress, log_lines
 from segue.engine.rate import RateMeter
 from segue.engine.runner import PassRunner
@@ -90,7 +90,7 @@ class EngineInstance:
             copy_bytes_per_second=config.copy_bytes_per_second,
             ops=_transfer_ops(self._pool, chunk_elems),
             streams=streams,
-            staging_bytes=config.max_lora_rank * dtype.itemsize * sum(sum(shape) for shape in shapes.values()),
+            staging_bytes=staging_bytes(config, self._model_config, dtype.itemsize),
             read_limits=_read_limits(config),
             wake=self._wake,
         )

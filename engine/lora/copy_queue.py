@@ -38,9 +38,23 @@ class CopyQueue:
             place = self._order.first()
             if self._ended or place is None:
                 return None
-            job = self._jobs[place].popleft()
-            self._order.charge(place, 1)
-            if not self._jobs[place]:
-                del self._jobs[place]
-                self._order.remove(place)
-            return job
+            return self._take(place)
+
+    def take_following(self, job: CopyJob, most_jobs: int, most_bytes: int) -> list[CopyJob]:
+        """The next jobs of the same load, if they are there: at most so many, and of so many bytes together."""
+        taken: list[CopyJob] = []
+        with self._changed:
+            while len(taken) < most_jobs and job.place in self._jobs:
+                most_bytes -= self._jobs[job.place][0].planned.host_bytes
+                if most_bytes < 0:
+                    break
+                taken.append(self._take(job.place))
+        return taken
+
+    def _take(self, place: LandingPlace) -> CopyJob:
+        job = self._jobs[place].popleft()
+        self._order.charge(place, 1)
+        if not self._jobs[place]:
+            del self._jobs[place]
+            self._order.remove(place)
+        return job

@@ -75,7 +75,6 @@ class WeightMover:
     ) -> None:
         self.extents = HostExtents(len(memory.store))
         self._pool = pool
-        self._wake = wake
         self._leaving_hosts: list[HostCopy] = []
         self._leaving_devices: list[DeviceCopy] = []
         self._reads: dict[ReadJob, tuple[Adapter, HostCopy]] = {}
@@ -103,7 +102,7 @@ class WeightMover:
             streams=streams,
             staging_bytes=staging_bytes,
         )
-        self._copier = CopierThread(lander=lander, link=link, report=self._report)
+        self._copier = CopierThread(lander=lander, link=link, report=self._completions.put, wake=wake)
 
     @property
     def leaving_pages(self) -> int:
@@ -267,10 +266,6 @@ class WeightMover:
         for device in devices:
             copies = sum(target is device for _, _, target in self._copies.values())
             assert copies == device.copies, f"the pages {device.pages} have {copies} copy jobs"
-
-    def _report(self, completion: Completion) -> None:
-        self._completions.put(completion)
-        self._wake()
 
     def _on_layer_read(self, done: LayerRead) -> None:
         adapter, host = self._reads[done.job]

@@ -61,9 +61,9 @@ class CopyJob:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class EnqueuedCopy:
-    """A copy job that the device has, and the event recorded behind it."""
+    """Copy jobs that the device has, and the event recorded behind them."""
 
-    job: CopyJob
+    jobs: tuple[CopyJob, ...]
     landed: torch.cuda.Event
     start_seconds: float
 

@@ -12,6 +12,7 @@ import pytest
 
 from segue.engine.config import HandoffConfig
 from segue.engine.cuda.batch_shapes import pass_shapes
+from segue.errors import AdapterRejectedError
 from segue.types import FinishReason, LoraSource, Timing
 from tests.checkpoints import ALL_TARGETS, TinyModel
 from tests.engine.fake_recording import FakeRecorder
@@ -243,7 +244,7 @@ def test_a_version_that_fails_holds_up_nobody_in_its_pass(world: World, cuda: Fa
         harness.step()
         (only,) = harness.engine.passes
         assert len(only.rows) == 2
-        harness.engine._fail_version(harness.open("all"), "it is gone")
+        harness.engine._fail_version(harness.open("all"), AdapterRejectedError("it is gone"))
         harness.run(TIMEOUT_SECONDS)
         assert harness.answers[failing].failed is not None
         world.compare("some", prompt, harness.answers[other], 1)

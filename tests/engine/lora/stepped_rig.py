@@ -163,9 +163,9 @@ class FakeSteppedCopier(CopierThread):
 class FakeSteppedLandings(LandingsThread):
     """The real one, in steps."""
 
-    def __init__(self, steps: FakeSteps, report: Callable[[Completion], None]) -> None:
+    def __init__(self, steps: FakeSteps, report: Callable[[Completion], None], wake: Callable[[], None]) -> None:
         self._steps = steps
-        super().__init__(report)
+        super().__init__(report, wake)
 
     def put(self, job: EnqueuedCopy) -> None:
         self._steps.job_put()
