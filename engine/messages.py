@@ -25,6 +25,9 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
 
     ``adapter_version_id`` names a version sent before in OpenVersion; None is the base model. Generation ends after
     any of the sampling's ``stop_token_ids``, which is not part of the answer's text.
+
+    ``ttft_seconds`` from ``arrival_seconds`` on and ``tpot_seconds`` are targets; with ``reject_on_miss`` a request
+    that would miss one is refused at once. Nobody waits for the answer after ``deadline_seconds``.
     """
 
     number: int
@@ -33,6 +36,12 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     arrival_seconds: float
     sampling: SamplingParams
     adapter_version_id: int | None = None
+    tenant: str = ""
+    priority: int = 0
+    ttft_seconds: float | None = None
+    tpot_seconds: float | None = None
+    reject_on_miss: bool = False
+    deadline_seconds: float | None = None
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):
@@ -135,11 +144,13 @@ class Finished(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Failed(msgspec.Struct, frozen=True, array_like=True):
-    """A request ended in an error: ``reason`` is a SegueError's reason."""
+    """A request ended in an error: ``reason`` is a SegueError's reason. ``retry_after_seconds`` is there where the
+    engine knows when to come again."""
 
     number: int
     reason: str
     message: str
+    retry_after_seconds: float | None = None
 
 
 class StepOutput(msgspec.Struct, frozen=True, tag=True):

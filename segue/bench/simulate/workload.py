@@ -24,6 +24,7 @@ class SimulatedRequest:
     prompt_tokens: int
     output_tokens: int
     adapter: AdapterCost | None
+    tenant: str = ""
 
 
 def popularity(config: WorkloadConfig) -> NDArray[np.float64]:
