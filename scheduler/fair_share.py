@@ -78,26 +78,29 @@ class TenantShares:
 
         More is half the credit for the service, and for the part a quarter of it: chance alone makes some difference.
         """
-        present = self._waiting.keys() | self._running.keys()
+        present = {*self._waiting, *self._running}
         if len(present) < 2:
             return frozenset()
-        level = min(self._counters[tenant] for tenant in present) + self.credit_tokens // 2
-        part = sum(self._waiting.values()) + sum(self._running.values())
-        part *= _MORE_THAN_EQUAL / len(present)
-        own = {tenant: self._waiting.get(tenant, 0) + self._running.get(tenant, 0) for tenant in present}
-        return frozenset(tenant for tenant in present if own[tenant] > part and self._counters[tenant] >= level)
+        level = min(map(self._counters.__getitem__, present)) + self.credit_tokens // 2
+        everybody = sum(self._waiting.values()) + sum(self._running.values())
+        part = _MORE_THAN_EQUAL * everybody / len(present)
+        served = [tenant for tenant in present if self._counters[tenant] >= level]
+        return frozenset(
+            tenant for tenant in served if self._waiting.get(tenant, 0) + self._running.get(tenant, 0) > part
+        )
 
     def may_wait(self, tenant: str, most_waiting: int, most_of_tenant: int) -> bool:
         """Whether one more request of the tenant may wait.
 
-        A tenant has room for ``most_of_tenant``. Beyond ``most_waiting`` of all together, only those may add to the
-        queue that have less than an equal part of it: so it stays below twice that, and nobody is kept out by others.
+        A tenant has room for ``most_of_tenant``. Beyond ``most_waiting`` of all together, and up to twice that, only
+        those may add to the queue that have less than an equal part of it: so one tenant keeps no other out.
         """
         own = self._waiting.get(tenant, 0)
         if own >= most_of_tenant:
             return False
         tenants = len(self._waiting) + (tenant not in self._waiting)
-        return sum(self._waiting.values()) < most_waiting or own * tenants < most_waiting
+        everybody = sum(self._waiting.values())
+        return everybody < most_waiting or (everybody < 2 * most_waiting and own * tenants < most_waiting)
 
     def check(self) -> None:
         """Raise AssertionError where counts are wrong."""

@@ -17,6 +17,8 @@ from segue.scheduler.cost_model import CostProfile, StepLoad
 from segue.scheduler.plan import AdmittedRequest, PassRows, QueuedRequest, SchedulerLimits, ServiceLevel
 from segue.scheduler.waiting import MOST_PREEMPTIONS, WaitingLine, priority_seconds
 
+# Steps are planned for so much of a target: passes of loading adapters and the model's error take the rest.
+_PLANNED_SHARE = 0.9
 # Of the time that a request is ahead of its target, one step takes at most this share.
 _SPENT_SHARE = 0.5
 # A request that is behind its target catches up over so many tokens.
@@ -172,11 +174,12 @@ class SloPolicy:
         """By how much the last token came before its time, taking it to come now."""
         assert request.first_token_seconds is not None
         later_tokens = max(0, request.generated_tokens - 1)
-        return request.first_token_seconds + request.level.token_seconds * later_tokens - self.now
+        planned_seconds = _PLANNED_SHARE * request.level.token_seconds * later_tokens
+        return request.first_token_seconds + planned_seconds - self.now
 
     def _allowed_seconds(self, request: AdmittedRequest, load: StepLoad) -> float:
         """How long the next step may take for this request. Infinite where that makes no difference to it any more."""
-        target = request.level.token_seconds
+        target = _PLANNED_SHARE * request.level.token_seconds
         if target == math.inf:
             return math.inf
         if request.first_token_seconds is None:

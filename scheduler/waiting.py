@@ -45,6 +45,10 @@ def priority_seconds(priority: int) -> float:
     return PRIORITY_SECONDS * max(-MOST_PRIORITY, min(MOST_PRIORITY, priority))
 
 
+_Candidate = tuple[_Rank, _Key]
+_Entry = tuple[_Rank, float, int, str]
+
+
 @dataclass(slots=True)
 class _TenantLine:
     """One tenant's requests: all of them, and those that can meet a target, each by a key of seconds and the number."""
@@ -157,17 +161,20 @@ class WaitingLine:
         """
         taken = set(self._protected)
         yield from (self._places[number].request for number in tuple(self._protected))
-        lines = {tenant: _candidates(line, now, taken) for tenant, line in self._tenants.items()}
+        lines = self._tenants
         served = {tenant: self.shares.counters[tenant] for tenant in lines}
         level = min(served.values(), default=0) + self.shares.credit_tokens
-
-        def entries(tenant: str) -> Iterator[tuple[_Rank, float, int, str]]:
-            for rank, (seconds, number) in lines[tenant]:
-                beyond = served[tenant] >= level
-                yield (_Rank.BEYOND, served[tenant], number, tenant) if beyond else (rank, seconds, number, tenant)
-
-        heads = {tenant: entries(tenant) for tenant in lines}
-        heap = [head for entry in heads.values() if (head := next(entry, None)) is not None]
+        overdue_before = now - PATIENCE_SECONDS
+        heap: list[_Entry] = []
+        following: dict[str, Iterator[_Candidate]] = {}
+        for tenant, line in lines.items():
+            if taken:
+                following[tenant] = _candidates(line, overdue_before, taken)
+                first = next(following[tenant], None)
+            else:
+                first = _first(line, overdue_before)
+            if first is not None:
+                heap.append(_entry(first, tenant, served[tenant], level))
         heapq.heapify(heap)
         while heap:
             _, _, number, tenant = heap[0]
@@ -175,11 +182,14 @@ class WaitingLine:
             yield request
             if not request.preemptions:
                 served[tenant] += PROMPT_TOKEN_WEIGHT * request.tokens
-            following = next(heads[tenant], None)
-            if following is None:
+            if tenant not in following:
+                following[tenant] = _candidates(lines[tenant], overdue_before, taken)
+                next(following[tenant])
+            candidate = next(following[tenant], None)
+            if candidate is None:
                 heapq.heappop(heap)
             else:
-                heapq.heapreplace(heap, following)
+                heapq.heapreplace(heap, _entry(candidate, tenant, served[tenant], level))
 
     def check(self, waiting: Iterable[int]) -> None:
         """Raise AssertionError unless exactly these requests wait, in orders that agree with them."""
@@ -205,8 +215,21 @@ def _drop(keys: list[_Key], key: _Key) -> None:
         del keys[place]
 
 
-def _candidates(line: _TenantLine, now: float, taken: set[int]) -> Iterator[tuple[_Rank, _Key]]:
-    """A tenant's requests in the order of admission; the seconds of a patient one are when it becomes overdue."""
+def _entry(candidate: _Candidate, tenant: str, served: int, level: int) -> _Entry:
+    rank, (seconds, number) = candidate
+    return (_Rank.BEYOND, served, number, tenant) if served >= level else (rank, seconds, number, tenant)
+
+
+def _first(line: _TenantLine, overdue_before: float) -> _Candidate:
+    """The first of ``_candidates`` where none is taken."""
+    overdue = line.patient[0][0] <= overdue_before and line.admissions % OVERDUE_TURN == 0
+    if overdue or line.preempted or not line.urgent:
+        return (_Rank.URGENT if overdue else _Rank.PATIENT, line.patient[0])
+    return (_Rank.URGENT, line.urgent[0])
+
+
+def _candidates(line: _TenantLine, overdue_before: float, taken: set[int]) -> Iterator[_Candidate]:
+    """A tenant's requests in the order of admission, but for those that are taken."""
     urgent: Sequence[_Key] = () if line.preempted else line.urgent
     given = set(taken)
     at_urgent = at_patient = 0
@@ -218,14 +241,12 @@ def _candidates(line: _TenantLine, now: float, taken: set[int]) -> Iterator[tupl
             at_urgent += 1
         if at_patient == len(line.patient):
             return
-        seconds, number = line.patient[at_patient]
-        due = (seconds + PATIENCE_SECONDS, number)
-        if due[0] <= now and turn % OVERDUE_TURN == 0:
-            chosen = (_Rank.URGENT, due)
-        elif at_urgent < len(urgent):
+        oldest = line.patient[at_patient]
+        overdue = oldest[0] <= overdue_before and turn % OVERDUE_TURN == 0
+        if at_urgent < len(urgent) and not overdue:
             chosen = (_Rank.URGENT, urgent[at_urgent])
         else:
-            chosen = (_Rank.PATIENT, due)
+            chosen = (_Rank.URGENT if overdue else _Rank.PATIENT, oldest)
         given.add(chosen[1][1])
         turn += 1
         yield chosen

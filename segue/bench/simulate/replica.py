@@ -159,10 +159,11 @@ class Replica:
 
     def submit(self, request: SimulatedRequest, now: float) -> Served:
         """Queue a request. Raises SimulationError for one that an empty replica could not hold to its end."""
+        targets = request.targets or self._targets
         level = ServiceLevel(
             tenant=request.tenant,
-            first_token_by_seconds=now + self._targets.ttft_seconds,
-            token_seconds=self._targets.step_seconds,
+            first_token_by_seconds=now + targets.ttft_seconds,
+            token_seconds=targets.step_seconds,
             queued_seconds=now,
             adapter=request.adapter,
         )
