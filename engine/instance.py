@@ -170,6 +170,7 @@ class EngineInstance:
             steps=self.engine.steps,
             versions=self.engine.versions.states(),
             device_time=None if self._meter is None else self._meter.read(),
+            refusals=dict(self.engine.refusals),
         )
 
     def _page_pool(self, dtype: torch.dtype, device: torch.device) -> PagePool:

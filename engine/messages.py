@@ -182,7 +182,8 @@ class State(msgspec.Struct, frozen=True, tag=True):
     """A snapshot of the engine, in answer to GetState.
 
     ``kv_pages`` are in use by requests; ``cached_pages`` keep prefixes that no request uses, until pages are needed.
-    ``device_time`` is there where the configuration has it measured.
+    ``device_time`` is there where the configuration has it measured. ``refusals`` counts requests that were refused
+    when they arrived, by their SegueError's reason.
     """
 
     number: int
@@ -199,6 +200,7 @@ class State(msgspec.Struct, frozen=True, tag=True):
     steps: int
     versions: list[VersionState]
     device_time: DeviceTime | None = None
+    refusals: dict[str, int] = {}
 
 
 class VersionFailed(msgspec.Struct, frozen=True, tag=True):

@@ -77,7 +77,7 @@ def admitted_view(request: Request, kv: KvPages) -> AdmittedRequest:
         version_id=request.version_id,
         in_flight=request.is_busy,
         level=request.level,
-        generated_tokens=request.generated_tokens + request.ahead_tokens,
+        generated_tokens=request.generated_tokens,
         first_token_seconds=request.timeline.first_token_seconds,
         preemptions=request.preemptions,
     )

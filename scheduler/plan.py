@@ -55,8 +55,8 @@ class AdmittedRequest:
 
     Of its ``pages``, ``own_pages`` come free when it is preempted, and ``sole_pages`` are shared prefixes that no other
     request uses: they become idle then. ``in_flight``: some of its rows are in a pass that has not ended, so it can
-    neither be given rows nor be preempted. ``generated_tokens`` of the tokens are of its answer; the first of them came
-    at ``first_token_seconds``.
+    neither be given rows nor be preempted. ``generated_tokens`` of its answer have come, the first of them at
+    ``first_token_seconds``.
     """
 
     number: int

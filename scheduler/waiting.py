@@ -4,7 +4,7 @@ Within a tenant those come first that can still meet their target for the first 
 until their prefill must begin. All others are patient: they follow in the order of arrival. So that those with targets
 starve nobody, every fourth admission of a tenant goes to its longest waiting request once that is overdue. Between
 tenants see ``TenantShares``. A request that was preempted waits in the order of arrival, and while it does, all of its
-tenant do; from its second preemption on it is admitted before everybody else.
+tenant do; from its second preemption on it is admitted before all of the other tenants.
 """
 
 from __future__ import annotations
@@ -159,8 +159,10 @@ class WaitingLine:
         ``expire`` comes before. Tenants within the credit of the one with the least service go first, by their
         requests' keys; then the others, by their service.
         """
-        taken = set(self._protected)
-        yield from (self._places[number].request for number in tuple(self._protected))
+        # Of one tenant whoever was preempted goes by arrival anyway.
+        protected = tuple(self._protected) if len(self._tenants) > 1 else ()
+        taken = set(protected)
+        yield from (self._places[number].request for number in protected)
         lines = self._tenants
         served = {tenant: self.shares.counters[tenant] for tenant in lines}
         level = min(served.values(), default=0) + self.shares.credit_tokens

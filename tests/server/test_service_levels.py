@@ -68,7 +68,7 @@ def test_a_caller_on_this_machine_names_its_tenant(rig: Rig) -> None:
     assert submitted(rig)["tenant"] == "acme"
 
 
-@pytest.mark.parametrize("name", ["", "x" * 129, "a\tb"])
+@pytest.mark.parametrize("name", ["", "x" * 129])
 def test_a_tenant_must_have_a_plain_name(rig: Rig, name: str) -> None:
     with pytest.raises(InvalidRequestError, match="printable ASCII") as caught:
         ask(rig, ("x-tenant", name))
