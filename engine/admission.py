@@ -103,11 +103,14 @@ class AdmissionControl:
             return None
         level = request.level
         running = [
-            Running(request=admitted_view(item, self._kv), tokens_left=item.tokens_left)
+            Running(
+                request=admitted_view(item, self._kv),
+                tokens_left=self._costs.expected_left(item.generated_tokens, item.submit.max_tokens),
+            )
             for item in self._requests.admitted
             if item.state is RequestState.ADMITTED
         ]
-        self._requests.waiting.expire(level.queued_seconds)
+        self._requests.waiting.advance(level.queued_seconds)
         queued = request.queued_view()
         before = self._requests.before(queued, self._costs.start_by(queued))
         copy_bytes = 0

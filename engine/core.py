@@ -370,6 +370,8 @@ class Engine:
             self._finish(request, FinishReason.LENGTH)
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
+        if reason is not FinishReason.CANCELLED:
+            self._costs.observe_answer(request.generated_tokens, request.submit.max_tokens)
         landed = () if request.version_id is None else self._store.landed_seconds(request.version_id)
         self._output.finished.append(
             Finished(

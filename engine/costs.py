@@ -12,6 +12,7 @@ from segue.scheduler.policy import prompt_seconds
 # Until the first prompts and steps have been measured.
 _ASSUMED_PREFILL_TOKENS_PER_SECOND = 1000.0
 _ASSUMED_STEPS_PER_SECOND = 50.0
+_ANSWER_SMOOTHING = 0.05
 
 
 class EngineCosts:
@@ -24,6 +25,7 @@ class EngineCosts:
         self.step_rate = RateMeter(_ASSUMED_STEPS_PER_SECOND)
         """Steps per second, of those that only decode."""
         self._layers = layers
+        self._answer_share = 1.0
 
     @property
     def profile(self) -> CostProfile | None:
@@ -47,6 +49,17 @@ class EngineCosts:
             self.prefill_rate.observe(rows, seconds)
         else:
             self.step_rate.observe(1, seconds)
+
+    def observe_answer(self, tokens: int, max_tokens: int) -> None:
+        """An answer that might have had ``max_tokens`` tokens ended after so many."""
+        self._answer_share += _ANSWER_SMOOTHING * (tokens / max_tokens - self._answer_share)
+
+    def expected_left(self, tokens: int, max_tokens: int) -> int:
+        """How many more tokens an answer that has so many is expected to have, at least one.
+
+        Answers take on average a part of what they may take, all of it until that was seen.
+        """
+        return max(1, math.ceil(self._answer_share * max_tokens) - tokens)
 
     def start_by(self, request: QueuedRequest) -> float:
         """When the request's prefill must begin for its first token to be in time; infinite without a target."""

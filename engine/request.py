@@ -85,11 +85,6 @@ class Request:
     def generated_tokens(self) -> int:
         return len(self.token_ids) - len(self.submit.prompt_token_ids)
 
-    @property
-    def tokens_left(self) -> int:
-        """How many more tokens its answer may have."""
-        return self.submit.max_tokens - self.generated_tokens
-
     def queued_view(self) -> QueuedRequest:
         """What the scheduler sees of it while it waits."""
         return QueuedRequest(

@@ -26,10 +26,6 @@ class ServiceLevel:
     queued_seconds: float = 0.0
     adapter: AdapterCost | None = None
 
-    @property
-    def has_target(self) -> bool:
-        return self.first_token_by_seconds < math.inf or self.token_seconds < math.inf
-
 
 NO_LEVEL = ServiceLevel()
 

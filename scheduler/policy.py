@@ -15,7 +15,7 @@ from typing import Protocol
 
 from segue.scheduler.cost_model import CostProfile, StepLoad
 from segue.scheduler.plan import AdmittedRequest, PassRows, QueuedRequest, SchedulerLimits, ServiceLevel
-from segue.scheduler.waiting import MOST_PREEMPTIONS, WaitingLine, priority_seconds
+from segue.scheduler.waiting import MOST_PREEMPTIONS, WaitingLine, is_pressing, priority_seconds
 
 # Steps are planned for so much of a target: passes of loading adapters and the model's error take the rest.
 _PLANNED_SHARE = 0.9
@@ -130,9 +130,9 @@ class SloPolicy:
         def key(item: PromptRows) -> tuple[bool, bool, float]:
             by_seconds = item.level.first_token_by_seconds
             start_by = by_seconds - prompt_seconds(self.profile, item.rows.count, item.rows.start, item.level)
-            late = start_by == math.inf or start_by < self.now
+            urgent = start_by >= self.now and is_pressing(start_by, self.now)
             forward = priority_seconds(item.level.priority)
-            return (item.level.tenant in self.surplus, late, -forward if late else start_by - forward)
+            return (item.level.tenant in self.surplus, not urgent, start_by - forward if urgent else -forward)
 
         return sorted(prompts, key=lambda item: (not item.oldest, *(key(item) if not item.oldest else ())))
 
@@ -143,10 +143,11 @@ class SloPolicy:
 
         At least a page, so that a prompt is never kept out. Where nobody has a target the fixed number.
         """
-        has_targets = any(
-            item.has_target for item in (*(each.level for each in decodes), *(each.level for each in prompts))
+        levels = (*(item.level for item in decodes), *(item.level for item in prompts))
+        has_target = any(level.token_seconds < math.inf for level in levels) or any(
+            is_pressing(item.level.first_token_by_seconds, self.now) for item in prompts
         )
-        if self.profile is None or not has_targets:
+        if self.profile is None or not has_target:
             return limits.chunk_tokens
         most = max(limits.chunk_tokens, limits.budget_tokens - len(decodes))
         load = decode_load(decodes)
@@ -203,7 +204,7 @@ def step_order(
     """The queue of a step in the order of admission, of which no more is made than is read, and its policy."""
     if name is PolicyName.FCFS:
         return line.by_arrival(), FirstCome()
-    line.expire(now)
+    line.advance(now)
     policy = SloPolicy(now=now, surplus=line.shares.surplus(), profile=profile, most_adapters=most_adapters)
     return line.order(now), policy
 

@@ -1,9 +1,9 @@
 """Whether a request that would rather be refused than late is refused when it arrives, and when it may come again.
 
-The prediction takes what is known: the cost model, the prompts that are before it, and the lengths that requests asked
-for. It grows with everything that is before the request and with its own prompt. So of two requests that arrive in the
-same state, the one with the tighter target, the longer prompt or the later place is never accepted where the other is
-refused.
+The prediction takes what is known: the cost model, the prompts that are before it, and the lengths that answers are
+expected to have. It grows with everything that is before the request and with its own prompt. So of two requests that
+arrive in the same state, the one with the tighter target, the longer prompt or the later place is never accepted where
+the other is refused.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LEAST_RETRY_SECONDS = 0.1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Running:
-    """An admitted request, and how many tokens its answer may still have."""
+    """An admitted request, and how many more tokens its answer is expected to have."""
 
     request: AdmittedRequest
     tokens_left: int

@@ -1,10 +1,11 @@
 """The requests that wait, kept in the orders that a policy asks for, so that a step need not sort them.
 
 Within a tenant those come first that can still meet their target for the first token: by slack, which is the time left
-until their prefill must begin. All others are patient: they follow in the order of arrival. So that those with targets
-starve nobody, every fourth admission of a tenant goes to its longest waiting request once that is overdue. Between
-tenants see ``TenantShares``. A request that was preempted waits in the order of arrival, and while it does, all of its
-tenant do; from its second preemption on it is admitted before all of the other tenants.
+until their prefill must begin. All others are patient, and so are those whose slack is longer than anybody's patience:
+they follow in the order of arrival. So that those with targets starve nobody, every fourth admission of a tenant goes
+to its longest waiting request once that is overdue. Between tenants see ``TenantShares``. A request that was preempted
+waits in the order of arrival, and while it does, all of its tenant do; from its second preemption on it is admitted
+before all of the other tenants.
 """
 
 from __future__ import annotations
@@ -38,6 +39,11 @@ class _Rank(IntEnum):
     URGENT = 0
     PATIENT = 1
     BEYOND = 2
+
+
+def is_pressing(start_by_seconds: float, now: float) -> bool:
+    """Whether a prefill that must begin by then is a matter of now."""
+    return start_by_seconds - now <= PATIENCE_SECONDS
 
 
 def priority_seconds(priority: int) -> float:
@@ -74,6 +80,7 @@ class WaitingLine:
         self._numbers: list[int] = []
         self._places: dict[int, _Place] = {}
         self._tenants: dict[str, _TenantLine] = {}
+        self._pressing: list[_Key] = []
         self._expiry: list[_Key] = []
         self._protected: list[int] = []
 
@@ -91,8 +98,10 @@ class WaitingLine:
             heapq.heappush(self._expiry, (start_by_seconds, number))
         line = self._tenants.setdefault(level.tenant, _TenantLine())
         bisect.insort(line.patient, patient)
-        if urgent is not None:
+        if urgent is not None and is_pressing(start_by_seconds, level.queued_seconds):
             bisect.insort(line.urgent, urgent)
+        elif urgent is not None:
+            heapq.heappush(self._pressing, (start_by_seconds - PATIENCE_SECONDS, number))
         line.preempted += request.preemptions > 0
         if request.preemptions >= MOST_PREEMPTIONS:
             bisect.insort(self._protected, number)
@@ -133,8 +142,13 @@ class WaitingLine:
         self.shares.stop_waiting(tenant)
         return place.request
 
-    def expire(self, now: float) -> None:
-        """Requests whose prefill did not begin in time are patient from now on."""
+    def advance(self, now: float) -> None:
+        """Requests whose slack has become short are urgent, and those whose prefill did not begin in time patient."""
+        while self._pressing and self._pressing[0][0] <= now:
+            _, number = heapq.heappop(self._pressing)
+            place = self._places.get(number)
+            if place is not None and place.urgent is not None:
+                bisect.insort(self._tenants[place.request.level.tenant].urgent, place.urgent)
         while self._expiry and self._expiry[0][0] < now:
             _, number = heapq.heappop(self._expiry)
             place = self._places.get(number)
@@ -156,7 +170,7 @@ class WaitingLine:
     def order(self, now: float) -> Iterator[QueuedRequest]:
         """The requests in the order in which they are to be admitted, each as if all before it had been.
 
-        ``expire`` comes before. Tenants within the credit of the one with the least service go first, by their
+        ``advance`` comes before. Tenants within the credit of the one with the least service go first, by their
         requests' keys; then the others, by their service.
         """
         # Of one tenant whoever was preempted goes by arrival anyway.

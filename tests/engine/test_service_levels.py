@@ -49,8 +49,8 @@ def test_who_has_a_target_goes_first_unless_it_is_first_come_first_served(
         harness.submit([5, 6], max_tokens=4)
         harness.step()
         harness.submit([5, 7], max_tokens=2)
-        harness.submit([5, 8], max_tokens=2, level={"ttft_seconds": 1000.0})
-        harness.submit([5, 9], max_tokens=2, level={"ttft_seconds": 2000.0})
+        harness.submit([5, 8], max_tokens=2, level={"ttft_seconds": 9.0})
+        harness.submit([5, 9], max_tokens=2, level={"ttft_seconds": 9.5})
         assert order_of_first_tokens(harness, [2, 3, 4]) == expected
 
 

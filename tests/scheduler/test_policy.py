@@ -139,7 +139,7 @@ def test_without_a_profile_a_step_takes_the_fixed_number_of_rows() -> None:
 
 
 def test_a_target_for_the_first_token_may_take_the_whole_budget() -> None:
-    waiting = prompt(2, 100, level=ServiceLevel(first_token_by_seconds=40.0))
+    waiting = prompt(2, 100, level=ServiceLevel(first_token_by_seconds=8.0))
     policy = SloPolicy(now=0.0, profile=PROFILE)
     assert policy.prompt_tokens([running(1)], [waiting], WIDE) == WIDE.budget_tokens - 1
 
@@ -164,7 +164,7 @@ def test_no_row_more_than_a_target_allows(decodes: list[tuple[float, int]], prom
     tokens = SloPolicy(now=now, profile=PROFILE).prompt_tokens(requests, rows, WIDE)
     most = WIDE.budget_tokens - len(requests)
     assert WIDE.page_tokens <= tokens <= most
-    if tokens == WIDE.page_tokens or not any(item.level.has_target for item in requests):
+    if tokens == WIDE.page_tokens or not any(item.level.token_seconds < math.inf for item in requests):
         return
     taken = min(tokens, sum(prompts))
     seconds = PROFILE.step_seconds(decode_load(requests), prompt_load(taken, 0, NO_LEVEL))

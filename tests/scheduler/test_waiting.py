@@ -29,7 +29,7 @@ def waiting(
 
 
 def numbers(line: WaitingLine, now: float = 0.0) -> list[int]:
-    line.expire(now)
+    line.advance(now)
     return [request.number for request in line.order(now)]
 
 
@@ -50,6 +50,20 @@ def test_the_least_slack_goes_first_and_who_cannot_make_it_any_more_last() -> No
     line.check([1, 2, 3, 4])
 
 
+def test_a_target_counts_when_its_slack_is_short() -> None:
+    """A deadline that is far away moves nobody forward; it does when the request has waited for long."""
+    line = WaitingLine()
+    line.add(waiting(1))
+    line.add(waiting(2, queued=1.0), 60.0)
+    line.add(waiting(3, queued=1.0), 50.0)
+    line.add(waiting(4, queued=2.0))
+    assert numbers(line, 2.0) == [1, 2, 3, 4]
+    assert numbers(line, 41.0) == [1, 3, 2, 4]
+    line.admit(1)
+    assert numbers(line, 41.0) == [3, 2, 4]
+    assert numbers(line, 55.0) == [2, 3, 4]
+
+
 def test_a_priority_counts_as_waiting_longer() -> None:
     line = WaitingLine()
     line.add(waiting(1))
@@ -65,7 +79,7 @@ def test_one_admission_in_four_goes_to_who_is_overdue() -> None:
     line.add(waiting(1))
     line.add(waiting(2, queued=now))
     for number in range(10, 20):
-        line.add(waiting(number, queued=now), now + number)
+        line.add(waiting(number, queued=now), now + number / 10)
     assert numbers(line, now)[0] == 1
     line.admit(10)
     assert numbers(line, now)[:5] == [11, 12, 13, 1, 14]
@@ -144,7 +158,7 @@ def test_nobody_starves_however_many_come_later(
     bound = OVERDUE_TURN * (ahead + 1) * 3 + 2 * 3 * DEFAULT_CREDIT_TOKENS // 32
     now, target = 0.0, len(before)
     while True:
-        line.expire(now)
+        line.advance(now)
         first = next(line.order(now))
         line.admit(first.number)
         line.shares.stop_running(first.level.tenant)

@@ -102,9 +102,7 @@ class Replica:
 
     def __init__(self, config: ReplicaConfig, targets: Targets) -> None:
         self._config = config
-        self._policy = PolicyName(config.policy)
         self._targets = targets
-        self._step_target_seconds = targets.step_seconds
         self._queue: list[Served] = []
         self._waiting = WaitingLine()
         self._admitted: dict[int, Served] = {}
@@ -141,7 +139,7 @@ class Replica:
 
     @property
     def time_per_token_seconds(self) -> float:
-        return self._step_target_seconds
+        return self._targets.step_seconds
 
     def uses_adapter(self, version_id: int) -> bool:
         return self._decodes.uses(version_id)
@@ -233,7 +231,7 @@ class Replica:
         self._waiting.check([item.number for item in self._queue])
 
     def _plan(self, now: float) -> StepPlan:
-        queue, policy = step_order(self._policy, self._waiting, now=now, profile=self.profile)
+        queue, policy = step_order(PolicyName(self._config.policy), self._waiting, now=now, profile=self.profile)
         return plan_step(
             queue,
             [self._view(item) for item in self._admitted.values()],
