@@ -140,9 +140,7 @@ class Engine:
         request = self._admission.request(submit)
         if isinstance(request, SegueError):
             self.refusals[request.reason] += 1
-            self._output.failed.append(
-                Failed(submit.number, request.reason, request.message, request.retry_after_seconds)
-            )
+            self._output.failed.append(Failed.of(submit.number, request))
             return
         self._requests.add(request)
         self._kv.announce(request)
@@ -386,7 +384,7 @@ class Engine:
         self._end(request)
 
     def _fail(self, request: Request, error: SegueError) -> None:
-        self._output.failed.append(Failed(request.number, error.reason, error.message))
+        self._output.failed.append(Failed.of(request.number, error))
         self._end(request)
 
     def _end(self, request: Request) -> None:

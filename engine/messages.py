@@ -11,6 +11,7 @@ import msgspec
 from segue.engine.config import EngineConfig
 from segue.engine.lora.manifest import AdapterManifest
 from segue.engine.sampling_params import SamplingParams
+from segue.errors import SegueError
 from segue.types import FinishReason, Tier, Timing, TokenLogprob
 
 
@@ -151,6 +152,10 @@ class Failed(msgspec.Struct, frozen=True, array_like=True):
     reason: str
     message: str
     retry_after_seconds: float | None = None
+
+    @classmethod
+    def of(cls, number: int, error: SegueError) -> Failed:
+        return cls(number, error.reason, error.message, error.retry_after_seconds)
 
 
 class StepOutput(msgspec.Struct, frozen=True, tag=True):

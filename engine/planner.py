@@ -72,7 +72,7 @@ def admitted_view(request: Request, kv: KvPages) -> AdmittedRequest:
         tokens=request.planned_tokens,
         computed_tokens=request.planned_computed_tokens,
         pages=len(request.pages),
-        own_pages=len(request.own_pages),
+        own_pages=len(request.pages) - len(request.path),
         sole_pages=kv.sole_pages(request),
         version_id=request.version_id,
         in_flight=request.is_busy,
