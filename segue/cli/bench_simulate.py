@@ -83,7 +83,7 @@ def simulate(
         )  # fmt: skip
         config = changed(
             base,
-            replica=_changed(_replica(base.replica, profile), policy=policy),
+            replica=changed(_replica(base.replica, profile), policy=policy),
             workload=workload,
             targets=_targets(base.targets, ttft_ms, tpot_ms, time_per_token_ms),
             replicas=replicas,
