@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from segue.config import require, require_positive
+from segue.scheduler.policy import PolicyName
 
 
 class LoadFormat(Enum):
@@ -62,6 +63,11 @@ class EngineConfig:
     for each. ``runs_ahead`` enqueues a step before the tokens of the one before are read; None does where the device
     computes beside the engine. ``measure_device_time`` has the state tell how long the device computes and waits.
 
+    ``policy`` says who goes first: "slo" goes by targets, slack and tenants' shares, "fcfs" by arrival; for requests
+    without targets of one tenant they are the same. Of ``max_waiting`` one tenant may have ``tenant_queue_share``, and
+    beyond it all together those tenants still may queue that have less than an equal part. With ``max_adapters`` the
+    policy "slo" admits requests for so many adapters at a time, as long as nobody waits for long.
+
     ``cpu_workers`` may be 0: then every adapter is served by streaming; worker i is pinned to ``cpu_cores[i]`` where
     given, and is replaced after ``cpu_stall_seconds`` without progress on a job. ``torch_threads`` is for the CPU
     device's own matrix products. ``poison_freed_pages`` fills freed pages with NaN and ``check_invariants`` verifies
@@ -81,6 +87,9 @@ class EngineConfig:
     prefix_cache: bool = True
     max_running: int = 64
     max_waiting: int = 1024
+    policy: str = PolicyName.SLO.value
+    tenant_queue_share: float = 1.0
+    max_adapters: int | None = None
     max_lora_rank: int = 256
     host_store_bytes: int = 256 << 20
     copy_bytes_per_second: float | None = None
@@ -129,6 +138,12 @@ class EngineConfig:
         require((self.merged_rows or 0) >= 0, "merged_rows", f"must not be negative, is {self.merged_rows}")
         require(self.cpu_workers >= 0, "cpu_workers", f"must not be negative, is {self.cpu_workers}")
         require(self.memory_fraction <= 1, "memory_fraction", f"must be at most 1, is {self.memory_fraction}")
+        policies = tuple(PolicyName)
+        require(self.policy in policies, "policy", f"must be one of {', '.join(policies)}, is {self.policy!r}")
+        share = self.tenant_queue_share
+        require(0 < share <= 1, "tenant_queue_share", f"must be above 0 and at most 1, is {share}")
+        if self.max_adapters is not None:
+            require_positive(self, "max_adapters")
         if self.pages is not None:
             require_positive(self, "pages")
         if self.max_context_tokens is not None:

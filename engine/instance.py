@@ -19,6 +19,7 @@ from segue.engine.attention import TorchAttention
 from segue.engine.backend import Backend
 from segue.engine.config import EngineConfig, HandoffConfig, HandoffMode, LoadFormat
 from segue.engine.core import Engine
+from segue.engine.costs import EngineCosts
 from segue.engine.cuda.toolchain import prepare_cuda
 from segue.engine.device import device_streams
 from segue.engine.device_time import device_meter
@@ -38,16 +39,14 @@ from segue.engine.models.decoder import DecoderModel
 from segue.engine.models.rope import RotaryEmbedding
 from segue.engine.pool_size import PageNeeds, cpu_pages, cuda_pages, staging_bytes
 from segue.engine.progress import ReportProgress, log_lines
-from segue.engine.rate import RateMeter
 from segue.engine.runner import PassRunner
 from segue.engine.sampler import Sampler
+from segue.scheduler.cost_model import CostProfile
 from segue.scheduler.handoff import DeviceWhenLanded, FixedHandover, HandoffPolicy, LoadFirst, StreamLayers
 from segue.scheduler.plan import SchedulerLimits
 
 _LOG = logging.getLogger(__name__)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Until the first prompts have been measured.
-_ASSUMED_PREFILL_TOKENS_PER_SECOND = 1000.0
 # Up to about so many rows a pass takes the time in which the device reads the model's weights.
 _MERGED_ROWS = 128
 _MOST_READ_THREADS = 4
@@ -58,8 +57,11 @@ _BUSY_CORES = 2
 class EngineInstance:
     """An engine with its threads and processes. ``wake_fd`` becomes readable when something arrived from them."""
 
-    def __init__(self, config: EngineConfig, report: ReportProgress | None = None) -> None:
-        """Load the model and start everything, telling ``report`` how far that is; by default the log.
+    def __init__(
+        self, config: EngineConfig, report: ReportProgress | None = None, *, profile: CostProfile | None = None
+    ) -> None:
+        """Load the model and start everything, telling ``report`` how far that is; by default the log. ``profile`` is
+        what steps cost on this machine.
 
         Raises ConfigError, UnsupportedModelError, MemoryError, OSError, ValueError.
         """
@@ -108,7 +110,7 @@ class EngineInstance:
         )
         runner = PassRunner(model, self._pool, backend.attention, resources, backend.batches, backend.passes)
         self._meter = device_meter(config.device) if config.measure_device_time else None
-        self.engine = self._engine(runner, backend.sampler)
+        self.engine = self._engine(runner, backend.sampler, profile)
         self._host_store.wait_until_ready(min(self._host_store.extent_bytes, config.host_store_bytes))
 
     @classmethod
@@ -168,6 +170,7 @@ class EngineInstance:
             steps=self.engine.steps,
             versions=self.engine.versions.states(),
             device_time=None if self._meter is None else self._meter.read(),
+            refusals=dict(self.engine.refusals),
         )
 
     def _page_pool(self, dtype: torch.dtype, device: torch.device) -> PagePool:
@@ -256,7 +259,7 @@ class EngineInstance:
             raise ConfigError(f"device: 'cuda' needs cuda-bindings and triton, and {error}") from error
         return StreamTransport(ring, DriverFlags(self._memory.address, device))
 
-    def _engine(self, runner: PassRunner, sampler: Sampler) -> Engine:
+    def _engine(self, runner: PassRunner, sampler: Sampler, profile: CostProfile | None) -> Engine:
         config = self.config
         return Engine(
             runner=runner,
@@ -273,8 +276,11 @@ class EngineInstance:
                 merged_rows=_merged_rows(config),
             ),
             max_waiting=config.max_waiting,
+            policy=config.policy,
+            tenant_queue_share=config.tenant_queue_share,
+            max_adapters=config.max_adapters,
             prefix_cache=config.prefix_cache,
-            prefill_rate=RateMeter(_ASSUMED_PREFILL_TOKENS_PER_SECOND),
+            costs=EngineCosts(layers=self._model_config.layers, measured=profile),
             sampler=sampler,
             runs_ahead=config.device == "cuda" if config.runs_ahead is None else config.runs_ahead,
             meter=self._meter,

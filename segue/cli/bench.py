@@ -12,6 +12,7 @@ import typer
 from rich.table import Table
 
 from segue.cli.bench_options import JsonOption, check_outputs, numbers, show_console, with_progress, write_outputs
+from segue.cli.bench_scheduler import scheduler
 from segue.cli.bench_simulate import simulate
 from segue.cli.bench_slo import slo
 from segue.cli.common import UserError, one_line_errors
@@ -76,6 +77,7 @@ def register(app: typer.Typer) -> None:
     bench.command(name="disk")(disk)
     bench.command(name="simulate")(simulate)
     bench.command(name="slo")(slo)
+    bench.command(name="scheduler")(scheduler)
     app.add_typer(bench, name="bench")
 
 

@@ -46,6 +46,9 @@ def simulate(
     placements: Annotated[
         str | None, typer.Option(metavar="NAME,...", help="rank-aware, most-idle, first-fit, random; default all.")
     ] = None,
+    policy: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Who goes first on a replica: fcfs (the default) or slo.")
+    ] = None,
     arrivals: Annotated[str | None, typer.Option(metavar="NAME", help="poisson, gamma or constant.")] = None,
     burstiness: Annotated[
         float | None, typer.Option(metavar="CV", help="Of gamma arrivals: standard deviation of a gap over its mean.")
@@ -80,7 +83,7 @@ def simulate(
         )  # fmt: skip
         config = changed(
             base,
-            replica=_replica(base.replica, profile),
+            replica=changed(_replica(base.replica, profile), policy=policy),
             workload=workload,
             targets=_targets(base.targets, ttft_ms, tpot_ms, time_per_token_ms),
             replicas=replicas,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from segue.bench.simulate.config import WorkloadConfig
+from segue.bench.simulate.config import Targets, WorkloadConfig
 from segue.bench.slo.arrivals import unit_gaps
 from segue.bench.slo.lengths import lognormal_lengths
 from segue.bench.slo.popularity import shares
@@ -17,13 +17,16 @@ from segue.scheduler.placement import AdapterCost
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SimulatedRequest:
-    """A request. ``arrival`` is in mean gaps since the beginning: divided by a rate it is in seconds."""
+    """A request. ``arrival`` is in mean gaps since the beginning: divided by a rate it is in seconds. Without
+    ``targets`` it has those of the simulation."""
 
     number: int
     arrival: float
     prompt_tokens: int
     output_tokens: int
     adapter: AdapterCost | None
+    tenant: str = ""
+    targets: Targets | None = None
 
 
 def popularity(config: WorkloadConfig) -> NDArray[np.float64]:
