@@ -93,7 +93,7 @@ class EngineInstance:
         ring = JobRing(self.workers)
         self.bridge = CpuBridge(self.workers, ring, self._transport(ring, streams.device), self.store.link, self.store)
         backend = self._backend(model, chunk_elems)
-        resources = LoraResources(
+        self._lora = LoraResources(
             store=self.store,
             bridge=self.bridge,
             policy=handoff_policy(config.handoff),
@@ -102,7 +102,7 @@ class EngineInstance:
             dtype=dtype,
             clock=time.monotonic,
         )
-        runner = PassRunner(model, self._pool, backend.attention, resources, backend.batches, backend.passes)
+        runner = PassRunner(model, self._pool, backend.attention, self._lora, backend.batches, backend.passes)
         self._meter = device_meter(config.device) if config.measure_device_time else None
         self.engine = self._engine(runner, backend.sampler)
         self._host_store.wait_until_ready(min(self._host_store.extent_bytes, config.host_store_bytes))
@@ -165,6 +165,10 @@ class EngineInstance:
             versions=self.engine.versions.states(),
             device_time=None if self._meter is None else self._meter.read(),
         )
+
+    def set_handoff(self, handoff: HandoffConfig) -> None:
+        """Choose the sources of cold layers in this way from now on: for benchmarks that compare ways on one engine."""
+        self._lora.policy = handoff_policy(handoff)
 
     def _page_pool(self, dtype: torch.dtype, device: torch.device) -> PagePool:
         pages = self.config.pages or self._automatic_pages(dtype, device)
