@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
+from segue.bench.coldstart import view as coldstart
 from segue.bench.report import Report, Row
 from segue.bench.simulate.table import column_names, lines
 
@@ -85,6 +86,8 @@ def readme_tables(reports: Mapping[str, Report]) -> str:
         members = {name: report for name, report in sorted(reports.items()) if report.benchmark == benchmark}
         if benchmark == "simulate":
             parts += [_placement_table(name, report) for name, report in members.items()]
+        elif benchmark == "coldstart":
+            parts += [_coldstart_table(name, report) for name, report in members.items()]
         else:
             parts.append(_TABLES.get(benchmark, _median_table)(members))
         parts += [f"`{name}`: {_origin(report)}." for name, report in members.items()]
@@ -121,6 +124,13 @@ def _placement_table(name: str, report: Report) -> str:
     (label, *columns), found = column_names(), lines(report)
     cells = [[line[place] for line in found] for place in range(len(columns) + 1)]
     return _markdown([f"`{name}`: {label}", *columns], cells)
+
+
+def _coldstart_table(name: str, report: Report) -> str:
+    """A line for each point: there are more points than would fit as columns."""
+    names, found = coldstart.column_names(), coldstart.lines(report)
+    (label, *columns), cells = names, [line[1:] for line in found]
+    return _markdown([f"`{name}`: {label}", *(line[0] for line in found)], [columns, *cells])
 
 
 def _kernel_cell(row: Row | None) -> str:

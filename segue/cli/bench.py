@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from segue.cli.bench_coldstart import coldstart
 from segue.cli.bench_options import JsonOption, check_outputs, numbers, show_console, with_progress, write_outputs
 from segue.cli.bench_simulate import simulate
 from segue.cli.common import UserError, one_line_errors
@@ -72,6 +73,7 @@ def register(app: typer.Typer) -> None:
     bench.command(name="kernels")(kernels)
     bench.command(name="cpu")(cpu)
     bench.command(name="simulate")(simulate)
+    bench.command(name="coldstart")(coldstart)
     app.add_typer(bench, name="bench")
 
 

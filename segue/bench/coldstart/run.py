@@ -1,0 +1,208 @@
+"""Measure points one after the other, each in rounds through all modes, and report them."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from segue.bench.coldstart.config import ColdstartConfig, Prepared, away_from, prepared
+from segue.bench.coldstart.measure import PointFailedError, Sample, Stage
+from segue.bench.coldstart.points import COLD_MODES, RIVALS, Mode, Point
+from segue.bench.coldstart.statistics import ratio_over_best
+from segue.bench.coldstart.view import LONGEST_STEP, OVER_BEST, OVER_WARM, STEP_OVER_BOUND, TTFT, USUAL_STEP
+from segue.bench.driver import BenchmarkError, EngineDriver
+from segue.bench.report import Percentiles, Report, Row
+
+GIVE_UP_FACTOR = 8.0
+"""A mode that took so many times the fastest cold mode's time in the round that is not kept is not measured there: it
+cannot be the best, and on a few points it would take most of the run's time."""
+_READY_SECONDS = 120.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """The samples of a point by mode, one for each round; ``slow`` modes were given up."""
+
+    point: Point
+    samples: Mapping[Mode, Sequence[Sample]]
+    slow: tuple[Mode, ...] = ()
+
+    def ttft_seconds(self, mode: Mode) -> list[float]:
+        """One for each round; none of a mode that was given up."""
+        return [sample.ttft_seconds for sample in self.samples.get(mode, ())]
+
+
+@dataclass(slots=True, kw_only=True)
+class Outcome:
+    """``failed`` are the points that could not be measured, each with the reason; ``left_out`` counts those for which
+    there was no time."""
+
+    measured: list[Measured] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    left_out: int = 0
+
+
+def run_coldstart_bench(config: ColdstartConfig, progress: Callable[[str], None]) -> Report:
+    """Measure; ``progress`` is told in one line what is done next.
+
+    Raises ConfigError, ModelError or OSError for a model that cannot be measured, and BenchmarkError.
+    """
+    with prepared(config, progress) as ready:
+        progress("starting the engine")
+        with away_from(ready.engine.cpu_cores), EngineDriver(ready.engine, ready.catalog) as driver:
+            driver.wait_for_workers(config.cpu_workers, _READY_SECONDS)
+            versions = {name: driver.open(name) for name in ready.weight_bytes}
+            stage = Stage(
+                driver,
+                versions,
+                config.decode_names,
+                layers=ready.model.layers,
+                vocab_size=ready.model.vocab_size,
+                seed=config.seed,
+            )
+            outcome = measure_points(config, stage, progress)
+    if not outcome.measured and not outcome.failed:
+        raise BenchmarkError(f"seconds: {config.seconds:g} were over before the first point was measured")
+    return _report(config, ready, outcome)
+
+
+def measure_points(
+    config: ColdstartConfig,
+    stage: Stage,
+    progress: Callable[[str], None],
+    clock: Callable[[], float] = time.monotonic,
+) -> Outcome:
+    """All points in their order, as far as the time goes by ``clock``."""
+    deadline_seconds = clock() + config.seconds
+    outcome = Outcome()
+    for number, point in enumerate(config.points, start=1):
+        progress(f"point {number} of {len(config.points)}: {point}")
+        try:
+            measured = _measure_point(config, stage, point, lambda: clock() > deadline_seconds)
+        except PointFailedError as error:
+            outcome.failed[str(point)] = str(error)
+            continue
+        if measured is None:
+            outcome.left_out = len(config.points) - number + 1
+            break
+        outcome.measured.append(measured)
+    return outcome
+
+
+def _measure_point(config: ColdstartConfig, stage: Stage, point: Point, is_over: Callable[[], bool]) -> Measured | None:
+    """None when there was no time for all rounds. Raises PointFailedError and BenchmarkError."""
+    if is_over():
+        return None
+    stage.begin(point)
+    first = {mode: stage.measure(point, mode) for mode in Mode}
+    fastest = min(first[mode].ttft_seconds for mode in COLD_MODES)
+    slow = tuple(mode for mode in RIVALS if first[mode].ttft_seconds > GIVE_UP_FACTOR * fastest)
+    modes = [mode for mode in Mode if mode not in slow]
+    samples: dict[Mode, list[Sample]] = {mode: [] for mode in modes}
+    for repeat in range(config.runs):
+        if is_over():
+            return None
+        # Each mode takes each place in the round.
+        start = repeat % len(modes)
+        for mode in modes[start:] + modes[:start]:
+            samples[mode].append(stage.measure(point, mode))
+    return Measured(point=point, samples=samples, slow=slow)
+
+
+def _report(config: ColdstartConfig, ready: Prepared, outcome: Outcome) -> Report:
+    settings = {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}
+    settings["points"] = len(config.points)
+    settings["failed_points"] = outcome.failed
+    settings["left_out_points"] = outcome.left_out
+    settings["layers"] = ready.model.layers
+    # Of points that differ in their decodes alone, the one without tells the newcomer's warm prefill.
+    warm = {
+        dataclasses.replace(item.point, decodes=0): item.ttft_seconds(Mode.WARM)
+        for item in sorted(outcome.measured, key=lambda item: item.point.decodes, reverse=True)
+    }
+    rows = []
+    for item in outcome.measured:
+        alone = warm[dataclasses.replace(item.point, decodes=0)]
+        rows += [*_timed_rows(item), *_ratio_rows(item, alone, config.seed)]
+    return Report.here("coldstart", settings, rows)
+
+
+def _timed_rows(item: Measured) -> list[Row]:
+    rows = []
+    for mode, samples in item.samples.items():
+        share = sum(sample.cpu_share for sample in samples) / len(samples)
+        rows.append(point_row(item.point, TTFT, [1e3 * sample.ttft_seconds for sample in samples], mode, share))
+        for measure, values in (
+            (LONGEST_STEP, [sample.longest_step_seconds for sample in samples]),
+            (USUAL_STEP, [sample.usual_step_seconds for sample in samples]),
+        ):
+            found = [1e3 * value for value in values if value is not None]
+            if found:
+                rows.append(point_row(item.point, measure, found, mode, share))
+    return rows
+
+
+def _ratio_rows(item: Measured, warm_alone: Sequence[float], seed: int) -> list[Row]:
+    """Of the time to the first token: planner over the best rival, each cold mode over warm. Of the longest step: over
+    what a usual step and the newcomer's own warm prefill take together."""
+    planner = item.ttft_seconds(Mode.PLANNER)
+    rivals = [item.ttft_seconds(mode) for mode in RIVALS if mode in item.samples]
+    rows = [ratio_row(item.point, OVER_BEST, planner, rivals, Mode.PLANNER, seed)] if rivals else []
+    for mode in COLD_MODES:
+        if mode in item.samples:
+            warm = item.ttft_seconds(Mode.WARM)
+            rows.append(ratio_row(item.point, OVER_WARM, item.ttft_seconds(mode), [warm], mode, seed))
+    for mode, samples in item.samples.items():
+        longest = [sample.longest_step_seconds for sample in samples]
+        usual = [sample.usual_step_seconds for sample in samples]
+        bounds = [None if step is None else step + _median(warm_alone) for step in usual]
+        if all(value is not None for value in (*longest, *bounds)):
+            own, bound = ([value for value in values if value is not None] for values in (longest, bounds))
+            rows.append(ratio_row(item.point, STEP_OVER_BOUND, own, [bound], mode, seed))
+    return rows
+
+
+def point_row(point: Point, measure: str, timings: Sequence[float], mode: Mode, cpu_share: float | None) -> Row:
+    """``timings`` are in the measure's unit."""
+    percentiles = Percentiles.of(timings)
+    return _row(point, measure, mode, cpu_share=cpu_share, timings=tuple(timings), **dataclasses.asdict(percentiles))
+
+
+def ratio_row(
+    point: Point, measure: str, own: Sequence[float], rivals: Sequence[Sequence[float]], mode: Mode, seed: int
+) -> Row:
+    """The ratio of medians with its one-sided bounds of 95%."""
+    ratio = ratio_over_best(own, rivals, seed)
+    return _row(
+        point,
+        measure,
+        mode,
+        median=ratio.value,
+        p10=ratio.p10,
+        p90=ratio.p90,
+        lower_bound=ratio.lower,
+        upper_bound=ratio.upper,
+        runs=len(own),
+    )
+
+
+def _row(point: Point, measure: str, mode: Mode, **values: object) -> Row:
+    return Row(
+        measure=measure,
+        batch=point.adapters,
+        adapters=point.adapters,
+        ranks=(point.rank,),
+        targets=point.targets.value,
+        prompt=point.prompt,
+        residency=point.tier.value,
+        mode=mode.value,
+        link_bytes_per_second=point.link_bytes_per_second,
+        decodes=point.decodes,
+        **values,  # type: ignore[arg-type]
+    )
+
+
+def _median(values: Sequence[float]) -> float:
+    return Percentiles.of(values).median
