@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from segue.bench.adapter_folders import write_adapters
 from segue.bench.cases import Mix
 from segue.bench.coldstart.points import Point
+from segue.bench.prepare import AdapterSize, Written, require_device, require_model, written
 from segue.bench.random_checkpoints import Targets
-from segue.bench.shapes import SHAPES
-from segue.config import ConfigError, require, require_positive
+from segue.config import require, require_positive
 from segue.engine.config import EngineConfig, LoadFormat
 from segue.engine.lora.catalog import AdapterCatalog
-from segue.engine.memory.adapter_layout import AdapterLayout, choose_chunk_elems
 from segue.engine.models.config import ModelConfig
 from segue.scheduler.plan import pages_for
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _BUDGET_TOKENS = 2048
 _SPARE_HOST_BYTES = 64 << 20
 _MOST_WORKERS, _OTHER_CORES = 12, 4
@@ -59,16 +52,12 @@ class ColdstartConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.model_dir is None:
-            require(self.shape in SHAPES, "shape", f"must be one of {', '.join(SHAPES)}, is {self.shape!r}")
-        else:
-            require(self.shape is None, "shape", f"is {self.shape!r}, but the model is the one in model_dir")
+        require_model(self.shape, self.model_dir)
         require(bool(self.points), "points", "there must be at least one")
         require_positive(self, "runs", "seconds", "cpu_workers")
         # The engine's own checks, before anything is written.
         self.engine_config(Path(self.model_dir or "."))
-        available = self.device != "cuda" or torch.cuda.is_available()
-        require(available, "device", "is 'cuda', and torch finds no CUDA device")
+        require_device(self.device)
 
     @property
     def budget_tokens(self) -> int:
@@ -105,6 +94,11 @@ class ColdstartConfig:
         arriving = [point.mix for point in self.points]
         return tuple(dict.fromkeys([*arriving, self.decode_mix] if self.decodes else arriving))
 
+    @property
+    def max_rank(self) -> int:
+        """The largest rank of any adapter."""
+        return max(rank for mix in self.mixes for rank in mix.ranks)
+
     def engine_config(self, model_dir: Path) -> EngineConfig:
         """Without pages and host bytes. Raises ConfigError."""
         running = max(point.adapters + point.decodes for point in self.points)
@@ -118,7 +112,7 @@ class ColdstartConfig:
             max_context_tokens=self.context_tokens,
             max_running=running,
             max_waiting=running,
-            max_lora_rank=max(rank for mix in self.mixes for rank in mix.ranks),
+            max_lora_rank=self.max_rank,
             prefix_cache=False,
             record_ahead=False,
             cpu_workers=self.cpu_workers,
@@ -150,12 +144,12 @@ def away_from(cores: Sequence[int]) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """What is measured, on disk, and the engine that has room for it. ``weight_bytes`` are by adapter name."""
+    """What is measured, on disk, and the engine that has room for it. ``sizes`` are by adapter name."""
 
     model: ModelConfig
     catalog: AdapterCatalog
     engine: EngineConfig
-    weight_bytes: dict[str, int]
+    sizes: Mapping[str, AdapterSize]
 
 
 @contextmanager
@@ -164,51 +158,38 @@ def prepared(config: ColdstartConfig, progress: Callable[[str], None]) -> Iterat
 
     Raises ConfigError, ModelError or OSError for a model that cannot be measured.
     """
-    with tempfile.TemporaryDirectory(prefix="segue-bench-") as folder:
-        progress("writing adapters")
-        model_dir, adapters_dir = Path(config.model_dir or Path(folder) / "model"), Path(folder) / "adapters"
-        if config.shape is not None:
-            model_dir.mkdir()
-            (model_dir / "config.json").write_text(json.dumps(SHAPES[config.shape].config_json(config.dtype)))
-        model = ModelConfig.load(model_dir)
-        if config.context_tokens > model.max_position_embeddings:
-            needed, context = config.context_tokens, model.max_position_embeddings
-            raise ConfigError(f"points: a request would have {needed} tokens, the model's context is {context}")
-        names = write_adapters(config.mixes, model, adapters_dir, _DTYPES[config.dtype])
-        catalog = AdapterCatalog(adapters_dir, model, config.engine_config(model_dir).max_lora_rank)
-        yield _with_room(config, model_dir, model, catalog, names)
+    with written(
+        shape=config.shape,
+        model_dir=config.model_dir,
+        dtype=config.dtype,
+        mixes=config.mixes,
+        max_rank=config.max_rank,
+        request_tokens=config.context_tokens,
+        progress=progress,
+        longest="points",
+    ) as found:
+        yield _with_room(config, found)
 
 
-def _with_room(
-    config: ColdstartConfig, model_dir: Path, model: ModelConfig, catalog: AdapterCatalog, names: Sequence[str]
-) -> Prepared:
+def _with_room(config: ColdstartConfig, found: Written) -> Prepared:
     """An engine whose pool and host store hold any one point, with what decodes meanwhile."""
-    engine = config.engine_config(model_dir)
-    page_elems = 2 * engine.page_tokens * model.kv_heads * model.head_dim
-    chunk_elems = choose_chunk_elems(
-        page_elems, {width for pair in model.projection_shapes().values() for width in pair}
-    )
-    pages: dict[str, int] = {}
-    weight_bytes: dict[str, int] = {}
-    for name in names:
-        with catalog.lookup(name) as opened:
-            layout = AdapterLayout.plan(opened.manifest, page_elems=page_elems, chunk_elems=chunk_elems)
-            pages[name], weight_bytes[name] = layout.pages, opened.manifest.weight_bytes
+    engine = config.engine_config(found.model_dir)
+    sizes = found.sizes(engine.page_tokens)
 
     def kv_pages(tokens: int) -> int:
         # A page to grow into besides.
         return pages_for(tokens, engine.page_tokens) + 1
 
     arriving = max(
-        sum(pages[name] for name in point.mix.adapter_names) + point.adapters * kv_pages(point.prompt + 1)
+        sum(sizes[name].pages for name in point.mix.adapter_names) + point.adapters * kv_pages(point.prompt + 1)
         for point in config.points
     )
-    decoding = sum(pages[name] for name in config.decode_names)
+    decoding = sum(sizes[name].pages for name in config.decode_names)
     decoding += config.decodes * kv_pages(DECODE_PROMPT + DECODE_TOKENS)
-    arriving_bytes = max(sum(weight_bytes[name] for name in point.mix.adapter_names) for point in config.points)
-    host_bytes = arriving_bytes + sum(weight_bytes[name] for name in config.decode_names)
+    host_bytes = max(sum(sizes[name].weight_bytes for name in point.mix.adapter_names) for point in config.points)
+    host_bytes += sum(sizes[name].weight_bytes for name in config.decode_names)
     # An eighth more: where an extent is freed another need not fit.
     sized = dataclasses.replace(
         engine, pages=arriving + decoding + 1, host_store_bytes=host_bytes * 9 // 8 + _SPARE_HOST_BYTES
     )
-    return Prepared(model=model, catalog=catalog, engine=sized, weight_bytes=weight_bytes)
+    return Prepared(model=found.model, catalog=found.catalog, engine=sized, sizes=sizes)

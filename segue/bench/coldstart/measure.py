@@ -36,7 +36,10 @@ class Sample:
 
 
 class Stage:
-    """Measures points on one engine. ``versions`` are the adapters by name."""
+    """Measures points on one engine. ``versions`` are the adapters by name.
+
+    ``read_seconds`` is how long the adapters of the point that was begun last took from disk to host memory.
+    """
 
     def __init__(
         self,
@@ -54,19 +57,27 @@ class Stage:
         self._layers = layers
         self._vocab_size = vocab_size
         self._random = np.random.default_rng(seed)
+        self.read_seconds = 0.0
 
     def begin(self, point: Point) -> None:
-        """Have the adapters of this point in host memory and those of other points on disk only."""
+        """Have the adapters of this point in host memory, those of other points on disk only, and the point's link.
+
+        The link stays throttled between the measurements as well, so that the engine learns no other bandwidth.
+        """
         own = {self._versions[name] for name in point.mix.adapter_names}
         keep = own | set(self._decode_versions)
         self._driver.set_link(None)
         self._driver.move([version for version in self._versions.values() if version not in keep], Tier.DISK)
         self._driver.move(self._decode_versions, Tier.DEVICE)
+        self._driver.move(sorted(own), Tier.DISK)
+        start_seconds = time.monotonic()
+        self._driver.move(sorted(own), Tier.HOST)
+        self.read_seconds = time.monotonic() - start_seconds
+        self._driver.set_link(point.link_bytes_per_second)
 
     def measure(self, point: Point, mode: Mode) -> Sample:
         """Raises PointFailedError for a measurement that was not of this mode, and BenchmarkError."""
         versions = [self._versions[name] for name in point.mix.adapter_names]
-        self._driver.set_link(None)
         # What an earlier measurement left on its way lands first.
         tier = Tier.DEVICE if mode is Mode.WARM else point.tier
         if any(self._driver.tier(version) is not Tier.DISK for version in versions):
@@ -76,14 +87,12 @@ class Stage:
         prompts = [self._random.integers(self._vocab_size, size=point.prompt).tolist() for _ in versions]
         with self._decoding(point.decodes) as gaps:
             self._check_before(versions, tier)
-            self._driver.set_link(point.link_bytes_per_second)
             arrival_seconds = time.monotonic()
             numbers = [
                 self._driver.submit(prompt, version, max_tokens=1, arrival_seconds=arrival_seconds)
                 for prompt, version in zip(prompts, versions, strict=True)
             ]
             timings = self._driver.run_to_ends(numbers) if gaps is None else gaps.run_to_ends(numbers)
-        self._driver.set_link(None)
         _check_after(timings, mode, tier, self._layers)
         return Sample(
             ttft_seconds=statistics.fmean(timing.ttft_seconds for timing in timings),

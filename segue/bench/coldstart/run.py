@@ -53,7 +53,7 @@ def run_coldstart_bench(config: ColdstartConfig, progress: Callable[[str], None]
         progress("starting the engine")
         with away_from(ready.engine.cpu_cores), EngineDriver(ready.engine, ready.catalog) as driver:
             driver.wait_for_workers(config.cpu_workers, _READY_SECONDS)
-            versions = {name: driver.open(name) for name in ready.weight_bytes}
+            versions = {name: driver.open(name) for name in ready.sizes}
             stage = Stage(
                 driver,
                 versions,

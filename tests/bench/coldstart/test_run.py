@@ -26,7 +26,7 @@ CONFIG = ColdstartConfig(points=(ONE, DISK, BUSY), shape="tiny", runs=2)
 def stage() -> Iterator[Stage]:
     with prepared(CONFIG, lambda _: None) as ready, EngineDriver(ready.engine, ready.catalog) as driver:
         driver.wait_for_workers(1, 120)
-        versions = {name: driver.open(name) for name in ready.weight_bytes}
+        versions = {name: driver.open(name) for name in ready.sizes}
         yield Stage(driver, versions, CONFIG.decode_names, layers=4, vocab_size=ready.model.vocab_size, seed=0)
 
 
@@ -70,10 +70,10 @@ def test_a_request_that_took_another_way_fails_the_point(stage: Stage, monkeypat
 
 def test_a_throttled_link_takes_its_time(stage: Stage) -> None:
     """The bytes of three adapters over the link are a floor: 4 layers x 7 projections of rank 4, in float32."""
-    stage.begin(DISK)
     widths = (256 + 256) + 2 * (256 + 128) + (256 + 256) + 2 * (256 + 704) + (704 + 256)
     last_seconds = 3 * 4 * 4 * 4 * widths / 2e6
     slow = dataclasses.replace(DISK, link_bytes_per_second=2e6)
+    stage.begin(slow)
     for mode in (Mode.LOAD_FIRST, Mode.STREAM):
         # The three land one after the other, so the mean is at least two thirds of the last.
         assert stage.measure(slow, mode).ttft_seconds >= 2 / 3 * last_seconds
