@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import select
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Self
 
@@ -70,8 +70,9 @@ class EngineDriver:
 
     def move(self, version_ids: Sequence[int], tier: Tier) -> None:
         """Have these adapters there and nowhere nearer: the host copy of one on the device may stay, that of one on
-        disk is gone. No request may use them. Raises BenchmarkError for no room."""
+        disk is gone. Waits until no request uses them. Raises BenchmarkError for no room."""
         store = self._instance.store
+        self._step_until(lambda: not any(store.users(version_id) for version_id in version_ids))
         if tier is not Tier.DEVICE:
             for version_id in version_ids:
                 store.evict_device(version_id)
@@ -137,9 +138,21 @@ class EngineDriver:
             timings.update({finished.number: finished.timing for finished in self._step().finished})
         return [timings[number] for number in numbers]
 
-    def step(self) -> StepOutput:
-        """One step, or a short wait for what comes from outside where there is nothing to do. Raises BenchmarkError."""
-        return self._step()
+    def step(self, most_wait_seconds: float = _IDLE_MILLISECONDS / 1e3) -> StepOutput:
+        """One step and, where nothing can go on, a wait for what comes from outside, to whole milliseconds and not more
+        than so long. Raises BenchmarkError."""
+        return self._step(int(min(_IDLE_MILLISECONDS, 1e3 * most_wait_seconds)))
+
+    def unused(self, version_ids: Iterable[int]) -> set[int]:
+        """Those that no request uses."""
+        return {version_id for version_id in version_ids if not self._instance.store.users(version_id)}
+
+    def evict_unused(self, version_ids: Iterable[int]) -> set[int]:
+        """Take those that no request uses from the device, and leave them in host memory; which they are."""
+        unused = self.unused(version_ids)
+        for version_id in unused:
+            self._instance.store.evict_device(version_id)
+        return unused
 
     def decode_seconds(self) -> float:
         """The time of one step, in which every running request decodes one token. Raises BenchmarkError if not."""
@@ -163,14 +176,14 @@ class EngineDriver:
         while not condition():
             self._step()
 
-    def _step(self) -> StepOutput:
+    def _step(self, idle_milliseconds: int = _IDLE_MILLISECONDS) -> StepOutput:
         """One step; a wait for what comes from outside when nothing can go on."""
         output, failures = self._engine.step()
         if failures:
             raise BenchmarkError(f"an adapter cannot be served: {failures[0].message}")
         self._check(output)
         if self._engine.must_look_again or not self._engine.can_go_on:
-            wait_for_work(self._instance, self._poller, _IDLE_MILLISECONDS)
+            wait_for_work(self._instance, self._poller, idle_milliseconds)
         return output
 
     def _check(self, output: StepOutput) -> None:

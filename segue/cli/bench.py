@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from segue.cli.bench_coldload import coldload
 from segue.cli.bench_coldstart import coldstart
 from segue.cli.bench_options import JsonOption, check_outputs, numbers, show_console, with_progress, write_outputs
 from segue.cli.bench_simulate import simulate
@@ -35,7 +36,8 @@ PresetOption = Annotated[
     typer.Option(metavar="NAME", help="table-8b: the table of an 8B model in bfloat16 on CUDA."),
 ]
 ShapeOption = Annotated[
-    str | None, typer.Option(metavar="NAME", help="A random model: tiny, small (default), medium, llama-3.1-8b.")
+    str | None,
+    typer.Option(metavar="NAME", help="A random model: tiny, small (default), medium, llama-2-7b, llama-3.1-8b."),
 ]
 ModelOption = Annotated[Path | None, typer.Option(metavar="DIR", help="The base model's folder, in place of --shape.")]
 DtypeOption = Annotated[str | None, typer.Option(metavar="NAME", help="float32 (default), bfloat16 or float16.")]
@@ -74,6 +76,7 @@ def register(app: typer.Typer) -> None:
     bench.command(name="cpu")(cpu)
     bench.command(name="simulate")(simulate)
     bench.command(name="coldstart")(coldstart)
+    bench.command(name="coldload")(coldload)
     app.add_typer(bench, name="bench")
 
 

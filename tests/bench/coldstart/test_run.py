@@ -157,7 +157,7 @@ def test_points_for_which_there_is_no_time_are_counted() -> None:
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ({"shape": "huge"}, "shape: must be one of tiny, small, medium, llama-3.1-8b, is 'huge'"),
+        ({"shape": "huge"}, "shape: must be one of tiny, small, medium, llama-2-7b, llama-3.1-8b, is 'huge'"),
         ({"model_dir": "m"}, "shape: is 'tiny', but the model is the one in model_dir"),
         ({"points": ()}, "points: there must be at least one"),
         ({"runs": 0}, "runs: must be greater than 0, is 0"),

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from segue.bench.coldstart.statistics import ratio_over_best
+from segue.bench.coldstart.statistics import ratio_of_means, ratio_over_best
 
 
 def test_the_ratio_is_of_medians_over_the_least_of_the_rivals() -> None:
@@ -48,3 +48,12 @@ def test_the_bounds_are_those_of_the_seed() -> None:
 def test_rounds_must_be_whole(timings: list[float], rivals: list[list[float]]) -> None:
     with pytest.raises(ValueError, match="one timing for each round"):
         ratio_over_best(timings, rivals, seed=0)
+
+
+def test_means_are_compared_request_by_request() -> None:
+    """Requests differ tenfold, and each takes a tenth longer: their spread is none of the ratio's."""
+    times = np.random.default_rng(0).lognormal(0, 1, 40)
+    ratio = ratio_of_means(list(1.1 * times), list(times), seed=0)
+    assert (ratio.lower, ratio.value, ratio.upper) == pytest.approx((1.1, 1.1, 1.1))
+    with pytest.raises(ValueError, match="of the same requests"):
+        ratio_of_means([1.0], [1.0, 2.0], seed=0)
