@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from segue.cli.bench_options import JsonOption, check_outputs, numbers, show_console, with_progress, write_outputs
+from segue.cli.bench_options import (
+    JsonOption,
+    check_folder,
+    check_outputs,
+    numbers,
+    show_console,
+    with_progress,
+    write_outputs,
+)
 from segue.cli.common import UserError, one_line_errors
 
 if TYPE_CHECKING:
     from segue.bench.coldstart.config import ColdstartConfig
     from segue.bench.coldstart.points import Axes, Point
     from segue.bench.report import Report
+    from segue.scheduler.cost_model import CostProfile
 
+_SAMPLES, _DECODES = 60, 16
 _AXES = ("prompts", "ranks", "targets", "adapters", "tiers", "links")
 
 
@@ -63,6 +74,17 @@ def coldstart(
     ] = None,
     torch_threads: Annotated[int, typer.Option(metavar="N", help="Threads of torch's matrix products.")] = 1,
     seed: Annotated[int, typer.Option(metavar="N", help="Of the points that are drawn, prompts and bounds.")] = 0,
+    profile: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.toml", help="A cost profile: predict the points of the map that are not measured."),
+    ] = None,
+    read: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="FILE.json", help="Measure nothing: show this report, and draw its --page."),
+    ] = None,
+    page: Annotated[
+        Path | None, typer.Option(metavar="FILE.html", help="A page of plots and the map of who is fastest where.")
+    ] = None,
     json: JsonOption = None,
 ) -> None:
     """Time requests whose adapters are in host memory or on disk, in five modes: warm, load first, stream, cpu,
@@ -72,38 +94,49 @@ def coldstart(
     """
     with one_line_errors():
         check_outputs(json, None)
-        points = _points(preset, (prompts, ranks, targets, adapters, tiers, links), samples, decodes, seed)
-        if preset is not None:
-            shape = shape or (None if model is not None else "llama-3.1-8b")
-            dtype, device = dtype or "bfloat16", device or "cuda"
-        config = _config(
-            points, shape, model, dtype, device,
-            runs=runs, seconds=seconds, cpu_workers=cpu_workers, torch_threads=torch_threads, seed=seed,
-        )  # fmt: skip
-        report = with_progress(lambda progress: _report(config, progress))
-        write_outputs(report, json, None)
+        check_folder("--page", page)
+        if read is not None:
+            report = _read(read, json)
+        else:
+            points, map_points = _points(
+                preset, (prompts, ranks, targets, adapters, tiers, links), samples, decodes, seed
+            )
+            if preset is not None:
+                shape = shape or (None if model is not None else "llama-3.1-8b")
+                dtype, device = dtype or "bfloat16", device or "cuda"
+            config = _config(
+                points, shape, model, dtype, device,
+                runs=runs, seconds=seconds, cpu_workers=cpu_workers, torch_threads=torch_threads, seed=seed,
+            )  # fmt: skip
+            config = dataclasses.replace(config, map_points=map_points, profile=_profile(profile))
+            report = with_progress(lambda progress: _report(config, progress))
+            write_outputs(report, json, None)
+        _write_page(report, page)
     _show(report)
 
 
 def _points(
     preset: str | None, values: tuple[str | None, ...], samples: int | None, decodes: int | None, seed: int
-) -> tuple[Point, ...]:
+) -> tuple[tuple[Point, ...], tuple[Point, ...]]:
+    """The points to measure, and those of the map that they were drawn from, if they were."""
     from segue.bench.coldstart.points import TABLES, Axes, beside_decodes, measured_points
 
     if preset is None:
         axes = _axes(values)
-        chosen = axes.points() if samples is None else measured_points(axes, samples, seed)
-        return beside_decodes(chosen, decodes or 0)
+        if samples is None:
+            return beside_decodes(axes.points(), decodes or 0), ()
+        return beside_decodes(measured_points(axes, samples, seed), decodes or 0), axes.points()
     if any(value is not None for value in values):
         raise UserError(f"--preset names all points: leave out --{', --'.join(_AXES)}")
     if preset in TABLES:
         if samples is not None or decodes is not None:
             raise UserError(f"--preset {preset} names all points: leave out --samples and --decodes")
-        return TABLES[preset]
+        return TABLES[preset], ()
     if preset != "corners":
         raise UserError(f"--preset: must be one of {', '.join([*TABLES, 'corners'])}, is {preset!r}")
-    chosen = measured_points(Axes(), 60 if samples is None else samples, seed)
-    return beside_decodes(chosen, 16 if decodes is None else decodes)
+    axes = Axes()
+    chosen = measured_points(axes, _SAMPLES if samples is None else samples, seed)
+    return beside_decodes(chosen, _DECODES if decodes is None else decodes), axes.points()
 
 
 def _axes(values: tuple[str | None, ...]) -> Axes:
@@ -164,6 +197,37 @@ def _config(
         torch_threads=torch_threads,
         seed=seed,
     )
+
+
+def _profile(path: Path | None) -> CostProfile | None:
+    from segue.config import from_table, read_toml
+    from segue.scheduler.cost_model import CostProfile
+
+    return None if path is None else from_table(CostProfile, read_toml(path), where="profile")
+
+
+def _read(path: Path, json: Path | None) -> Report:
+    from segue.bench.report import Report, ReportError
+
+    if json is not None:
+        raise UserError("--from measures nothing to write: leave out --json")
+    try:
+        report = Report.read(path)
+    except ReportError as error:
+        raise UserError(str(error)) from error
+    if report.benchmark != "coldstart":
+        raise UserError(f"{path}: is of segue bench {report.benchmark}")
+    return report
+
+
+def _write_page(report: Report, path: Path | None) -> None:
+    from segue.bench.coldstart.page import write_page
+
+    if path is not None:
+        try:
+            write_page(report, path)
+        except OSError as error:
+            raise UserError(str(error)) from error
 
 
 def _report(config: ColdstartConfig, progress: Callable[[str], None]) -> Report:

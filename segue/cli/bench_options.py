@@ -36,13 +36,18 @@ def check_outputs(json: Path | None, plot: Path | None) -> None:
     from segue.bench.plots import PlotError, require_plots
 
     for option, path in (("--json", json), ("--plot", plot)):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise UserError(f"{option}: {path.absolute().parent} is not a folder")
+        check_folder(option, path)
     if plot is not None:
         try:
             require_plots(plot)
         except PlotError as error:
             raise UserError(str(error)) from error
+
+
+def check_folder(option: str, path: Path | None) -> None:
+    """Raises UserError where the option's file could not be written for want of its folder."""
+    if path is not None and not path.absolute().parent.is_dir():
+        raise UserError(f"{option}: {path.absolute().parent} is not a folder")
 
 
 def write_outputs(report: Report, json: Path | None, plot: Path | None) -> None:

@@ -17,6 +17,7 @@ from segue.config import require, require_positive
 from segue.engine.config import EngineConfig, LoadFormat
 from segue.engine.lora.catalog import AdapterCatalog
 from segue.engine.models.config import ModelConfig
+from segue.scheduler.cost_model import CostProfile
 from segue.scheduler.plan import pages_for
 
 _BUDGET_TOKENS = 2048
@@ -37,7 +38,7 @@ class ColdstartConfig:
     Each point is measured in ``runs`` rounds through all modes, and in one more before that is not kept. No round
     begins later than ``seconds`` after the model is loaded; a point with fewer rounds than ``runs`` is left out.
     ``cpu_workers`` are pinned to the last cores where there are more cores than workers. ``seed`` is of prompts and
-    bootstrap.
+    bootstrap. With a ``profile``, those of ``map_points`` that are not measured are predicted from it.
     """
 
     points: tuple[Point, ...]
@@ -50,6 +51,8 @@ class ColdstartConfig:
     cpu_workers: int = 1
     torch_threads: int = 1
     seed: int = 0
+    profile: CostProfile | None = None
+    map_points: tuple[Point, ...] = ()
 
     def __post_init__(self) -> None:
         require_model(self.shape, self.model_dir)

@@ -36,9 +36,9 @@ class Sample:
 
 
 class Stage:
-    """Measures points on one engine. ``versions`` are the adapters by name.
+    """Measures points on one engine. ``versions`` are the adapters by name, as are their ``weight_bytes``.
 
-    ``read_seconds`` is how long the adapters of the point that was begun last took from disk to host memory.
+    ``read_bytes_per_second``: how fast the adapters of the point that was begun last came from disk to host memory.
     """
 
     def __init__(
@@ -47,6 +47,7 @@ class Stage:
         versions: Mapping[str, int],
         decode_names: Sequence[str],
         *,
+        weight_bytes: Mapping[str, int],
         layers: int,
         vocab_size: int,
         seed: int,
@@ -54,10 +55,11 @@ class Stage:
         self._driver = driver
         self._versions = versions
         self._decode_versions = [versions[name] for name in decode_names]
+        self._weight_bytes = weight_bytes
         self._layers = layers
         self._vocab_size = vocab_size
         self._random = np.random.default_rng(seed)
-        self.read_seconds = 0.0
+        self.read_bytes_per_second = 0.0
 
     def begin(self, point: Point) -> None:
         """Have the adapters of this point in host memory, those of other points on disk only, and the point's link.
@@ -72,7 +74,8 @@ class Stage:
         self._driver.move(sorted(own), Tier.DISK)
         start_seconds = time.monotonic()
         self._driver.move(sorted(own), Tier.HOST)
-        self.read_seconds = time.monotonic() - start_seconds
+        read_bytes = sum(self._weight_bytes[name] for name in point.mix.adapter_names)
+        self.read_bytes_per_second = read_bytes / (time.monotonic() - start_seconds)
         self._driver.set_link(point.link_bytes_per_second)
 
     def measure(self, point: Point, mode: Mode) -> Sample:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,10 +11,21 @@ from dataclasses import dataclass, field
 from segue.bench.coldstart.config import ColdstartConfig, Prepared, away_from, prepared
 from segue.bench.coldstart.measure import PointFailedError, Sample, Stage
 from segue.bench.coldstart.points import COLD_MODES, RIVALS, Mode, Point
+from segue.bench.coldstart.predict import Predictor, relative_errors
 from segue.bench.coldstart.statistics import ratio_over_best
-from segue.bench.coldstart.view import LONGEST_STEP, OVER_BEST, OVER_WARM, STEP_OVER_BOUND, TTFT, USUAL_STEP
+from segue.bench.coldstart.view import (
+    LONGEST_STEP,
+    OVER_BEST,
+    OVER_WARM,
+    STEP_OVER_BOUND,
+    TTFT,
+    USUAL_STEP,
+    point_views,
+)
 from segue.bench.driver import BenchmarkError, EngineDriver
+from segue.bench.prepare import DTYPES
 from segue.bench.report import Percentiles, Report, Row
+from segue.scheduler.cost_model import CostProfile
 
 GIVE_UP_FACTOR = 8.0
 """A mode that took so many times the fastest cold mode's time in the round that is not kept is not measured there: it
@@ -37,11 +49,17 @@ class Measured:
 @dataclass(slots=True, kw_only=True)
 class Outcome:
     """``failed`` are the points that could not be measured, each with the reason; ``left_out`` counts those for which
-    there was no time."""
+    there was no time. ``reads`` are in bytes per second."""
 
     measured: list[Measured] = field(default_factory=list)
+    reads: list[float] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     left_out: int = 0
+
+    @property
+    def read_bytes_per_second(self) -> float | None:
+        """At which adapters came from disk, the page cache warm; None where none did."""
+        return statistics.median(self.reads) if self.reads else None
 
 
 def run_coldstart_bench(config: ColdstartConfig, progress: Callable[[str], None]) -> Report:
@@ -58,6 +76,7 @@ def run_coldstart_bench(config: ColdstartConfig, progress: Callable[[str], None]
                 driver,
                 versions,
                 config.decode_names,
+                weight_bytes={name: size.weight_bytes for name, size in ready.sizes.items()},
                 layers=ready.model.layers,
                 vocab_size=ready.model.vocab_size,
                 seed=config.seed,
@@ -81,6 +100,7 @@ def measure_points(
         progress(f"point {number} of {len(config.points)}: {point}")
         try:
             measured = _measure_point(config, stage, point, lambda: clock() > deadline_seconds)
+            outcome.reads.append(stage.read_bytes_per_second)
         except PointFailedError as error:
             outcome.failed[str(point)] = str(error)
             continue
@@ -113,10 +133,12 @@ def _measure_point(config: ColdstartConfig, stage: Stage, point: Point, is_over:
 
 def _report(config: ColdstartConfig, ready: Prepared, outcome: Outcome) -> Report:
     settings = {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}
+    del settings["map_points"]
     settings["points"] = len(config.points)
     settings["failed_points"] = outcome.failed
     settings["left_out_points"] = outcome.left_out
     settings["layers"] = ready.model.layers
+    settings["read_bytes_per_second"] = outcome.read_bytes_per_second
     # Of points that differ in their decodes alone, the one without tells the newcomer's warm prefill.
     warm = {
         dataclasses.replace(item.point, decodes=0): item.ttft_seconds(Mode.WARM)
@@ -126,7 +148,39 @@ def _report(config: ColdstartConfig, ready: Prepared, outcome: Outcome) -> Repor
     for item in outcome.measured:
         alone = warm[dataclasses.replace(item.point, decodes=0)]
         rows += [*_timed_rows(item), *_ratio_rows(item, alone, config.seed)]
-    return Report.here("coldstart", settings, rows)
+    report = Report.here("coldstart", settings, rows)
+    if config.profile is None or outcome.read_bytes_per_second is None:
+        return report
+    return _with_predictions(report, config, _predictor(config.profile, config, ready, outcome.read_bytes_per_second))
+
+
+def _predictor(
+    profile: CostProfile, config: ColdstartConfig, ready: Prepared, read_bytes_per_second: float
+) -> Predictor:
+    return Predictor(
+        profile=profile,
+        shapes=dict(ready.model.projection_shapes()),
+        item_bytes=DTYPES[config.dtype].itemsize,
+        cores=config.cpu_workers,
+        budget_tokens=ready.engine.budget_tokens,
+        read_bytes_per_second=read_bytes_per_second,
+    )
+
+
+def _with_predictions(report: Report, config: ColdstartConfig, predictor: Predictor) -> Report:
+    """With a row for each mode of the map's points that were not measured, and how far off such rows are."""
+    views = point_views(report)
+    measured = {view.point for view in views}
+    rows = [
+        _row(point, TTFT, mode, predicted=True, median=value, p10=value, p90=value, runs=0)
+        for point in config.map_points
+        if point not in measured
+        for mode in Mode
+        for value in (1e3 * predictor.ttft_seconds(point, mode),)
+    ]
+    errors = relative_errors(views, predictor.ttft_seconds)
+    settings = {**report.settings, "prediction_relative_errors": errors}
+    return dataclasses.replace(report, settings=settings, rows=(*report.rows, *rows))
 
 
 def _timed_rows(item: Measured) -> list[Row]:

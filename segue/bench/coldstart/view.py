@@ -54,14 +54,15 @@ def point_views(report: Report) -> tuple[PointView, ...]:
 
 
 def column_names() -> Sequence[str]:
-    """The columns of a line."""
+    """The columns of a line: the point; milliseconds to the first token in each mode; the planner's over those of the
+    best other cold mode and of warm; the longest step of others with it, and over a usual one with a warm prefill."""
     return [
-        *("prompt", "rank", "targets", "adapters", "from", "link", "decodes"),
-        *(f"{mode}, ms" for mode in Mode),
-        "planner over best other (95%)",
-        "over warm",
-        "longest step, ms (usual)",
-        "over bound",
+        *("prompt", "rank", "on", "count", "from", "link", "decodes"),
+        *Mode,
+        "/best (95%)",
+        "/warm",
+        "step (usual)",
+        "/bound",
     ]
 
 
@@ -72,9 +73,9 @@ def lines(report: Report) -> Sequence[Sequence[str]]:
 
 def point_table(report: Report) -> Table:
     """The lines for a terminal."""
-    table = Table(box=None)
+    table = Table(box=None, pad_edge=False)
     for place, name in enumerate(column_names()):
-        table.add_column(name, justify="right" if place else "left")
+        table.add_column(name, justify="right" if place else "left", no_wrap=True)
     for line in lines(report):
         table.add_row(*line)
     return table
@@ -88,7 +89,7 @@ def _line(view: PointView) -> Sequence[str]:
     return [
         *_coordinates(view.point),
         *(_number(view.median(TTFT, mode)) for mode in Mode),
-        "" if best is None else f"{best.median:.2f} ({best.lower_bound:.2f} to {best.upper_bound:.2f})",
+        "" if best is None else f"{best.median:.2f} ({best.lower_bound:.2f}-{best.upper_bound:.2f})",
         _number(warm),
         "" if longest is None else f"{longest:.2f} ({_number(usual)})",
         _number(bound),

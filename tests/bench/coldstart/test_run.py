@@ -27,7 +27,8 @@ def stage() -> Iterator[Stage]:
     with prepared(CONFIG, lambda _: None) as ready, EngineDriver(ready.engine, ready.catalog) as driver:
         driver.wait_for_workers(1, 120)
         versions = {name: driver.open(name) for name in ready.sizes}
-        yield Stage(driver, versions, CONFIG.decode_names, layers=4, vocab_size=ready.model.vocab_size, seed=0)
+        sizes = {name: size.weight_bytes for name, size in ready.sizes.items()}
+        yield Stage(driver, versions, CONFIG.decode_names, weight_bytes=sizes, layers=4, vocab_size=1024, seed=0)
 
 
 @pytest.mark.parametrize("point", CONFIG.points, ids=str)
@@ -111,6 +112,7 @@ class FakeStage:
 
     def __init__(self, slow: tuple[Mode, ...] = (), failing: Point | None = None) -> None:
         self.now = 0.0
+        self.read_bytes_per_second = 1.0
         self.measured: list[tuple[Point, Mode]] = []
         self._slow = slow
         self._failing = failing
