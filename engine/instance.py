@@ -170,6 +170,13 @@ class EngineInstance:
         """Choose the sources of cold layers in this way from now on: for benchmarks that compare ways on one engine."""
         self._lora.policy = handoff_policy(handoff)
 
+    def wait_for_host_store(self) -> None:
+        """Wait until all of the host store can be used; the engine itself waits for no more than a request needs.
+
+        Raises MemoryError when it never will.
+        """
+        self._host_store.wait_until_ready(self.config.host_store_bytes)
+
     def _page_pool(self, dtype: torch.dtype, device: torch.device) -> PagePool:
         pages = self.config.pages or self._automatic_pages(dtype, device)
         try:

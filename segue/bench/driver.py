@@ -73,21 +73,30 @@ class EngineDriver:
         disk is gone. Waits until no request uses them. Raises BenchmarkError for no room."""
         store = self._instance.store
         self._step_until(lambda: not any(store.users(version_id) for version_id in version_ids))
-        if tier is not Tier.DEVICE:
+        if tier is Tier.DEVICE:
+            for version_id in version_ids:
+                self._engine.versions.preload(version_id)
+                if not store.has_pages(version_id):
+                    raise BenchmarkError(f"adapter version {version_id} finds no free pages")
+        else:
             for version_id in version_ids:
                 store.evict_device(version_id)
                 if tier is Tier.DISK:
                     store.evict_host(version_id)
                 else:
                     store.start_load(version_id)
-        for version_id in version_ids:
-            if tier is Tier.DEVICE:
-                self._engine.versions.preload(version_id)
-                if not store.has_pages(version_id):
-                    raise BenchmarkError(f"adapter version {version_id} finds no free pages")
-            verified = tier is not Tier.DISK
-            while store.tier(version_id) is not tier or store.is_verified(version_id) is not verified:
-                self._step()
+        verified = tier is not Tier.DISK
+        self._step_until(
+            lambda: all(store.tier(each) is tier and store.is_verified(each) is verified for each in version_ids)
+        )
+        # Pages of which a copy was under way are free when that has ended.
+        self._step_until(lambda: store.device_pages_held == self._pages_in_use())
+
+    def _pages_in_use(self) -> int:
+        """Pages of the adapters that have theirs."""
+        store = self._instance.store
+        versions = [opened.manifest.version_id for opened in self._opened]
+        return sum(store.device_pages(version_id) for version_id in versions if store.has_pages(version_id))
 
     def set_handoff(self, handoff: HandoffConfig) -> None:
         """How the sources of cold layers are chosen from now on."""
@@ -97,8 +106,12 @@ class EngineDriver:
         """The bandwidth to which the link to the device is throttled from now on; None: not at all."""
         self._instance.store.link.throttle(bytes_per_second)
 
-    def wait_for_workers(self, count: int, limit_seconds: float) -> None:
-        """Raises BenchmarkError unless so many CPU workers are ready in time."""
+    def wait_until_settled(self, count: int, limit_seconds: float) -> None:
+        """Wait until nothing of the start goes on: the host store is whole, and so many CPU workers are ready.
+
+        Raises BenchmarkError where the workers are not ready in time, MemoryError where the store never will be.
+        """
+        self._instance.wait_for_host_store()
         if not self._instance.workers.wait_ready(count, limit_seconds):
             raise BenchmarkError(f"{count} CPU workers are not ready after {limit_seconds:.0f} seconds")
 

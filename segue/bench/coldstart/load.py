@@ -46,7 +46,7 @@ def run_load_bench(config: LoadConfig, progress: Callable[[str], None]) -> Repor
         progress("starting the engine")
         engine = with_room(config, found)
         with away_from(engine.cpu_cores), EngineDriver(engine, found.catalog) as driver:
-            driver.wait_for_workers(config.cpu_workers, _READY_SECONDS)
+            driver.wait_until_settled(config.cpu_workers, _READY_SECONDS)
             progress(f"reading {len(found.names)} adapters")
             stage = LoadStage(
                 driver, [driver.open(name) for name in found.names], found.model.vocab_size, config.requests_per_second

@@ -70,7 +70,7 @@ def run_coldstart_bench(config: ColdstartConfig, progress: Callable[[str], None]
     with prepared(config, progress) as ready:
         progress("starting the engine")
         with away_from(ready.engine.cpu_cores), EngineDriver(ready.engine, ready.catalog) as driver:
-            driver.wait_for_workers(config.cpu_workers, _READY_SECONDS)
+            driver.wait_until_settled(config.cpu_workers, _READY_SECONDS)
             versions = {name: driver.open(name) for name in ready.sizes}
             stage = Stage(
                 driver,
@@ -139,15 +139,14 @@ def _report(config: ColdstartConfig, ready: Prepared, outcome: Outcome) -> Repor
     settings["left_out_points"] = outcome.left_out
     settings["layers"] = ready.model.layers
     settings["read_bytes_per_second"] = outcome.read_bytes_per_second
-    # Of points that differ in their decodes alone, the one without tells the newcomer's warm prefill.
-    warm = {
-        dataclasses.replace(item.point, decodes=0): item.ttft_seconds(Mode.WARM)
-        for item in sorted(outcome.measured, key=lambda item: item.point.decodes, reverse=True)
-    }
+    # What the newcomer's own prefill takes when warm and alone, where that was measured.
+    alone = {item.point: item.ttft_seconds(Mode.WARM) for item in outcome.measured if item.point.decodes == 0}
     rows = []
     for item in outcome.measured:
-        alone = warm[dataclasses.replace(item.point, decodes=0)]
-        rows += [*_timed_rows(item), *_ratio_rows(item, alone, config.seed)]
+        rows += [*_timed_rows(item), *_ratio_rows(item, config.seed)]
+        warm = alone.get(dataclasses.replace(item.point, decodes=0))
+        if warm is not None:
+            rows += _step_ratio_rows(item, warm, config.seed)
     report = Report.here("coldstart", settings, rows)
     if config.profile is None or outcome.read_bytes_per_second is None:
         return report
@@ -198,9 +197,8 @@ def _timed_rows(item: Measured) -> list[Row]:
     return rows
 
 
-def _ratio_rows(item: Measured, warm_alone: Sequence[float], seed: int) -> list[Row]:
-    """Of the time to the first token: planner over the best rival, each cold mode over warm. Of the longest step: over
-    what a usual step and the newcomer's own warm prefill take together."""
+def _ratio_rows(item: Measured, seed: int) -> list[Row]:
+    """Of the time to the first token: planner over the best rival, and each cold mode over warm."""
     planner = item.ttft_seconds(Mode.PLANNER)
     rivals = [item.ttft_seconds(mode) for mode in RIVALS if mode in item.samples]
     rows = [ratio_row(item.point, OVER_BEST, planner, rivals, Mode.PLANNER, seed)] if rivals else []
@@ -208,13 +206,19 @@ def _ratio_rows(item: Measured, warm_alone: Sequence[float], seed: int) -> list[
         if mode in item.samples:
             warm = item.ttft_seconds(Mode.WARM)
             rows.append(ratio_row(item.point, OVER_WARM, item.ttft_seconds(mode), [warm], mode, seed))
+    return rows
+
+
+def _step_ratio_rows(item: Measured, warm_alone: Sequence[float], seed: int) -> list[Row]:
+    """The longest step over what a usual step and the newcomer's own warm prefill take together; none without others
+    that decode."""
+    prefill_seconds = statistics.median(warm_alone)
+    rows = []
     for mode, samples in item.samples.items():
-        longest = [sample.longest_step_seconds for sample in samples]
-        usual = [sample.usual_step_seconds for sample in samples]
-        bounds = [None if step is None else step + _median(warm_alone) for step in usual]
-        if all(value is not None for value in (*longest, *bounds)):
-            own, bound = ([value for value in values if value is not None] for values in (longest, bounds))
-            rows.append(ratio_row(item.point, STEP_OVER_BOUND, own, [bound], mode, seed))
+        longest = [value for sample in samples if (value := sample.longest_step_seconds) is not None]
+        bounds = [prefill_seconds + usual for sample in samples if (usual := sample.usual_step_seconds) is not None]
+        if longest and len(longest) == len(bounds):
+            rows.append(ratio_row(item.point, STEP_OVER_BOUND, longest, [bounds], mode, seed))
     return rows
 
 
@@ -256,7 +260,3 @@ def _row(point: Point, measure: str, mode: Mode, **values: object) -> Row:
         decodes=point.decodes,
         **values,  # type: ignore[arg-type]
     )
-
-
-def _median(values: Sequence[float]) -> float:
-    return Percentiles.of(values).median

@@ -25,7 +25,7 @@ CONFIG = ColdstartConfig(points=(ONE, DISK, BUSY), shape="tiny", runs=2)
 @pytest.fixture(scope="module")
 def stage() -> Iterator[Stage]:
     with prepared(CONFIG, lambda _: None) as ready, EngineDriver(ready.engine, ready.catalog) as driver:
-        driver.wait_for_workers(1, 120)
+        driver.wait_until_settled(1, 120)
         versions = {name: driver.open(name) for name in ready.sizes}
         sizes = {name: size.weight_bytes for name, size in ready.sizes.items()}
         yield Stage(driver, versions, CONFIG.decode_names, weight_bytes=sizes, layers=4, vocab_size=1024, seed=0)
@@ -102,9 +102,24 @@ def test_a_report_has_timings_and_ratios_for_each_point() -> None:
         assert best.lower_bound <= best.median <= best.upper_bound
         steps = {mode for measure, mode in view.rows if measure == "longest_step_ms"}
         assert steps == (timed if view.point.decodes else set())
+        # BUSY stands beside no measurement of its newcomer alone.
+        assert not [measure for measure, _ in view.rows if measure == "longest_step_over_bound_ratio"]
     ttft = views[0].rows["ttft_ms", Mode.STREAM]
     assert (ttft.runs, len(ttft.timings or ()), ttft.residency) == (2, 2, "host")
     assert len(lines(report)) == 3
+
+
+def test_the_longest_step_is_compared_with_a_usual_one_and_the_newcomers_warm_prefill() -> None:
+    alone = dataclasses.replace(BUSY, decodes=0)
+    report = run_coldstart_bench(dataclasses.replace(CONFIG, points=(BUSY, alone), runs=1), lambda _: None)
+    busy, idle = point_views(report)
+    for mode in COLD_MODES:
+        longest, usual = (busy.median(measure, mode) for measure in ("longest_step_ms", "usual_step_ms"))
+        if longest is None or usual is None:
+            continue
+        bound = usual + (idle.median("ttft_ms", Mode.WARM) or 0.0)
+        assert busy.median("longest_step_over_bound_ratio", mode) == pytest.approx(longest / bound)
+    assert busy.median("longest_step_over_bound_ratio", Mode.PLANNER) is not None
 
 
 class FakeStage:
