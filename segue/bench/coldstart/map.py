@@ -30,7 +30,7 @@ def region_words(views: Sequence[PointView]) -> list[str]:
     wins = {mode: sum(view.winner(RIVALS) is mode for view in measured) for mode in RIVALS}
     words = ["Without the planner, of the points that were measured: "
              + ", ".join(f"{mode} is the fastest at {count}" for mode, count in wins.items()) + "."]  # fmt: skip
-    gains = [(gain, view) for view in measured if (gain := _gain(view)) is not None]
+    gains = [(gain, view) for view in measured if (gain := view.gain_over_stream) is not None]
     if gains:
         most, view = max(gains, key=lambda item: item[0])
         share = view.rows[TTFT, Mode.PLANNER].cpu_share
@@ -40,11 +40,6 @@ def region_words(views: Sequence[PointView]) -> list[str]:
             f"{sum(gain >= 1.2 for gain, _ in gains)} of {len(gains)} points."
         )
     return words
-
-
-def _gain(view: PointView) -> float | None:
-    stream, planner = view.median(TTFT, Mode.STREAM), view.median(TTFT, Mode.PLANNER)
-    return None if stream is None or planner is None else stream / planner
 
 
 def _grid(tier: str, link: str, views: Sequence[PointView], colours: Mapping[Mode, str]) -> str:

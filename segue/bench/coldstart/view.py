@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.table import Table
 
-from segue.bench.coldstart.points import COLD_MODES, Mode, Point
+from segue.bench.coldstart.points import COLD_MODES, RIVALS, Mode, Point
 from segue.bench.random_checkpoints import Targets
 from segue.bench.report import Report, Row
 from segue.types import Tier
@@ -36,6 +37,12 @@ class PointView:
     def predicted(self) -> bool:
         """Whether the cost model says this, and nothing was measured."""
         return any(row.predicted for row in self.rows.values())
+
+    @property
+    def gain_over_stream(self) -> float | None:
+        """How many times as fast as streaming the planner is; None where one of them was not measured."""
+        stream, planner = self.median(TTFT, Mode.STREAM), self.median(TTFT, Mode.PLANNER)
+        return None if stream is None or planner is None else stream / planner
 
     def winner(self, modes: Sequence[Mode] = COLD_MODES) -> Mode | None:
         """The one of these modes with the least time to the first token; None where none has one."""
@@ -69,6 +76,45 @@ def column_names() -> Sequence[str]:
 def lines(report: Report) -> Sequence[Sequence[str]]:
     """A line for each point that was measured."""
     return [_line(view) for view in point_views(report) if not view.predicted]
+
+
+def summary_names() -> Sequence[str]:
+    """The columns of a summary's line."""
+    return [
+        "from, link, decodes",
+        "points",
+        *(f"{mode} fastest" for mode in RIVALS),
+        "planner / best of them",
+        "bound above 1.05",
+        "planner / warm",
+        "planner / stream, least",
+    ]
+
+
+def summary_lines(report: Report) -> Sequence[Sequence[str]]:
+    """A line for the measured points of each tier, link and number of decodes: where each rival is the fastest of the
+    three; the median of the planner's ratios and at how many points their lower bound is above 1.05."""
+    groups: dict[tuple[str, str, int], list[PointView]] = {}
+    for view in point_views(report):
+        if not view.predicted:
+            point = view.point
+            groups.setdefault((point.tier.value, point.link_words, point.decodes), []).append(view)
+    return [_summary_line(*key, views) for key, views in sorted(groups.items())]
+
+
+def _summary_line(tier: str, link: str, decodes: int, views: Sequence[PointView]) -> Sequence[str]:
+    best = [row for view in views if (row := view.rows.get((OVER_BEST, Mode.PLANNER))) is not None]
+    warm = [value for view in views if (value := view.median(OVER_WARM, Mode.PLANNER)) is not None]
+    stream = [value for view in views if (value := view.gain_over_stream) is not None]
+    return [
+        f"{tier}, {link}, {decodes}",
+        str(len(views)),
+        *(str(sum(view.winner(RIVALS) is mode for view in views)) for mode in RIVALS),
+        _number(statistics.median(row.median for row in best) if best else None),
+        str(sum((row.lower_bound or 0.0) > 1.05 for row in best)),
+        _number(statistics.median(warm) if warm else None),
+        _number(1 / max(stream) if stream else None),
+    ]
 
 
 def point_table(report: Report) -> Table:

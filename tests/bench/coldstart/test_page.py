@@ -16,6 +16,7 @@ from segue.bench.coldstart.view import OVER_BEST, TTFT, point_views
 from segue.bench.machine import Machine
 from segue.bench.random_checkpoints import Targets
 from segue.bench.report import Report
+from segue.bench.tables import readme_tables
 from segue.cli.main import build_app
 from segue.types import Tier
 
@@ -84,6 +85,17 @@ def test_where_the_help_pays_is_said_of_what_was_measured() -> None:
         "it is at least 1.2 times as fast at 2 of 2 points.",
     ]
     assert region_words(point_views(predicted(report_of(ONE))))[0].endswith("cpu is the fastest at 0.")
+
+
+def test_the_readme_has_a_line_for_each_tier_and_link() -> None:
+    report = report_of(ONE, SLOW, dataclasses.replace(ONE, prompt=16))
+    lines = readme_tables({"cold.json": report}).splitlines()
+    assert lines[2:4] == [
+        "| host, 6 GB/s, 0 | 1 | 0 | 0 | 1 | 0.62 | 0 |  | 0.50 |",
+        "| host, full, 0 | 2 | 0 | 0 | 2 | 0.62 | 0 |  | 0.50 |",
+    ]
+    assert lines[0].startswith("| `cold.json`: from, link, decodes | points | load first fastest | stream fastest |")
+    assert "cold.json`: a <cpu>" in lines[-1]
 
 
 def test_a_report_is_drawn_again_without_measuring(tmp_path: Path) -> None:
