@@ -9,6 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from segue.cli.bench_model import (
+    CpuWorkersOption,
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    TorchThreadsOption,
+    shape_and_model,
+)
 from segue.cli.bench_options import JsonOption, check_outputs, show_console, with_progress, write_outputs
 from segue.cli.common import UserError, one_line_errors
 
@@ -28,11 +36,9 @@ def coldload(
     shape: Annotated[
         str | None, typer.Option(metavar="NAME", help="A random model: tiny (default), small, llama-2-7b, ...")
     ] = None,
-    model: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="The base model's folder, in place of --shape.")
-    ] = None,
-    dtype: Annotated[str | None, typer.Option(metavar="NAME", help="float32 (default), bfloat16 or float16.")] = None,
-    device: Annotated[str | None, typer.Option(metavar="NAME", help="cpu (default) or cuda.")] = None,
+    model: ModelOption = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
     rank: Annotated[int | None, typer.Option(metavar="N", help="The adapters' rank; default 8.")] = None,
     targets: Annotated[str | None, typer.Option(metavar="qkvo|all", help="Default qkvo.")] = None,
     contents: Annotated[int | None, typer.Option(metavar="N", help="Adapters, asked for in turn; default 32.")] = None,
@@ -43,10 +49,8 @@ def coldload(
     rounds: Annotated[
         int | None, typer.Option(metavar="N", help="Parts of the load that the servers serve in turn; default 2.")
     ] = None,
-    cpu_workers: Annotated[
-        int | None, typer.Option(metavar="N", help="CPU LoRA workers; default all cores but four, 1 to 12.")
-    ] = None,
-    torch_threads: Annotated[int | None, typer.Option(metavar="N", help="Threads of torch's matrix products.")] = None,
+    cpu_workers: CpuWorkersOption = None,
+    torch_threads: TorchThreadsOption = 1,
     seed: Annotated[int | None, typer.Option(metavar="N", help="Of all that is drawn.")] = None,
     json: JsonOption = None,
 ) -> None:
@@ -73,8 +77,6 @@ def _config(preset: str | None, shape: str | None, model: Path | None, **values:
 
     if preset not in (None, "caraserve"):
         raise UserError(f"--preset: must be caraserve, is {preset!r}")
-    if shape is not None and model is not None:
-        raise UserError("give --shape or --model, not both")
     if values["targets"] is not None:
         if values["targets"] not in tuple(Targets):
             raise UserError(f"--targets: must be one of {', '.join(Targets)}, is {values['targets']!r}")
@@ -85,10 +87,8 @@ def _config(preset: str | None, shape: str | None, model: Path | None, **values:
         base |= {"rank": 8, "contents": 32, "requests_per_second": 4.0, "seconds": 20.0}
     else:
         base |= {"dtype": "bfloat16", "device": "cuda"}
-    default_shape = None if model is not None else "tiny" if preset is None else "llama-2-7b"
-    config: LoadConfig = LoadConfig(
-        shape=shape or default_shape, model_dir=None if model is None else str(model), **{**base, **given}
-    )
+    shape, model_dir = shape_and_model(shape, model, "tiny" if preset is None else "llama-2-7b")
+    config: LoadConfig = LoadConfig(shape=shape, model_dir=model_dir, **{**base, **given})
     return config
 
 

@@ -9,9 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from segue.cli.bench_model import (
+    CpuWorkersOption,
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    TorchThreadsOption,
+    shape_and_model,
+)
 from segue.cli.bench_options import (
     JsonOption,
-    check_folder,
+    check_folders,
     check_outputs,
     numbers,
     show_console,
@@ -42,11 +50,9 @@ def coldstart(
     shape: Annotated[
         str | None, typer.Option(metavar="NAME", help="A random model: tiny (default), small, llama-3.1-8b, ...")
     ] = None,
-    model: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="The base model's folder, in place of --shape.")
-    ] = None,
-    dtype: Annotated[str | None, typer.Option(metavar="NAME", help="float32 (default), bfloat16 or float16.")] = None,
-    device: Annotated[str | None, typer.Option(metavar="NAME", help="cpu (default) or cuda.")] = None,
+    model: ModelOption = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
     prompts: Annotated[str | None, typer.Option(metavar="N,...", help="Tokens; default 32,128.")] = None,
     ranks: Annotated[str | None, typer.Option(metavar="N,...", help="Default 8,64.")] = None,
     targets: Annotated[str | None, typer.Option(metavar="qkvo|all,...", help="Default qkvo.")] = None,
@@ -69,10 +75,8 @@ def coldstart(
     seconds: Annotated[
         float, typer.Option(metavar="LIMIT", help="No round begins later than this after the model is there.")
     ] = 600.0,
-    cpu_workers: Annotated[
-        int | None, typer.Option(metavar="N", help="CPU LoRA workers; default all cores but four, 1 to 12.")
-    ] = None,
-    torch_threads: Annotated[int, typer.Option(metavar="N", help="Threads of torch's matrix products.")] = 1,
+    cpu_workers: CpuWorkersOption = None,
+    torch_threads: TorchThreadsOption = 1,
     seed: Annotated[int, typer.Option(metavar="N", help="Of the points that are drawn, prompts and bounds.")] = 0,
     profile: Annotated[
         Path | None,
@@ -94,18 +98,18 @@ def coldstart(
     """
     with one_line_errors():
         check_outputs(json, None)
-        check_folder("--page", page)
+        check_folders(page=page)
         if read is not None:
             report = _read(read, json)
         else:
             points, map_points = _points(
                 preset, (prompts, ranks, targets, adapters, tiers, links), samples, decodes, seed
             )
+            default_shape = "tiny" if preset is None else "llama-3.1-8b"
             if preset is not None:
-                shape = shape or (None if model is not None else "llama-3.1-8b")
                 dtype, device = dtype or "bfloat16", device or "cuda"
             config = _config(
-                points, shape, model, dtype, device,
+                points, shape, model, dtype, device, default_shape=default_shape,
                 runs=runs, seconds=seconds, cpu_workers=cpu_workers, torch_threads=torch_threads, seed=seed,
             )  # fmt: skip
             config = dataclasses.replace(config, map_points=map_points, profile=_profile(profile))
@@ -175,6 +179,7 @@ def _config(
     dtype: str | None,
     device: str | None,
     *,
+    default_shape: str,
     runs: int,
     seconds: float,
     cpu_workers: int | None,
@@ -183,12 +188,11 @@ def _config(
 ) -> ColdstartConfig:
     from segue.bench.coldstart.config import ColdstartConfig, default_workers
 
-    if shape is not None and model is not None:
-        raise UserError("give --shape or --model, not both")
+    shape, model_dir = shape_and_model(shape, model, default_shape)
     return ColdstartConfig(
         points=points,
-        shape=shape or (None if model is not None else "tiny"),
-        model_dir=None if model is None else str(model),
+        shape=shape,
+        model_dir=model_dir,
         dtype=dtype or "float32",
         device=device or "cpu",
         runs=runs,

@@ -35,8 +35,7 @@ def check_outputs(json: Path | None, plot: Path | None) -> None:
     """Raises UserError where the report could not be written, so that nothing is measured in vain."""
     from segue.bench.plots import PlotError, require_plots
 
-    for option, path in (("--json", json), ("--plot", plot)):
-        check_folder(option, path)
+    check_folders(json=json, plot=plot)
     if plot is not None:
         try:
             require_plots(plot)
@@ -44,10 +43,11 @@ def check_outputs(json: Path | None, plot: Path | None) -> None:
             raise UserError(str(error)) from error
 
 
-def check_folder(option: str, path: Path | None) -> None:
-    """Raises UserError where the option's file could not be written for want of its folder."""
-    if path is not None and not path.absolute().parent.is_dir():
-        raise UserError(f"{option}: {path.absolute().parent} is not a folder")
+def check_folders(**paths: Path | None) -> None:
+    """Raises UserError for a file, by its option's name, whose folder there is not."""
+    for option, path in paths.items():
+        if path is not None and not path.absolute().parent.is_dir():
+            raise UserError(f"--{option}: {path.absolute().parent} is not a folder")
 
 
 def write_outputs(report: Report, json: Path | None, plot: Path | None) -> None:
