@@ -27,9 +27,10 @@ from segue.bench.prepare import DTYPES
 from segue.bench.report import Percentiles, Report, Row
 from segue.scheduler.cost_model import CostProfile
 
-GIVE_UP_FACTOR = 8.0
-"""A mode that took so many times the fastest cold mode's time in the round that is not kept is not measured there: it
-cannot be the best, and on a few points it would take most of the run's time."""
+GIVE_UP_FACTOR, GIVE_UP_SECONDS = 8.0, 1.0
+"""A mode that takes longer than this, and so many times the fastest cold mode's time, in both of two measurements that
+are not kept is not measured at that point. It cannot be the best, and would take most of a run's time at a few points.
+"""
 _READY_SECONDS = 120.0
 
 
@@ -117,8 +118,12 @@ def _measure_point(config: ColdstartConfig, stage: Stage, point: Point, is_over:
         return None
     stage.begin(point)
     first = {mode: stage.measure(point, mode) for mode in Mode}
-    fastest = min(first[mode].ttft_seconds for mode in COLD_MODES)
-    slow = tuple(mode for mode in RIVALS if first[mode].ttft_seconds > GIVE_UP_FACTOR * fastest)
+    bound_seconds = max(GIVE_UP_SECONDS, GIVE_UP_FACTOR * min(first[mode].ttft_seconds for mode in COLD_MODES))
+    slow = tuple(
+        mode
+        for mode in RIVALS
+        if first[mode].ttft_seconds > bound_seconds and stage.measure(point, mode).ttft_seconds > bound_seconds
+    )
     modes = [mode for mode in Mode if mode not in slow]
     samples: dict[Mode, list[Sample]] = {mode: [] for mode in modes}
     for repeat in range(config.runs):
