@@ -11,6 +11,7 @@ from typing import Self
 
 from segue.engine.config import EngineConfig, HandoffConfig
 from segue.engine.instance import EngineInstance
+from segue.engine.interpreter import settle_interpreter
 from segue.engine.loop import wait_for_work
 from segue.engine.lora.catalog import AdapterCatalog, OpenedVersion
 from segue.engine.messages import StepOutput, Submit
@@ -35,6 +36,7 @@ class EngineDriver:
         self._running: set[int] = set()
         self._instance = EngineInstance(config)
         self._engine = self._instance.engine
+        settle_interpreter()
         self._poller = select.poll()
         self._poller.register(self._instance.wake_fd, select.POLLIN)
 
