@@ -33,7 +33,7 @@ StartOption = Annotated[
     str | None,
     _option(
         _SERVER,
-        "In place of --server: start one with random weights of this shape (tiny, small, medium, llama-3.1-8b) and "
+        "In place of --server: start one with random weights of this shape (tiny, small, llama-3.1-8b, ...) and "
         "random adapters.",
         metavar="SHAPE",
     ),

@@ -24,7 +24,10 @@ def bench(*arguments: str) -> Result:
     [
         ((), "segue: ttft_ms: a search needs targets: give --ttft-ms, --tpot-ms or --class, or else --rate\n"),
         (("--preset", "fast"), "segue: --preset: must be one of goodput-8b, three-classes, is 'fast'\n"),
-        (("--start", "huge", *TARGETS), "segue: start: must be one of tiny, small, medium, llama-3.1-8b, is 'huge'\n"),
+        (
+            ("--start", "huge", *TARGETS),
+            "segue: start: must be one of tiny, small, medium, llama-2-7b, llama-3.1-8b, is 'huge'\n",
+        ),
         (("--start", "tiny", "--device", "tpu", *TARGETS), "segue: device: must be 'cpu' or 'cuda', is 'tpu'\n"),
         (("--start", "tiny", "--dtype", "int8", *TARGETS), "segue: dtype: must be one of float32, bfloat16, float16"),
         (("--start", "tiny", "--ranks", "8,x", *TARGETS), "segue: --ranks: must be whole numbers with commas"),
