@@ -37,10 +37,12 @@ from segue.engine.models.config import ModelConfig
 from segue.engine.models.decoder import DecoderModel
 from segue.engine.models.rope import RotaryEmbedding
 from segue.engine.pool_size import PageNeeds, cpu_pages, cuda_pages
+from segue.engine.profile import load_profile
 from segue.engine.progress import ReportProgress, log_lines
 from segue.engine.rate import RateMeter
 from segue.engine.runner import PassRunner
 from segue.engine.sampler import Sampler
+from segue.scheduler.cost_model import CostProfile
 from segue.scheduler.handoff import DeviceWhenLanded, FixedHandover, HandoffPolicy, LoadFirst, StreamLayers
 from segue.scheduler.plan import SchedulerLimits
 
@@ -53,7 +55,8 @@ _MERGED_ROWS = 128
 
 
 class EngineInstance:
-    """An engine with its threads and processes. ``wake_fd`` becomes readable when something arrived from them."""
+    """An engine with its threads and processes. ``wake_fd`` becomes readable when something arrived from them.
+    ``profile`` is what was measured of this machine and model, if anything was."""
 
     def __init__(self, config: EngineConfig, report: ReportProgress | None = None) -> None:
         """Load the model and start everything, telling ``report`` how far that is; by default the log.
@@ -64,6 +67,7 @@ class EngineInstance:
         torch.set_num_threads(config.torch_threads)
         self.config = config
         self._model_config = ModelConfig.load(Path(config.model_dir))
+        self.profile = _profile(config, self._model_config)
         self._context_tokens = config.max_context_tokens or self._model_config.max_position_embeddings
         dtype = _DTYPES[config.dtype]
         if config.device == "cuda":
@@ -320,6 +324,11 @@ def _merged_rows(config: EngineConfig) -> int:
     if config.merged_rows is not None:
         return config.merged_rows
     return _MERGED_ROWS if config.device == "cuda" else 0
+
+
+def _profile(config: EngineConfig, model: ModelConfig) -> CostProfile | None:
+    """The file's that the configuration names. Raises ConfigError."""
+    return None if config.profile_path is None else load_profile(Path(config.profile_path), layers=model.layers)
 
 
 def _cpu_config(config: EngineConfig, model: ModelConfig, item_bytes: int) -> CpuLoraConfig:

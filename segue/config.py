@@ -6,6 +6,7 @@ import dataclasses
 import json
 import tomllib
 from collections.abc import Mapping
+from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -43,10 +44,14 @@ def read_toml(path: Path) -> Mapping[str, Any]:
 def from_table(cls: type[_Config], table: Mapping[str, Any], *, where: str) -> _Config:
     """Build the dataclass ``cls`` from a TOML table; nested dataclasses are nested tables.
 
-    Raises ConfigError for a key that ``cls`` does not have, or a value of another type; ``where`` prefixes the field.
+    Raises ConfigError for a key that ``cls`` does not have, one that is missing, or a value of another type; ``where``
+    prefixes the field.
     """
     hints = get_type_hints(cls)
-    fields = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for name, field in fields.items():
+        optional = field.default is not MISSING or field.default_factory is not MISSING
+        require(optional or name in table, f"{where}.{name}", "is missing")
     values: dict[str, Any] = {}
     for key, value in table.items():
         require(key in fields, f"{where}.{key}", f"unknown; known are {', '.join(sorted(fields))}")

@@ -105,14 +105,13 @@ def _replica(base: ReplicaConfig, profile: str | None) -> ReplicaConfig:
 
 def _profile(name: str) -> CostProfile:
     from segue.bench.simulate.profiles import PROFILES
-    from segue.config import from_table, read_toml
-    from segue.scheduler.cost_model import CostProfile
+    from segue.engine.profile import load_profile
 
     if name in PROFILES:
         return PROFILES[name]
     if not name.endswith(".toml"):
         raise UserError(f"--profile: must be one of {', '.join(PROFILES)} or a file that ends in .toml, is {name!r}")
-    return from_table(CostProfile, read_toml(Path(name)), where="profile")
+    return load_profile(Path(name))
 
 
 def _targets(base: Targets, *milliseconds: float | None) -> Targets:
