@@ -50,16 +50,26 @@ class StepLoad:
 
 
 class LoraForm(Enum):
-    """What the LoRA part of a step grows with: the terms of StepCoefficients that a fit may use for it."""
+    """What the LoRA part of a step grows with: the terms of StepCoefficients that a fit may use for it.
 
-    PRESENT_BYTES = ("seconds_per_adapter", "seconds_per_adapter_byte")
+    PRESENT_BYTES is that of our kernels: launches wherever there is an adapter, work for each of them, their weights
+    read once, and products that grow with the rows' own ranks.
+    """
+
+    PRESENT_BYTES = ("seconds_with_adapters", "seconds_per_adapter", "seconds_per_adapter_byte", "seconds_per_rank")
     MAX_RANK = ("seconds_per_padded_rank",)
     SUM_OF_RANKS = ("seconds_per_rank",)
 
     @property
     def terms(self) -> tuple[str, ...]:
         """All terms of a step's cost in this form."""
-        return ("fixed_seconds", "seconds_per_token", "seconds_per_context_token", *self.value)
+        return (
+            "fixed_seconds",
+            "seconds_per_token",
+            "seconds_per_token_beyond",
+            "seconds_per_context_token",
+            *self.value,
+        )
 
 
 def require_coefficients(owner: object) -> None:
@@ -79,12 +89,20 @@ def require_coefficients(owner: object) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepCoefficients:
-    """Of a step: seconds of the step itself, of each row, of each token of KV that a row reads, of each adapter, of
-    each byte of the adapters' weights, and for other kernels of each row's rank, padded or not."""
+    """Of a step: seconds of the step itself, of each row, of each token of KV that a row reads, of adapters being
+    there at all, of each adapter, of each byte of the adapters' weights, and of each row's rank, padded or not.
+
+    Up to ``knee_tokens`` rows the products wait for the model's weights; each row beyond takes
+    ``seconds_per_token_beyond`` more (the roofline of Williams et al., CACM 2009). A sum of terms that never fall, so
+    more still never costs less.
+    """
 
     fixed_seconds: float = 0.0
     seconds_per_token: float = 0.0
+    knee_tokens: int = 0
+    seconds_per_token_beyond: float = 0.0
     seconds_per_context_token: float = 0.0
+    seconds_with_adapters: float = 0.0
     seconds_per_adapter: float = 0.0
     seconds_per_adapter_byte: float = 0.0
     seconds_per_padded_rank: float = 0.0
@@ -92,18 +110,41 @@ class StepCoefficients:
 
     def __post_init__(self) -> None:
         require_coefficients(self)
+        knee = self.knee_tokens
+        whole = isinstance(knee, int) and not isinstance(knee, bool)
+        require(whole and knee >= 0, "knee_tokens", f"must be a whole number from 0 on, is {knee!r}")
+
+    def beyond_seconds(self, tokens: int) -> float:
+        """Seconds that rows beyond the knee take besides what every row takes."""
+        return self.seconds_per_token_beyond * max(0, tokens - self.knee_tokens)
 
     def parts(self, load: StepLoad) -> tuple[float, float, float]:
         """Seconds of the base model's products, of attention, and of LoRA. All 0 when there are no rows."""
         if load.tokens == 0:
             return (0.0, 0.0, 0.0)
         return (
-            self.fixed_seconds + self.seconds_per_token * load.tokens,
+            self.fixed_seconds + self.seconds_per_token * load.tokens + self.beyond_seconds(load.tokens),
             self.seconds_per_context_token * load.context_tokens,
-            self.seconds_per_adapter * load.adapters
+            self.seconds_with_adapters * (load.adapters > 0)
+            + self.seconds_per_adapter * load.adapters
             + self.seconds_per_adapter_byte * load.adapter_bytes
             + self.seconds_per_padded_rank * load.padded_rank_tokens
             + self.seconds_per_rank * load.rank_tokens,
+        )
+
+    def scaled(self, base: float, attention: float, lora: float) -> StepCoefficients:
+        """The coefficients of which ``parts`` are so many times these."""
+        return StepCoefficients(
+            fixed_seconds=base * self.fixed_seconds,
+            seconds_per_token=base * self.seconds_per_token,
+            knee_tokens=self.knee_tokens,
+            seconds_per_token_beyond=base * self.seconds_per_token_beyond,
+            seconds_per_context_token=attention * self.seconds_per_context_token,
+            seconds_with_adapters=lora * self.seconds_with_adapters,
+            seconds_per_adapter=lora * self.seconds_per_adapter,
+            seconds_per_adapter_byte=lora * self.seconds_per_adapter_byte,
+            seconds_per_padded_rank=lora * self.seconds_per_padded_rank,
+            seconds_per_rank=lora * self.seconds_per_rank,
         )
 
     def seconds(self, load: StepLoad) -> float:
@@ -135,6 +176,13 @@ class CpuCoefficients:
 
     def __post_init__(self) -> None:
         require_coefficients(self)
+
+    def seconds(self, tokens: int, rank: int, cores: int) -> float:
+        """Seconds of one layer's deltas on ``cores`` cores, at least one, which share the rows."""
+        busy = min(cores, max(tokens, 1))
+        core_seconds = self.core_seconds_per_token_rank * tokens * rank / busy
+        transfer_seconds = self.fixed_seconds + self.seconds_per_token * tokens
+        return transfer_seconds + self.core_seconds_per_rank * rank + core_seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,12 +216,24 @@ class CostProfile:
         """Seconds of a step whose rows are all of prompts."""
         return self.prefill.seconds(load)
 
+    def step_parts(self, decodes: StepLoad, prompts: StepLoad) -> tuple[float, float, float]:
+        """Seconds of a step with both kinds of rows: the base model's products, attention, LoRA.
+
+        Where prompts ride, what a step pays once is paid once, by the dearer kind, and all rows together are what is
+        beyond the knee of the prompts.
+        """
+        (base, attention, lora), more = self.decode.parts(decodes), self.prefill.parts(prompts)
+        if self.prompts_ride and decodes.tokens and prompts.tokens:
+            base -= min(self.decode.fixed_seconds, self.prefill.fixed_seconds)
+            base += self.prefill.beyond_seconds(decodes.tokens + prompts.tokens)
+            base -= self.prefill.beyond_seconds(prompts.tokens)
+            if decodes.adapters and prompts.adapters:
+                lora -= min(self.decode.seconds_with_adapters, self.prefill.seconds_with_adapters)
+        return base + more[0], attention + more[1], lora + more[2]
+
     def step_seconds(self, decodes: StepLoad, prompts: StepLoad) -> float:
         """Seconds of a step with both kinds of rows."""
-        seconds = self.decode_seconds(decodes) + self.prefill_seconds(prompts)
-        if self.prompts_ride and decodes.tokens and prompts.tokens:
-            seconds -= min(self.decode.fixed_seconds, self.prefill.fixed_seconds)
-        return seconds
+        return math.fsum(self.step_parts(decodes, prompts))
 
     def copy_seconds(self, copy_bytes: int) -> float:
         """Seconds until so many bytes are on the device, over a link that does nothing else."""
@@ -183,10 +243,7 @@ class CostProfile:
         """Seconds of one layer's deltas on ``cores`` cores, which share the rows. Infinite where there is no help."""
         if self.cpu is None or cores < 1:
             return math.inf
-        busy = min(cores, max(tokens, 1))
-        core_seconds = self.cpu.core_seconds_per_token_rank * tokens * rank / busy
-        transfer_seconds = self.cpu.fixed_seconds + self.cpu.seconds_per_token * tokens
-        return transfer_seconds + self.cpu.core_seconds_per_rank * rank + core_seconds
+        return self.cpu.seconds(tokens, rank, cores)
 
     def cold_prefill_seconds(self, load: StepLoad, cores: int) -> float:
         """Seconds of a prefill whose adapter's copy begins with it, by the better of two ways.

@@ -49,9 +49,6 @@ def from_table(cls: type[_Config], table: Mapping[str, Any], *, where: str) -> _
     """
     hints = get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    for name, field in fields.items():
-        optional = field.default is not MISSING or field.default_factory is not MISSING
-        require(optional or name in table, f"{where}.{name}", "is missing")
     values: dict[str, Any] = {}
     for key, value in table.items():
         require(key in fields, f"{where}.{key}", f"unknown; known are {', '.join(sorted(fields))}")
@@ -65,10 +62,10 @@ def from_table(cls: type[_Config], table: Mapping[str, Any], *, where: str) -> _
             values[key] = tuple(value)
         else:
             values[key] = value
-    try:
-        return cls(**values)
-    except TypeError as error:
-        raise ConfigError(f"{where}: {error}") from error
+    for name, field in fields.items():
+        optional = field.default is not MISSING or field.default_factory is not MISSING
+        require(optional or name in table, f"{where}.{name}", "is missing")
+    return cls(**values)
 
 
 def to_toml(config: object) -> str:

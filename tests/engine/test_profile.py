@@ -63,8 +63,8 @@ def test_a_coefficient_that_is_none_is_named_with_its_table(
     ("old", "new", "problem"),
     [
         ("[decode]", "[decode]\nseconds_per_day = 1.0", "decode.seconds_per_day: unknown; known are fixed_seconds"),
-        ("[prefill]", "[preface]", "profile.prefill: is missing"),
-        ("[decode]", "[decoded]", "profile.decode: is missing"),
+        ("[prefill]", "[preface]", "profile.preface: unknown"),
+        ("[decode]", "[decoded]", "profile.decoded: unknown"),
         ('name = "a machine"\n', "", "profile.name: is missing"),
         ('name = "a machine"', 'name = ""', "name: must be a text that is not empty"),
         ("layers = 4", "layers = 0", "layers: must be a whole number from 1 on, is 0"),

@@ -19,7 +19,8 @@ def observed(form: LoraForm, seed: int, noise: float, count: int = 200) -> list[
     found = []
     for _ in range(count):
         ranks = [draw.choice((0, 8, 16, 32, 64)) for _ in range(draw.choice((1, 4, 16, 64, 128)))]
-        load = batch(ranks, context=draw.choice((16, 128, 1024)))
+        # Where a request has several rows, an adapter's weights are read once for all of them.
+        load = batch(ranks, context=draw.choice((16, 128, 1024)), rows=draw.choice((1, 1, 4)))
         found.append(StepObservation(load, COEFFICIENTS[form].seconds(load) * draw.uniform(1 - noise, 1 + noise)))
     return found
 
@@ -38,6 +39,28 @@ def test_steps_that_were_not_seen_are_predicted(form: LoraForm) -> None:
     assert quality.r_squared > 0.98
     assert quality.mean_relative_error < 0.02
     assert quality.mean_relative_error <= quality.max_relative_error
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.03])
+def test_rows_beyond_the_knee_cost_more(noise: float) -> None:
+    """Weights bound the products up to 128 rows, arithmetic beyond."""
+    draw = random.Random(3)
+    right = StepCoefficients(
+        fixed_seconds=5e-3, seconds_per_token=6e-6, knee_tokens=128, seconds_per_token_beyond=1.5e-5
+    )
+    loads = [batch([0], context=1, rows=rows) for rows in (1, 16, 64, 128, 256, 512, 1024, 2048)] * 4
+    seen = [StepObservation(load, right.seconds(load) * draw.uniform(1 - noise, 1 + noise)) for load in loads]
+    found = fit_step(seen, LoraForm.PRESENT_BYTES)
+    others = [batch([0], context=1, rows=rows) for rows in (8, 32, 96, 192, 384, 768, 1536)]
+    quality = judge(found, [StepObservation(load, right.seconds(load)) for load in others])
+    assert quality.max_relative_error < max(1e-6, 2 * noise)
+    straight = StepCoefficients(fixed_seconds=5e-3, seconds_per_token=1.7e-5)
+    assert judge(straight, [StepObservation(load, right.seconds(load)) for load in others]).max_relative_error > 0.1
+
+
+def test_a_straight_line_gets_no_knee() -> None:
+    found = fit_step(observed(LoraForm.PRESENT_BYTES, seed=1, noise=0.05), LoraForm.PRESENT_BYTES)
+    assert (found.knee_tokens, found.seconds_per_token_beyond) == (0, 0.0)
 
 
 def test_kernels_of_another_form_are_predicted_worse() -> None:
@@ -69,9 +92,9 @@ def test_the_quality_of_known_numbers() -> None:
 
 def test_too_little_is_refused() -> None:
     steps = observed(LoraForm.MAX_RANK, seed=1, noise=0.0, count=3)
-    with pytest.raises(ValueError, match="at least 4 are needed, there are 3"):
+    with pytest.raises(ValueError, match="at least 5 are needed, there are 3"):
         fit_step(steps, LoraForm.MAX_RANK)
     with pytest.raises(ValueError, match="have rows and take time"):
-        fit_step([*steps, StepObservation(batch([8]), 0.0)], LoraForm.MAX_RANK)
+        fit_step([*steps, *steps, StepObservation(batch([8]), 0.0)], LoraForm.MAX_RANK)
     with pytest.raises(ValueError, match="at least one"):
         judge(StepCoefficients(), [])
