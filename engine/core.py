@@ -27,6 +27,7 @@ from segue.engine.residency import Residency
 from segue.engine.runner import PassRunner
 from segue.engine.sampler import Sampler
 from segue.engine.sampling import SampledToken
+from segue.engine.step_costs import StepCosts
 from segue.engine.timeline import LayerRecord
 from segue.engine.versions import AdapterVersions
 from segue.errors import AdapterRejectedError, InternalError, InvalidRequestError, OverloadedError, SegueError
@@ -54,13 +55,14 @@ class Engine:
         prefix_cache: bool,
         prefill_rate: RateMeter,
         sampler: Sampler,
+        costs: StepCosts,
         clock: Callable[[], float],
         runs_ahead: bool = False,
         meter: DeviceMeter | None = None,
         check_invariants: bool = False,
     ) -> None:
         """``prefill_rate`` is in tokens per second. ``runs_ahead``: enqueue a step before the one before is read.
-        ``meter`` measures the batches."""
+        ``meter`` measures the batches, ``costs`` learns from them."""
         self._runner = runner
         self._pool = pool
         self._store = store
@@ -81,6 +83,8 @@ class Engine:
         self._flights = Flights(sampler, clock)
         self._runs_ahead = runs_ahead
         self._meter = meter
+        self.costs = costs
+        self._step_start_seconds = 0.0
         self._settled_seconds = 0.0
         self._output = StepOutput()
         self._unreported: list[VersionFailed] = []
@@ -155,6 +159,7 @@ class Engine:
         that takes pages from a request, and tokens that the next ones depend on, are waited for.
         """
         self.steps += 1
+        self._step_start_seconds = self._clock()
         self._progressed = False
         self._apply_store_events()
         self._bridge.reap()
@@ -278,9 +283,11 @@ class Engine:
             item.request.in_pass = True
 
     def _run_batch(self, planned: Sequence[PassRows]) -> None:
-        start_seconds = self._clock()
+        rows = self._rows(planned)
+        # Passes beside it share the device: its time would be theirs as well.
+        loads = None if self._passes else self.costs.loads(rows)
         with nullcontext() if self._meter is None else self._meter.batch():
-            self._flights.launch(self._runner.run(self._rows(planned)), start_seconds)
+            self._flights.launch(self._runner.run(rows), self._step_start_seconds, loads)
         self._progressed = True
 
     def _rows(self, planned: Sequence[PassRows]) -> list[RequestRows]:
@@ -335,8 +342,11 @@ class Engine:
 
     def _observe(self, flight: Flight) -> None:
         now = self._clock()
+        seconds = now - max(flight.start_seconds, self._settled_seconds)
         if flight.row_count > len(flight.result.rows):
-            self._prefill_rate.observe(flight.row_count, now - max(flight.start_seconds, self._settled_seconds))
+            self._prefill_rate.observe(flight.row_count, seconds)
+        if flight.loads is not None and not self._passes:
+            self.costs.observe(*flight.loads, seconds)
         self._settled_seconds = now
 
     def _commit(self, rows: RequestRows, records: Mapping[int, list[LayerRecord]]) -> None:

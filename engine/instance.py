@@ -42,6 +42,7 @@ from segue.engine.progress import ReportProgress, log_lines
 from segue.engine.rate import RateMeter
 from segue.engine.runner import PassRunner
 from segue.engine.sampler import Sampler
+from segue.engine.step_costs import StepCosts
 from segue.scheduler.cost_model import CostProfile
 from segue.scheduler.handoff import DeviceWhenLanded, FixedHandover, HandoffPolicy, LoadFirst, StreamLayers
 from segue.scheduler.plan import SchedulerLimits
@@ -276,6 +277,7 @@ class EngineInstance:
             prefix_cache=config.prefix_cache,
             prefill_rate=RateMeter(_ASSUMED_PREFILL_TOKENS_PER_SECOND),
             sampler=sampler,
+            costs=StepCosts(self.profile, self.store),
             runs_ahead=config.device == "cuda" if config.runs_ahead is None else config.runs_ahead,
             meter=self._meter,
             clock=time.monotonic,

@@ -27,6 +27,7 @@ from segue.engine.memory.adapter_layout import AdapterLayout
 from segue.engine.memory.pool import PagePool
 from segue.errors import AdapterRejectedError
 from segue.scheduler.eviction import EvictionCandidate, decayed
+from segue.scheduler.placement import AdapterCost
 from segue.types import Tier
 
 __all__ = [
@@ -247,6 +248,11 @@ class AdapterStore:
             return Tier.DEVICE
         complete = adapter.host is not None and adapter.host.ready_layers == len(adapter.layers)
         return Tier.HOST if complete else Tier.DISK
+
+    def cost(self, version_id: int) -> AdapterCost:
+        """What the version adds to a step that it is in: its largest rank, and its bytes in the model's dtype."""
+        adapter = self._adapters[version_id]
+        return AdapterCost(version_id=version_id, rank=adapter.manifest.max_rank, weight_bytes=adapter.plan.host_bytes)
 
     def device_layout(self, version_id: int) -> AdapterLayout:
         """Where the version's matrices lie in its pages."""

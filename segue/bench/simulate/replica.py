@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from segue.bench.simulate.config import ReplicaConfig, Targets
 from segue.bench.simulate.residency import NoPrefixes, SimulatedResidency
-from segue.bench.simulate.tally import Tally, context_tokens
 from segue.bench.simulate.workload import SimulatedRequest
 from segue.scheduler.batch import plan_step
 from segue.scheduler.cost_model import CostProfile, StepLoad
@@ -23,6 +22,7 @@ from segue.scheduler.plan import (
     StepPlan,
     pages_for,
 )
+from segue.scheduler.tally import Tally, context_tokens
 
 # What prompts took is forgotten over so many seconds of steps: some answers long.
 SHARE_SECONDS = 10.0
