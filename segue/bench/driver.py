@@ -14,9 +14,14 @@ from segue.engine.instance import EngineInstance
 from segue.engine.lora.catalog import AdapterCatalog, OpenedVersion
 from segue.engine.messages import StepOutput, Submit
 from segue.engine.sampling_params import SamplingParams
+from segue.scheduler.cost_fit import TimedStep
+from segue.scheduler.placement import AdapterCost
+from segue.types import Tier
 
 _MAX_WAIT_SECONDS = 0.01
 _DEVICE_NAP_SECONDS = 50e-6
+_JOB_WAIT_SECONDS = 0.0005
+_WORKERS_SECONDS = 120.0
 
 
 class BenchmarkError(Exception):
@@ -55,9 +60,46 @@ class EngineDriver:
         self._engine.open_version(opened.manifest, os.dup(opened.fileno))
         opened.handed_over()
         self._engine.versions.preload(version_id)
+        self.wait_landed(version_id)
+        return version_id
+
+    def wait_landed(self, version_id: int) -> None:
+        """Step until all of an adapter that has its pages has landed and is known to be right."""
         store = self._instance.store
         self._step_until(lambda: store.is_landed(version_id) and store.is_verified(version_id))
-        return version_id
+
+    def listen(self, listener: Callable[[TimedStep], None] | None) -> None:
+        """Have ``listener`` told of each step whose time is that of its rows alone."""
+        self._engine.costs.listener = listener
+
+    def wait_for_workers(self) -> None:
+        """Wait until all CPU workers are ready. Raises BenchmarkError if they do not become it."""
+        workers = self._instance.workers
+        if not workers.wait_ready(workers.workers, _WORKERS_SECONDS):
+            raise BenchmarkError(f"{workers.workers} workers are not ready after {_WORKERS_SECONDS:.0f} seconds")
+
+    def move_to_host(self, version_id: int) -> None:
+        """Leave an adapter that nobody uses in host memory alone. Raises BenchmarkError where it has no room there."""
+        store = self._instance.store
+        if not store.is_in_host(version_id, 0):
+            store.evict_device(version_id)
+            self.copy_seconds(version_id)
+        store.evict_device(version_id)
+        self._step_until(lambda: not store.has_pages(version_id))
+        if store.tier(version_id) is not Tier.HOST:
+            raise BenchmarkError("the host store has no room for the adapter")
+
+    def copy_seconds(self, version_id: int) -> float:
+        """The time until all layers of an adapter that is in host memory have landed."""
+        start_seconds = time.monotonic()
+        self._engine.versions.preload(version_id)
+        self.wait_landed(version_id)
+        landed_seconds = self._instance.store.landed_seconds(version_id)
+        return max(seconds for seconds in landed_seconds if seconds is not None) - start_seconds
+
+    def cost(self, version_id: int) -> AdapterCost:
+        """What the adapter adds to a step."""
+        return self._instance.store.cost(version_id)
 
     def submit(self, prompt: Sequence[int], version_id: int | None, *, max_tokens: int) -> int:
         """Queue a request; its number."""
@@ -109,9 +151,12 @@ class EngineDriver:
         if failures:
             raise BenchmarkError(f"an adapter cannot be served: {failures[0].message}")
         self._check(output)
+        jobs = [job for job in (item.job for item in self._engine.passes) if job is not None]
+        if jobs and self._instance.bridge.wait(jobs, _JOB_WAIT_SECONDS):
+            return output
         if self._engine.must_look_again:
             time.sleep(_DEVICE_NAP_SECONDS)
-        elif not self._engine.can_go_on:
+        elif not self._engine.can_go_on and not jobs:
             ready, _, _ = select.select([self._instance.wake_fd], [], [], _MAX_WAIT_SECONDS)
             if ready:
                 os.eventfd_read(self._instance.wake_fd)

@@ -34,6 +34,10 @@ class Row:
 
     Of a simulated cluster, ``placement`` names the policy, ``batch`` counts the requests measured and ``adapters`` all
     adapters; ``mean`` and ``p99`` stand beside the percentiles.
+
+    Where a model was fitted, ``predicted`` is what it says of the case, in the unit of the percentiles, and
+    ``held_out`` whether it was fitted without the case. ``batch`` counts the rows that decode, ``tokens`` those of
+    prompts, ``context_tokens`` the tokens of KV that all of them read, and ``bytes`` those of the adapters' weights.
     """
 
     measure: str
@@ -47,6 +51,7 @@ class Row:
     part: str | None = None
     case: str | None = None
     tokens: int | None = None
+    context_tokens: int | None = None
     point: str | None = None
     bytes: int | None = None
     copy_fraction: float | None = None
@@ -56,6 +61,8 @@ class Row:
     placement: str | None = None
     mean: float | None = None
     p99: float | None = None
+    predicted: float | None = None
+    held_out: bool | None = None
     median: float
     p10: float
     p90: float
