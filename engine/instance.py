@@ -169,6 +169,7 @@ class EngineInstance:
             steps=self.engine.steps,
             versions=self.engine.versions.states(),
             device_time=None if self._meter is None else self._meter.read(),
+            costs=self.engine.costs.state(),
         )
 
     def _page_pool(self, dtype: torch.dtype, device: torch.device) -> PagePool:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 
 from segue.engine.forward_pass import RequestRows
 from segue.engine.lora.store import AdapterStore
-from segue.scheduler.cost_correction import ProfileCorrection
+from segue.engine.messages import CorrectionState, CostState
+from segue.scheduler.cost_correction import Correction, ProfileCorrection
 from segue.scheduler.cost_fit import TimedStep
 from segue.scheduler.cost_model import CostProfile, StepLoad
 from segue.scheduler.tally import Tally, context_tokens
@@ -30,6 +31,17 @@ class StepCosts:
             self._corrected = self.correction.applied_to(self._measured)
         return self._corrected
 
+    def state(self) -> CostState | None:
+        """The profile as it is now and its errors; None without one."""
+        profile = self.profile
+        if profile is None:
+            return None
+        return CostState(
+            profile=profile,
+            decode=_correction_state(self.correction.decode),
+            prefill=_correction_state(self.correction.prefill),
+        )
+
     def loads(self, rows: Sequence[RequestRows]) -> tuple[StepLoad, StepLoad] | None:
         """The load of the rows that decode and of those of prompts; None where nobody would learn from it."""
         if self._measured is None and self.listener is None:
@@ -52,3 +64,7 @@ class StepCosts:
         if self._measured is not None:
             self.correction = self.correction.learned(self._measured, decodes, prompts, seconds)
             self._corrected = None
+
+
+def _correction_state(correction: Correction) -> CorrectionState:
+    return CorrectionState(steps=correction.steps, scales=correction.scales, mean_error=correction.mean_error)
