@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import select
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -26,6 +28,25 @@ _WORKERS_SECONDS = 120.0
 
 class BenchmarkError(Exception):
     """The engine did not do what the measurement needs. The message is one line."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TimedRequest:
+    """A request to submit ``arrival_seconds`` after the beginning. ``version_id`` is None for the base model."""
+
+    arrival_seconds: float
+    prompt: Sequence[int]
+    version_id: int | None
+    max_tokens: int
+
+
+@dataclass(slots=True, kw_only=True)
+class ServedRequest:
+    """When its first and its last token came, in seconds after the beginning, and how many there were."""
+
+    first_token_seconds: float = math.nan
+    last_token_seconds: float = math.nan
+    tokens: int = 0
 
 
 class EngineDriver:
@@ -117,6 +138,31 @@ class EngineDriver:
         )
         return self._last_number
 
+    def serve(self, requests: Sequence[TimedRequest]) -> list[ServedRequest]:
+        """Serve requests, in the order of their arrival, each submitted when it arrives, whatever runs then.
+
+        Raises BenchmarkError.
+        """
+        start_seconds = time.monotonic()
+        served: dict[int, ServedRequest] = {}
+        place = 0
+        while place < len(requests) or self._running:
+            now = time.monotonic() - start_seconds
+            while place < len(requests) and requests[place].arrival_seconds <= now:
+                item = requests[place]
+                served[self.submit(item.prompt, item.version_id, max_tokens=item.max_tokens)] = ServedRequest()
+                place += 1
+            until = requests[place].arrival_seconds - now if place < len(requests) else _MAX_WAIT_SECONDS
+            output = self._step(min(max(until, 0.0), _MAX_WAIT_SECONDS))
+            now = time.monotonic() - start_seconds
+            for new in output.tokens:
+                item_served = served[new.number]
+                if not item_served.tokens:
+                    item_served.first_token_seconds = now
+                item_served.tokens += len(new.token_ids)
+                item_served.last_token_seconds = now
+        return list(served.values())
+
     def run_to_first_tokens(self, numbers: Sequence[int]) -> None:
         """Step until each of these requests has a token. Raises BenchmarkError."""
         missing = set(numbers)
@@ -145,8 +191,8 @@ class EngineDriver:
         while not condition():
             self._step()
 
-    def _step(self) -> StepOutput:
-        """One step; a wait for what comes from outside when nothing can go on."""
+    def _step(self, wait_seconds: float = _MAX_WAIT_SECONDS) -> StepOutput:
+        """One step; a wait, at most so long, for what comes from outside when nothing can go on."""
         output, failures = self._engine.step()
         if failures:
             raise BenchmarkError(f"an adapter cannot be served: {failures[0].message}")
@@ -157,7 +203,7 @@ class EngineDriver:
         if self._engine.must_look_again:
             time.sleep(_DEVICE_NAP_SECONDS)
         elif not self._engine.can_go_on and not jobs:
-            ready, _, _ = select.select([self._instance.wake_fd], [], [], _MAX_WAIT_SECONDS)
+            ready, _, _ = select.select([self._instance.wake_fd], [], [], wait_seconds)
             if ready:
                 os.eventfd_read(self._instance.wake_fd)
         return output

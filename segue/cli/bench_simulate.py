@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +15,8 @@ from segue.cli.common import UserError, one_line_errors
 
 if TYPE_CHECKING:
     from segue.bench.report import Report
-    from segue.bench.simulate.config import ReplicaConfig, SimulationConfig, Targets
+    from segue.bench.simulate.against import AgainstConfig
+    from segue.bench.simulate.config import ReplicaConfig, SimulationConfig, Targets, WorkloadConfig
     from segue.scheduler.cost_model import CostProfile
 
 
@@ -55,6 +56,16 @@ def simulate(
         float | None, typer.Option(metavar="MS", help="Target: time per token from the arrival on.")
     ] = None,
     seed: Annotated[int | None, typer.Option(metavar="N", help="Of all that is drawn.")] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHAPE",
+            help="Serve the requests with an engine of this random model as well, and compare; --profile is its.",
+        ),
+    ] = None,
+    dtype: Annotated[str, typer.Option(metavar="NAME", help="Of that engine.")] = "float32",
+    device: Annotated[str, typer.Option(metavar="NAME", help="Of that engine: cpu or cuda.")] = "cpu",
+    cpu_workers: Annotated[int, typer.Option(metavar="N", help="Of that engine.")] = 0,
     json: JsonOption = None,
 ) -> None:
     """Compare how requests are placed on replicas, with a cost model in place of devices. Needs no GPU.
@@ -70,6 +81,9 @@ def simulate(
             adapters=adapters, ranks=None if ranks is None else numbers("--ranks", ranks), base_share=base_share,
             prompt_mean=prompt, output_mean=output, seed=seed,
         )  # fmt: skip
+        if against is not None:
+            _compare(against, dtype, device, cpu_workers, profile=profile, workload=workload, rate=rate, json=json)
+            return
         config = _changed(
             base,
             replica=_replica(base.replica, profile),
@@ -82,6 +96,43 @@ def simulate(
         report = with_progress(lambda progress: _report(config, _search(attain, attain_with, rate), progress))
         write_outputs(report, json, None)
     _show(report)
+
+
+def _compare(
+    shape: str,
+    dtype: str,
+    device: str,
+    cpu_workers: int,
+    *,
+    profile: str | None,
+    workload: WorkloadConfig,
+    rate: float | None,
+    json: Path | None,
+) -> None:
+    from segue.bench.simulate.against import AgainstConfig
+    from segue.bench.simulate.table import comparison_table, placement_table
+
+    if profile is None or rate is None:
+        raise UserError("--against: needs --profile FILE.toml of segue calibrate, and --rate")
+    config = AgainstConfig(
+        profile=_profile(profile), workload=workload, requests_per_second=rate, shape=shape, dtype=dtype,
+        device=device, cpu_workers=cpu_workers,
+    )  # fmt: skip
+    report = with_progress(lambda progress: _against_report(config, progress))
+    write_outputs(report, json, None)
+    console = show_console()
+    console.print(placement_table(report))
+    console.print(comparison_table(report))
+
+
+def _against_report(config: AgainstConfig, progress: Callable[[str], None]) -> Report:
+    from segue.bench.simulate.against import run_against
+    from segue.bench.simulate.replica import SimulationError
+
+    try:
+        return run_against(config, progress)
+    except SimulationError as error:
+        raise UserError(str(error)) from error
 
 
 def _preset(name: str | None) -> SimulationConfig:

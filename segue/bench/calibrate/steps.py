@@ -56,7 +56,7 @@ class StepMeasurer:
         return list(self._measured.values())
 
     def run(self, case: CalibrationCase, *, keep: bool) -> None:
-        """Run a case once. Raises BenchmarkError."""
+        """Run a case once, as short as it can be where nothing is kept. Raises BenchmarkError."""
         self._driver.listen(self._seen.append)
         try:
             if case.case.measure is Measure.FIRST_TOKEN:
@@ -68,7 +68,7 @@ class StepMeasurer:
             self._seen.clear()
 
     def _prompt(self, case: CalibrationCase, *, keep: bool) -> None:
-        for _ in range(_PROMPT_RUNS):
+        for _ in range(_PROMPT_RUNS if keep else 1):
             self._driver.run_to_first_tokens([self._bench.submit(case.case, 0, 1)])
         self._keep(case, lambda step: keep and not step.decodes.tokens)
 
@@ -78,11 +78,11 @@ class StepMeasurer:
             # first steps.
             self._keep(case, lambda step: keep and case.riding is None and step.prompts.tokens > 0)
             if case.riding is None:
-                for _ in range(self._steps):
+                for _ in range(self._steps if keep else 1):
                     self._driver.decode_seconds()
                 self._keep(case, lambda step: keep and not step.prompts.tokens)
             else:
-                for _ in range(_RIDING_RUNS):
+                for _ in range(_RIDING_RUNS if keep else 1):
                     self._driver.run_to_first_tokens([self._bench.submit(case.case, 0, 1, case.riding)])
                 self._keep(case, lambda step: keep and step.prompts.tokens == case.riding)
 
