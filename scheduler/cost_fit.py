@@ -5,16 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from segue.scheduler.cost_model import LoraForm, StepCoefficients, StepLoad
-
-# A knee must make the errors' squares smaller by so much: else noise alone would bend the line.
-_KNEE_GAIN = 0.02
-# A sum of squares that is rounding alone.
-_EXACT = 1e-12
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,48 +40,61 @@ class FitQuality:
     max_relative_error: float
 
 
-def fit_step(observations: Sequence[StepObservation], form: LoraForm) -> StepCoefficients:
+def fit_step(
+    observations: Sequence[StepObservation], form: LoraForm, row_tokens: Sequence[int] = ()
+) -> StepCoefficients:
     """The coefficients, none negative, with the least sum of squared relative errors.
 
     Relative, because a small batch is to be predicted as well as a large one. Terms that do not vary stay 0, or join
-    the fixed part. The knee is one of the numbers of rows observed, or none. Raises ValueError for fewer observations
-    than terms, or a time that is not positive.
+    the fixed part. With ``row_tokens``, two at least, the base model's time is any line that bends at those numbers of
+    rows and never falls, in place of a straight one. Raises ValueError for fewer observations than terms, or a time
+    that is not positive.
     """
-    if len(observations) < len(form.terms):
-        raise ValueError(f"observations: at least {len(form.terms)} are needed, there are {len(observations)}")
+    units = _units(form, row_tokens)
+    if len(observations) < len(units):
+        raise ValueError(f"observations: at least {len(units)} are needed, there are {len(observations)}")
     if any(not item.seconds > 0 or item.load.tokens < 1 for item in observations):
         raise ValueError("observations: each must have rows and take time")
-    rows = sorted({item.load.tokens for item in observations})
-    best = _fit_with_knee(observations, form, None)
-    # A slope needs two numbers of rows on both sides.
-    for knee in rows[1:-2]:
-        found = _fit_with_knee(observations, form, knee)
-        if best[0] - found[0] > _KNEE_GAIN * best[0] + _EXACT:
-            best = found
-    return best[1]
-
-
-def _fit_with_knee(
-    observations: Sequence[StepObservation], form: LoraForm, knee: int | None
-) -> tuple[float, StepCoefficients]:
-    """The sum of squared relative errors and the coefficients with the knee there; None: without one."""
-    terms = [term for term in form.terms if knee is not None or term != "seconds_per_token_beyond"]
     seconds = np.array([item.seconds for item in observations])
     # A term's feature is what the step costs when that coefficient alone is 1.
-    units = [StepCoefficients(knee_tokens=knee or 0, **{term: 1.0}) for term in terms]
-    columns = np.array([[unit.seconds(item.load) for unit in units] for item in observations]) / seconds[:, None]
-    solution = nonnegative_least_squares(columns, np.ones(len(observations)))
-    error = float(np.square(columns @ solution - 1).sum())
-    coefficients = dict(zip(terms, map(float, solution), strict=True))
-    used = knee if knee is not None and coefficients["seconds_per_token_beyond"] > 0 else 0
-    return error, StepCoefficients(knee_tokens=used, **coefficients)
+    columns = np.array([[unit.seconds(item.load) for unit in units] for item in observations])
+    solution = nonnegative_least_squares(columns / seconds[:, None], np.ones(len(observations)))
+    values = [float(value) for value in solution]
+    terms = _scalar_terms(form, row_tokens)
+    rises = values[len(terms) :]
+    found: dict[str, Any] = dict(zip(terms, values, strict=False))
+    if row_tokens:
+        found |= {"row_tokens": tuple(row_tokens), "row_seconds": tuple(itertools.accumulate(rises, initial=0.0))}
+    return StepCoefficients(**found)
+
+
+def _scalar_terms(form: LoraForm, row_tokens: Sequence[int]) -> list[str]:
+    return [term for term in form.terms if not row_tokens or term != "seconds_per_token"]
+
+
+def _units(form: LoraForm, row_tokens: Sequence[int]) -> list[StepCoefficients]:
+    """Coefficients with one term alone, which is 1: the scalars, then the rise between each two numbers of rows."""
+    scalars = [_unit(term) for term in _scalar_terms(form, row_tokens)]
+    count = len(row_tokens)
+    rises = [
+        StepCoefficients(
+            row_tokens=tuple(row_tokens), row_seconds=tuple(float(place >= right) for place in range(count))
+        )
+        for right in range(1, count)
+    ]
+    return [*scalars, *rises]
+
+
+def _unit(term: str) -> StepCoefficients:
+    coefficient: dict[str, Any] = {term: 1.0}
+    return StepCoefficients(**coefficient)
 
 
 def nonnegative_least_squares(columns: NDArray[np.float64], target: NDArray[np.float64]) -> NDArray[np.float64]:
     """The x >= 0 with the least norm of ``columns x - target``. ``columns`` is [observations, terms], with few terms.
 
     The best x is the unbounded least-squares solution on those terms that are not 0 in it, so all choices of terms are
-    tried: exact, and fast enough for the eight that there are.
+    tried: exact, and fast enough for the dozen that there are.
     """
     terms = columns.shape[1]
     # Terms differ by ten orders of magnitude; scaled, they are of one size.

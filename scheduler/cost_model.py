@@ -9,6 +9,8 @@ sum of all requests' ranks.
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
 from dataclasses import dataclass, fields
 from enum import Enum
@@ -63,13 +65,7 @@ class LoraForm(Enum):
     @property
     def terms(self) -> tuple[str, ...]:
         """All terms of a step's cost in this form."""
-        return (
-            "fixed_seconds",
-            "seconds_per_token",
-            "seconds_per_token_beyond",
-            "seconds_per_context_token",
-            *self.value,
-        )
+        return ("fixed_seconds", "seconds_per_token", "seconds_per_context_token", *self.value)
 
 
 def require_coefficients(owner: object) -> None:
@@ -78,7 +74,7 @@ def require_coefficients(owner: object) -> None:
     Raises ConfigError.
     """
     for item in fields(owner):  # type: ignore[arg-type]
-        if "seconds" not in item.name:
+        if "seconds" not in item.name or item.name == "row_seconds":
             continue
         value = getattr(owner, item.name)
         number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -87,20 +83,33 @@ def require_coefficients(owner: object) -> None:
         require(math.isfinite(value) and value >= 0, item.name, f"must be finite and not negative, is {value}")
 
 
+def _require_rows(tokens: tuple[int, ...], seconds: tuple[float, ...]) -> None:
+    """Raises ConfigError unless these are rising numbers of rows and as many times that never fall."""
+    whole = all(isinstance(count, int) and not isinstance(count, bool) for count in tokens)
+    rising = whole and all(low < high for low, high in itertools.pairwise((0, *tokens)))
+    require(rising, "row_tokens", f"must be whole numbers from 1 on that rise, is {tokens!r}")
+    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in seconds)
+    finite = numbers and all(math.isfinite(value) for value in seconds)
+    never_fall = finite and all(less <= more for less, more in itertools.pairwise((0, *seconds)))
+    require(never_fall, "row_seconds", f"must be finite numbers from 0 on that never fall, is {seconds!r}")
+    require(len(tokens) == len(seconds), "row_seconds", f"must be {len(tokens)} as row_tokens, is {seconds!r}")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepCoefficients:
     """Of a step: seconds of the step itself, of each row, of each token of KV that a row reads, of adapters being
     there at all, of each adapter, of each byte of the adapters' weights, and of each row's rank, padded or not.
 
-    Up to ``knee_tokens`` rows the products wait for the model's weights; each row beyond takes
-    ``seconds_per_token_beyond`` more (the roofline of Williams et al., CACM 2009). A sum of terms that never fall, so
-    more still never costs less.
+    Where that is no straight line (one row has kernels of its own, few rows wait for the model's weights, many for
+    arithmetic), ``row_tokens`` rows take ``row_seconds`` more, which never fall: linear between two numbers of rows,
+    as much as the first below it, and beyond the last as steep as before it. All terms together never fall, so more
+    still never costs less.
     """
 
     fixed_seconds: float = 0.0
     seconds_per_token: float = 0.0
-    knee_tokens: int = 0
-    seconds_per_token_beyond: float = 0.0
+    row_tokens: tuple[int, ...] = ()
+    row_seconds: tuple[float, ...] = ()
     seconds_per_context_token: float = 0.0
     seconds_with_adapters: float = 0.0
     seconds_per_adapter: float = 0.0
@@ -110,20 +119,29 @@ class StepCoefficients:
 
     def __post_init__(self) -> None:
         require_coefficients(self)
-        knee = self.knee_tokens
-        whole = isinstance(knee, int) and not isinstance(knee, bool)
-        require(whole and knee >= 0, "knee_tokens", f"must be a whole number from 0 on, is {knee!r}")
+        _require_rows(self.row_tokens, self.row_seconds)
 
-    def beyond_seconds(self, tokens: int) -> float:
-        """Seconds that rows beyond the knee take besides what every row takes."""
-        return self.seconds_per_token_beyond * max(0, tokens - self.knee_tokens)
+    def base_seconds(self, tokens: int) -> float:
+        """Seconds of the base model's products over so many rows; 0 without rows."""
+        if tokens == 0:
+            return 0.0
+        return self.fixed_seconds + self.seconds_per_token * tokens + self._more_seconds(tokens)
+
+    def _more_seconds(self, tokens: int) -> float:
+        """What ``row_seconds`` says of so many rows."""
+        count = len(self.row_tokens)
+        if count < 2 or tokens <= self.row_tokens[0]:
+            return self.row_seconds[0] if count else 0.0
+        right = min(bisect.bisect_left(self.row_tokens, tokens), count - 1)
+        (low, high), (less, more) = self.row_tokens[right - 1 : right + 1], self.row_seconds[right - 1 : right + 1]
+        return less + (more - less) * (tokens - low) / (high - low)
 
     def parts(self, load: StepLoad) -> tuple[float, float, float]:
         """Seconds of the base model's products, of attention, and of LoRA. All 0 when there are no rows."""
         if load.tokens == 0:
             return (0.0, 0.0, 0.0)
         return (
-            self.fixed_seconds + self.seconds_per_token * load.tokens + self.beyond_seconds(load.tokens),
+            self.base_seconds(load.tokens),
             self.seconds_per_context_token * load.context_tokens,
             self.seconds_with_adapters * (load.adapters > 0)
             + self.seconds_per_adapter * load.adapters
@@ -137,8 +155,8 @@ class StepCoefficients:
         return StepCoefficients(
             fixed_seconds=base * self.fixed_seconds,
             seconds_per_token=base * self.seconds_per_token,
-            knee_tokens=self.knee_tokens,
-            seconds_per_token_beyond=base * self.seconds_per_token_beyond,
+            row_tokens=self.row_tokens,
+            row_seconds=tuple(base * seconds for seconds in self.row_seconds),
             seconds_per_context_token=attention * self.seconds_per_context_token,
             seconds_with_adapters=lora * self.seconds_with_adapters,
             seconds_per_adapter=lora * self.seconds_per_adapter,
@@ -219,14 +237,13 @@ class CostProfile:
     def step_parts(self, decodes: StepLoad, prompts: StepLoad) -> tuple[float, float, float]:
         """Seconds of a step with both kinds of rows: the base model's products, attention, LoRA.
 
-        Where prompts ride, what a step pays once is paid once, by the dearer kind, and all rows together are what is
-        beyond the knee of the prompts.
+        Where prompts ride, what a step pays once is paid once, by the dearer kind. The products are over all rows
+        together: they take no less than over as many rows of prompts.
         """
         (base, attention, lora), more = self.decode.parts(decodes), self.prefill.parts(prompts)
         if self.prompts_ride and decodes.tokens and prompts.tokens:
             base -= min(self.decode.fixed_seconds, self.prefill.fixed_seconds)
-            base += self.prefill.beyond_seconds(decodes.tokens + prompts.tokens)
-            base -= self.prefill.beyond_seconds(prompts.tokens)
+            base = max(base, self.prefill.base_seconds(decodes.tokens + prompts.tokens) - more[0])
             if decodes.adapters and prompts.adapters:
                 lora -= min(self.decode.seconds_with_adapters, self.prefill.seconds_with_adapters)
         return base + more[0], attention + more[1], lora + more[2]

@@ -69,7 +69,7 @@ def from_table(cls: type[_Config], table: Mapping[str, Any], *, where: str) -> _
 
 
 def to_toml(config: object) -> str:
-    """A dataclass of texts, numbers, truth values and such dataclasses, as ``from_table`` reads it back.
+    """A dataclass of texts, numbers, truth values, tuples of them and such dataclasses, as ``from_table`` reads it.
 
     Fields that are None are left out. Raises TypeError for a value of another type.
     """
@@ -89,6 +89,8 @@ def _toml(value: object) -> str:
         return str(value).lower()
     if isinstance(value, int | float):
         return repr(value)
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_toml, value))}]"
     if isinstance(value, str):
         # JSON's escapes are among TOML's.
         return json.dumps(value)

@@ -425,8 +425,8 @@ class DecodeCost(google.protobuf.message.Message):
     SECONDS_PER_CONTEXT_TOKEN_FIELD_NUMBER: builtins.int
     SECONDS_PER_RANK_BYTE_FIELD_NUMBER: builtins.int
     SECONDS_PER_ADAPTER_FIELD_NUMBER: builtins.int
-    KNEE_TOKENS_FIELD_NUMBER: builtins.int
-    SECONDS_PER_TOKEN_BEYOND_FIELD_NUMBER: builtins.int
+    ROW_TOKENS_FIELD_NUMBER: builtins.int
+    ROW_SECONDS_FIELD_NUMBER: builtins.int
     SECONDS_WITH_ADAPTERS_FIELD_NUMBER: builtins.int
     SECONDS_PER_RANK_FIELD_NUMBER: builtins.int
     base_seconds: builtins.float
@@ -436,13 +436,16 @@ class DecodeCost(google.protobuf.message.Message):
     seconds_per_rank_byte: builtins.float
     """Per byte of LoRA weights, summed over the adapters that are present."""
     seconds_per_adapter: builtins.float
-    knee_tokens: builtins.int
-    """Per token beyond the first knee_tokens, besides seconds_per_token."""
-    seconds_per_token_beyond: builtins.float
     seconds_with_adapters: builtins.float
     """Once, if there is any adapter."""
     seconds_per_rank: builtins.float
     """Per unit of rank, summed over the tokens."""
+    @property
+    def row_tokens(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """What so many tokens take besides: linear in between, the first below it, beyond the last as steep as before it."""
+
+    @property
+    def row_seconds(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]: ...
     def __init__(
         self,
         *,
@@ -451,12 +454,12 @@ class DecodeCost(google.protobuf.message.Message):
         seconds_per_context_token: builtins.float = ...,
         seconds_per_rank_byte: builtins.float = ...,
         seconds_per_adapter: builtins.float = ...,
-        knee_tokens: builtins.int = ...,
-        seconds_per_token_beyond: builtins.float = ...,
+        row_tokens: collections.abc.Iterable[builtins.int] | None = ...,
+        row_seconds: collections.abc.Iterable[builtins.float] | None = ...,
         seconds_with_adapters: builtins.float = ...,
         seconds_per_rank: builtins.float = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["base_seconds", b"base_seconds", "knee_tokens", b"knee_tokens", "seconds_per_adapter", b"seconds_per_adapter", "seconds_per_context_token", b"seconds_per_context_token", "seconds_per_rank", b"seconds_per_rank", "seconds_per_rank_byte", b"seconds_per_rank_byte", "seconds_per_token", b"seconds_per_token", "seconds_per_token_beyond", b"seconds_per_token_beyond", "seconds_with_adapters", b"seconds_with_adapters"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["base_seconds", b"base_seconds", "row_seconds", b"row_seconds", "row_tokens", b"row_tokens", "seconds_per_adapter", b"seconds_per_adapter", "seconds_per_context_token", b"seconds_per_context_token", "seconds_per_rank", b"seconds_per_rank", "seconds_per_rank_byte", b"seconds_per_rank_byte", "seconds_per_token", b"seconds_per_token", "seconds_with_adapters", b"seconds_with_adapters"]) -> None: ...
 
 Global___DecodeCost: typing_extensions.TypeAlias = DecodeCost
 
@@ -471,8 +474,8 @@ class PrefillCost(google.protobuf.message.Message):
     SECONDS_PER_ATTENDED_TOKEN_FIELD_NUMBER: builtins.int
     SECONDS_PER_RANK_BYTE_FIELD_NUMBER: builtins.int
     SECONDS_PER_ADAPTER_FIELD_NUMBER: builtins.int
-    KNEE_TOKENS_FIELD_NUMBER: builtins.int
-    SECONDS_PER_TOKEN_BEYOND_FIELD_NUMBER: builtins.int
+    ROW_TOKENS_FIELD_NUMBER: builtins.int
+    ROW_SECONDS_FIELD_NUMBER: builtins.int
     SECONDS_WITH_ADAPTERS_FIELD_NUMBER: builtins.int
     SECONDS_PER_RANK_FIELD_NUMBER: builtins.int
     base_seconds: builtins.float
@@ -481,10 +484,12 @@ class PrefillCost(google.protobuf.message.Message):
     """Per pair of a prompt token and a token before it."""
     seconds_per_rank_byte: builtins.float
     seconds_per_adapter: builtins.float
-    knee_tokens: builtins.int
-    seconds_per_token_beyond: builtins.float
     seconds_with_adapters: builtins.float
     seconds_per_rank: builtins.float
+    @property
+    def row_tokens(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    @property
+    def row_seconds(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]: ...
     def __init__(
         self,
         *,
@@ -493,12 +498,12 @@ class PrefillCost(google.protobuf.message.Message):
         seconds_per_attended_token: builtins.float = ...,
         seconds_per_rank_byte: builtins.float = ...,
         seconds_per_adapter: builtins.float = ...,
-        knee_tokens: builtins.int = ...,
-        seconds_per_token_beyond: builtins.float = ...,
+        row_tokens: collections.abc.Iterable[builtins.int] | None = ...,
+        row_seconds: collections.abc.Iterable[builtins.float] | None = ...,
         seconds_with_adapters: builtins.float = ...,
         seconds_per_rank: builtins.float = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["base_seconds", b"base_seconds", "knee_tokens", b"knee_tokens", "seconds_per_adapter", b"seconds_per_adapter", "seconds_per_attended_token", b"seconds_per_attended_token", "seconds_per_rank", b"seconds_per_rank", "seconds_per_rank_byte", b"seconds_per_rank_byte", "seconds_per_token", b"seconds_per_token", "seconds_per_token_beyond", b"seconds_per_token_beyond", "seconds_with_adapters", b"seconds_with_adapters"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["base_seconds", b"base_seconds", "row_seconds", b"row_seconds", "row_tokens", b"row_tokens", "seconds_per_adapter", b"seconds_per_adapter", "seconds_per_attended_token", b"seconds_per_attended_token", "seconds_per_rank", b"seconds_per_rank", "seconds_per_rank_byte", b"seconds_per_rank_byte", "seconds_per_token", b"seconds_per_token", "seconds_with_adapters", b"seconds_with_adapters"]) -> None: ...
 
 Global___PrefillCost: typing_extensions.TypeAlias = PrefillCost
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,8 @@ from segue.scheduler.cost_fit import (
 )
 from segue.scheduler.cost_model import CopyCoefficients, CostProfile, CpuCoefficients, LoraForm, StepCoefficients
 
+_MOST_BENDS = 7
+_LEAST_ROWS = 3
 # R squared of fewer points says nothing.
 _LEAST_POINTS = 4
 
@@ -66,9 +69,25 @@ def fit_steps(steps: Sequence[MeasuredStep]) -> tuple[StepCoefficients, StepCoef
     decodes = [StepObservation(item.decodes, item.median_seconds) for item in seen if item.decodes_alone]
     prompts = [StepObservation(item.prompts, item.median_seconds) for item in seen if item.prompts_alone]
     try:
-        return fit_step(decodes, LoraForm.PRESENT_BYTES), fit_step(prompts, LoraForm.PRESENT_BYTES)
+        return _fit_step(decodes), _fit_step(prompts)
     except ValueError as error:
         raise BenchmarkError(f"too little was measured: {error}; give it more seconds") from error
+
+
+def _fit_step(observations: Sequence[StepObservation]) -> StepCoefficients:
+    return fit_step(observations, LoraForm.PRESENT_BYTES, bends([item.load.tokens for item in observations]))
+
+
+def bends(tokens: Sequence[int]) -> tuple[int, ...]:
+    """Where a fit may bend: of the numbers of rows that were measured, so many, evenly by their logarithms.
+
+    Empty where there are too few: then the line is straight.
+    """
+    known = sorted(set(tokens))
+    if len(known) < _LEAST_ROWS:
+        return ()
+    wanted = np.geomspace(known[0], known[-1], _MOST_BENDS)
+    return tuple(sorted({min(known, key=lambda rows: abs(math.log(rows / want))) for want in wanted}))
 
 
 def fit_copies(timings: Sequence[CopyTiming]) -> CopyCoefficients:

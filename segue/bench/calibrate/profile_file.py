@@ -8,9 +8,9 @@ from segue.scheduler.cost_fit import FitQuality
 
 _TABLES = {
     "decode": """
-# A step whose rows all decode takes fixed_seconds, and more for each row (and again for each beyond knee_tokens), for
-# each token of KV that a row reads, if there are adapters, for each of them, for each byte of their weights, and for
-# each row's rank.""",
+# A step whose rows all decode takes fixed_seconds, and more for each row (row_tokens rows take row_seconds, with a
+# straight line between), for each token of KV that a row reads, if there are adapters, for each of them, for each byte
+# of their weights, and for each row's rank.""",
     "prefill": """
 # The same of rows of prompts.""",
     "copy": """
