@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,32 +97,36 @@ def fit_copies(timings: Sequence[CopyTiming]) -> CopyCoefficients:
     return CopyCoefficients(fixed_seconds=fixed, seconds_per_byte=per_byte)
 
 
-def fit_deltas(timings: Sequence[DeltaTiming]) -> CpuCoefficients | None:
-    """First what the workers take, then what the way there and back takes besides. None without timings."""
+def fit_jobs(timings: Sequence[DeltaTiming]) -> CpuCoefficients | None:
+    """What the workers take, from a job's signal to its last share. None without timings."""
     jobs = [item for item in timings if not item.handed_over]
     if not jobs:
         return None
     fixed, per_token, per_rank, per_token_rank = _fit(
         np.array([_delta_columns(item) for item in jobs]), [item.seconds for item in jobs]
     )
-    own = CpuCoefficients(
+    return CpuCoefficients(
         fixed_seconds=fixed,
         seconds_per_token=per_token,
         core_seconds_per_rank=per_rank,
         core_seconds_per_token_rank=per_token_rank,
     )
+
+
+def fit_deltas(timings: Sequence[DeltaTiming]) -> CpuCoefficients | None:
+    """What the workers take, and what the way there and back takes besides. None without timings."""
+    own = fit_jobs(timings)
     over = [item for item in timings if item.handed_over]
-    if not over:
+    if own is None or not over:
         return own
     beyond = [max(item.seconds - own.seconds(item.tokens, item.rank, item.cores), 0.0) for item in over]
     weights = np.array([item.seconds for item in over])
     columns = np.array([[1.0, item.tokens] for item in over]) / weights[:, None]
     more_fixed, more_per_token = map(float, nonnegative_least_squares(columns, np.array(beyond) / weights))
-    return CpuCoefficients(
-        fixed_seconds=fixed + more_fixed,
-        seconds_per_token=per_token + more_per_token,
-        core_seconds_per_rank=per_rank,
-        core_seconds_per_token_rank=per_token_rank,
+    return replace(
+        own,
+        fixed_seconds=own.fixed_seconds + more_fixed,
+        seconds_per_token=own.seconds_per_token + more_per_token,
     )
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from segue.bench.calibrate.fitting import CopyTiming, DeltaTiming
+from segue.bench.calibrate.fitting import CopyTiming, DeltaTiming, fit_jobs
 from segue.bench.calibrate.steps import MeasuredStep
 from segue.bench.report import Percentiles, Row
-from segue.scheduler.cost_model import CostProfile
+from segue.scheduler.cost_model import CostProfile, CpuCoefficients
 
 _PROMPT_MEASURES = {True: "prompt_step_ms", False: "riding_step_ms"}
 
@@ -16,10 +16,11 @@ def report_rows(
     profile: CostProfile, steps: Sequence[MeasuredStep], copies: Sequence[CopyTiming], deltas: Sequence[DeltaTiming]
 ) -> list[Row]:
     """Steps in milliseconds, copies in milliseconds, deltas of a layer in microseconds."""
+    jobs = fit_jobs(deltas)
     return [
         *(_step_row(profile, step) for step in steps),
         *(_copy_row(profile, timing) for timing in copies),
-        *(_delta_row(profile, timing) for timing in deltas),
+        *(_delta_row(profile.cpu if timing.handed_over else jobs, timing) for timing in deltas),
     ]
 
 
@@ -61,7 +62,7 @@ def _copy_row(profile: CostProfile, timing: CopyTiming) -> Row:
     )
 
 
-def _delta_row(profile: CostProfile, timing: DeltaTiming) -> Row:
+def _delta_row(model: CpuCoefficients | None, timing: DeltaTiming) -> Row:
     value = 1e6 * timing.seconds
     return Row(
         measure="cpu_handover_us" if timing.handed_over else "cpu_jobs_us",
@@ -70,7 +71,7 @@ def _delta_row(profile: CostProfile, timing: DeltaTiming) -> Row:
         ranks=(timing.rank,),
         tokens=timing.tokens,
         cores=timing.cores,
-        predicted=1e6 * profile.cpu_delta_seconds(timing.tokens, timing.rank, timing.cores),
+        predicted=None if model is None else 1e6 * model.seconds(timing.tokens, timing.rank, timing.cores),
         held_out=False,
         median=value,
         p10=value,
