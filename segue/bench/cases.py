@@ -51,17 +51,34 @@ class Mix:
 
 
 BASE = Mix()
+# Of a batch's prompts, over the case's: with a mean of 1, from as many as these on.
+_SPREAD = (1.0, 0.5, 1.5, 0.75, 1.25)
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One row of the report. ``prompt`` is in tokens, None where there are no requests."""
+    """One row of the report. ``prompt`` is in tokens, None where there are no requests.
+
+    ``spread``: the prompts of a batch that decodes are half to one and a half times as long, the same each time.
+    """
 
     measure: Measure
     batch: int
     mix: Mix = BASE
     prompt: int | None = None
     when: When | None = None
+    spread: bool = False
+
+    def prompt_of(self, index: int) -> int | None:
+        """Tokens of the prompt of request ``index``."""
+        if self.prompt is None or not self.spread:
+            return self.prompt
+        return max(1, round(self.prompt * _SPREAD[index % len(_SPREAD)]))
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens; 1 without a prompt."""
+        return max((self.prompt_of(index) or 1 for index in range(min(self.batch, len(_SPREAD)))), default=1)
 
 
 def cross_cases(

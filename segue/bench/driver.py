@@ -14,7 +14,7 @@ from typing import Self
 from segue.engine.config import EngineConfig
 from segue.engine.instance import EngineInstance
 from segue.engine.lora.catalog import AdapterCatalog, OpenedVersion
-from segue.engine.messages import StepOutput, Submit
+from segue.engine.messages import CostState, StepOutput, Submit
 from segue.engine.sampling_params import SamplingParams
 from segue.scheduler.cost_fit import TimedStep
 from segue.scheduler.placement import AdapterCost
@@ -117,6 +117,11 @@ class EngineDriver:
         self.wait_landed(version_id)
         landed_seconds = self._instance.store.landed_seconds(version_id)
         return max(seconds for seconds in landed_seconds if seconds is not None) - start_seconds
+
+    @property
+    def costs(self) -> CostState | None:
+        """The cost profile as the steps have corrected it; None where the configuration names none."""
+        return self._engine.costs.state()
 
     def cost(self, version_id: int) -> AdapterCost:
         """What the adapter adds to a step."""

@@ -82,7 +82,7 @@ class EngineBenchConfig:
     @property
     def largest_prompt(self) -> int:
         """Tokens; 1 if no case has a prompt."""
-        return max(case.prompt or 1 for case in self.cases)
+        return max(case.longest_prompt for case in self.cases)
 
     @property
     def budget_tokens(self) -> int:
@@ -94,7 +94,7 @@ class EngineBenchConfig:
     def max_tokens(self) -> int:
         """New tokens of a request that decodes: those of the steps that compute the other prompts and of the timed
         steps; its first, and some to spare, as an engine that runs ahead has two steps under way."""
-        prompts = max(case.batch * (case.prompt or 0) for case in self.cases)
+        prompts = max(case.batch * (0 if case.prompt is None else case.longest_prompt) for case in self.cases)
         return 1 + 2 * (prompts // self.budget_tokens) + _WARM_UP_STEPS + self.steps + 3
 
     @property
@@ -232,7 +232,9 @@ class EngineBench:
     @contextmanager
     def decoding(self, case: Case) -> Iterator[None]:
         """Inside, the case's requests are past their prompts and the first steps; behind it they have ended."""
-        numbers = [self.submit(case, index, self._config.max_tokens) for index in range(case.batch)]
+        numbers = [
+            self.submit(case, index, self._config.max_tokens, case.prompt_of(index)) for index in range(case.batch)
+        ]
         self._driver.run_to_first_tokens(numbers)
         for _ in range(_WARM_UP_STEPS):
             self._driver.decode_seconds()

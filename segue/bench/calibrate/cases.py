@@ -91,7 +91,8 @@ def _other_batches(config: CalibrateConfig) -> Iterator[CalibrationCase]:
 
 
 def _decode(batch: int, mix: Mix, context: int, *, held_out: bool) -> CalibrationCase:
-    return CalibrationCase(Case(Measure.DECODE_STEP, batch, mix, context), held_out)
+    # As in serving, no two requests are of one length.
+    return CalibrationCase(Case(Measure.DECODE_STEP, batch, mix, context, spread=True), held_out)
 
 
 def _prompts(config: CalibrateConfig) -> Iterator[CalibrationCase]:
@@ -108,5 +109,5 @@ def _riding(config: CalibrateConfig) -> Iterator[CalibrationCase]:
     for batch in (config.batches[len(config.batches) // 2], config.batches[-1]):
         for mix in (BASE, _mix(config, batch, *config.ranks)):
             for tokens in lengths:
-                case = Case(Measure.DECODE_STEP, batch, mix, config.contexts[0])
+                case = Case(Measure.DECODE_STEP, batch, mix, config.contexts[0], spread=True)
                 yield CalibrationCase(case, held_out=True, riding=tokens)

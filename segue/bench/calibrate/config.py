@@ -32,8 +32,8 @@ class CalibrateConfig:
     device: str = "cpu"
     targets: str = Targets.QKVO.value
     ranks: tuple[int, ...] = (8, 16, 32, 64)
-    batches: tuple[int, ...] = (1, 2, 4, 8, 16)
-    contexts: tuple[int, ...] = (64, 256)
+    batches: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 12, 16)
+    contexts: tuple[int, ...] = (48, 192)
     prompts: tuple[int, ...] = (8, 16, 32, 64, 96, 128, 192, 256, 384, 512)
     most_adapters: int = 32
     cpu_workers: int = 2

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 
@@ -25,7 +26,7 @@ from segue.bench.simulate.config import Targets as Times
 from segue.bench.simulate.replica import Served
 from segue.bench.simulate.run import Measured, measure, placement_rows, simulate, simulation_settings
 from segue.bench.simulate.workload import SimulatedRequest, draw_requests
-from segue.config import require, require_positive
+from segue.config import require, require_positive, to_toml
 from segue.engine.config import EngineConfig, LoadFormat
 from segue.engine.lora.catalog import AdapterCatalog
 from segue.engine.models.config import ModelConfig
@@ -93,6 +94,9 @@ def run_against(config: AgainstConfig, progress: Callable[[str], None]) -> Repor
         workload = dataclasses.replace(config.workload, rank_bytes=_rank_bytes(config, model))
         requests = draw_requests(workload)
         engine = _engine_config(config, model_dir, model, requests)
+        profile_path = Path(folder) / "profile.toml"
+        profile_path.write_text(to_toml(config.profile))
+        engine = dataclasses.replace(engine, profile_path=str(profile_path))
         simulation = _simulation(config, workload, engine, model)
         progress("simulating")
         simulated = simulate(simulation, Placement.MOST_IDLE.value, requests, config.requests_per_second)
@@ -104,12 +108,14 @@ def run_against(config: AgainstConfig, progress: Callable[[str], None]) -> Repor
             versions = _ready(driver, requests, mix.adapter_names, engine.cpu_workers)
             progress(f"serving {len(requests)} requests, {requests[-1].arrival / config.requests_per_second:.0f} s")
             served = driver.serve(_timed(config, requests, versions, model.vocab_size))
+            costs = driver.costs
     first = int(config.warmup_share * len(requests))
     real = measure(_as_served(config, requests, served)[first:], simulation.targets, 0)
     rows = [*placement_rows("engine", real, simulation), *placement_rows("simulated", simulated, simulation)]
     settings: dict[str, Any] = {
         **simulation_settings(simulation),
         **{name: getattr(config, name) for name in ("shape", "dtype", "device", "adapter_targets", "cpu_workers")},
+        "corrections": None if costs is None else msgspec.to_builtins((costs.decode, costs.prefill)),
         "prediction_errors": prediction_errors(real, simulated),
         "tolerance": TOLERANCE,
     }
