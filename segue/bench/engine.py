@@ -249,8 +249,8 @@ class EngineBench:
     def submit(self, case: Case, index: int, max_tokens: int, prompt_tokens: int | None = None) -> int:
         """Queue the case's request ``index``, with a prompt of the case's length if no other is given; its number."""
         prompt = self._random.integers(self._vocab_size, size=prompt_tokens or case.prompt).tolist()
-        names = case.mix.adapter_names
-        version_id = self._versions[names[index % len(names)]] if names else None
+        name = case.adapter_of(index)
+        version_id = None if name is None else self._versions[name]
         return self._driver.submit(prompt, version_id, max_tokens=max_tokens)
 
 

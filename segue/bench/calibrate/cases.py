@@ -85,7 +85,9 @@ def _other_batches(config: CalibrateConfig) -> Iterator[CalibrationCase]:
             is_fixed = batch in fixed_batches(config) and context == config.contexts[0]
             if is_fixed or batch * context > 2 * most_context_tokens:
                 continue
-            for mix in (BASE, _mix(config, batch, *config.ranks)):
+            # An adapter for each request, or some for several.
+            adapters = batch if place % 4 < 2 else (batch + 1) // 2
+            for mix in (BASE, _mix(config, adapters, *config.ranks)):
                 yield _decode(batch, mix, context, held_out=place % 3 == 1)
                 place += 1
 
