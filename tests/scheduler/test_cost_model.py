@@ -119,3 +119,51 @@ def test_a_profile_that_is_wrong_is_refused_by_the_fields_name(tmp_path: Path, o
     path.write_text(text.replace(old, new))
     with pytest.raises(ConfigError, match=error):
         from_table(CostProfile, read_toml(path), where="profile")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "seconds", "error"),
+    [
+        ((2, 1), (0.0, 1.0), "row_tokens: must be whole numbers from 1 on that rise"),
+        ((0, 1), (0.0, 1.0), "row_tokens: must be whole numbers from 1 on that rise"),
+        ((1, 2.5), (0.0, 1.0), "row_tokens: must be whole numbers from 1 on that rise"),
+        ((1, 2), (1.0, 0.5), "row_seconds: must be finite numbers from 0 on that never fall"),
+        ((1, 2), (-1.0, 0.5), "row_seconds: must be finite numbers from 0 on that never fall"),
+        ((1, 2), (0.0, math.nan), "row_seconds: must be finite numbers from 0 on that never fall"),
+        ((1, 2), (0.0, "1"), "row_seconds: must be finite numbers from 0 on that never fall"),
+        ((1, 2), (0.0,), "row_seconds: must be 2 as row_tokens, is"),
+    ],
+)
+def test_rows_that_are_no_rising_line_are_refused(tokens: object, seconds: object, error: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{error}"):
+        StepCoefficients(row_tokens=tokens, row_seconds=seconds)  # type: ignore[arg-type]
+
+
+def test_the_base_models_time_is_a_line_that_bends() -> None:
+    bent = StepCoefficients(fixed_seconds=1.0, row_tokens=(2, 4, 8), row_seconds=(0.5, 1.0, 4.0))
+    seconds = {rows: bent.base_seconds(rows) for rows in (0, 1, 2, 3, 4, 6, 8, 10)}
+    assert seconds == {0: 0.0, 1: 1.5, 2: 1.5, 3: 1.75, 4: 2.0, 6: 3.5, 8: 5.0, 10: 6.5}
+
+
+BENT = dataclasses.replace(
+    COEFFICIENTS[LoraForm.PRESENT_BYTES], row_tokens=(1, 2, 64, 256), row_seconds=(0.0, 1e-3, 1e-3, 9e-3)
+)
+
+
+@given(some=ranks, more=ranks)
+def test_more_rows_of_either_kind_never_cost_less_where_lines_bend(some: list[int], more: list[int]) -> None:
+    profile = dataclasses.replace(PROFILE, decode=BENT, prefill=dataclasses.replace(BENT, fixed_seconds=2e-3))
+    small, large = batch(some), batch(some).joined(batch(more))
+    for other in (EMPTY, batch(more)):
+        assert profile.step_seconds(small, other) <= profile.step_seconds(large, other) * (1 + 1e-12)
+        assert profile.step_seconds(other, small) <= profile.step_seconds(other, large) * (1 + 1e-12)
+    assert profile.step_seconds(small, batch(more)) >= max(
+        profile.decode_seconds(small), profile.prefill_seconds(batch(more))
+    ) * (1 - 1e-12)
+
+
+def test_scaled_coefficients_scale_their_parts() -> None:
+    load = batch([8, 64], rows=3)
+    scaled = BENT.scaled(2.0, 3.0, 0.5)
+    base, attention, lora = BENT.parts(load)
+    assert scaled.parts(load) == pytest.approx((2 * base, 3 * attention, 0.5 * lora))
