@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -41,7 +42,9 @@ def calibrate(
     batch: Annotated[str | None, typer.Option(metavar="N,...", help="Requests that decode together.")] = None,
     context: Annotated[str | None, typer.Option(metavar="N,...", help="Tokens of their prompts.")] = None,
     prompts: Annotated[str | None, typer.Option(metavar="N,...", help="Tokens of prompts alone.")] = None,
-    cpu_workers: Annotated[int | None, typer.Option(metavar="N", help="As the server will have; 0: none.")] = None,
+    cpu_workers: Annotated[
+        int | None, typer.Option(metavar="N", help="As the server will have; default 2, 0: none.")
+    ] = None,
     rounds: Annotated[int | None, typer.Option(metavar="N", help="At most so many rounds through all points.")] = None,
     seconds: Annotated[float, typer.Option(metavar="LIMIT", help="All of it ends about then.")] = 110.0,
     torch_threads: Annotated[int, typer.Option(metavar="N", help="Threads of torch's matrix products.")] = 1,
@@ -59,7 +62,7 @@ def calibrate(
             model, shape, dtype, device, targets=targets, seconds=seconds, torch_threads=torch_threads,
             ranks=_numbers("--ranks", ranks), batches=_numbers("--batch", batch),
             contexts=_numbers("--context", context), prompts=_numbers("--prompts", prompts),
-            cpu_workers=cpu_workers, rounds=rounds,
+            cpu_workers=min(2, len(os.sched_getaffinity(0))) if cpu_workers is None else cpu_workers, rounds=rounds,
         )  # fmt: skip
         calibration = with_progress(lambda progress: _calibration(config, progress))
         write_outputs(calibration.report, json, None)

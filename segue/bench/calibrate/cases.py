@@ -78,12 +78,12 @@ def _adapter_mixes(config: CalibrateConfig) -> Iterator[CalibrationCase]:
 
 def _other_batches(config: CalibrateConfig) -> Iterator[CalibrationCase]:
     """The base model and ranks in turn, at all other batches and contexts. Batches get no larger as contexts do."""
-    most_context_tokens = config.batches[-1] * config.contexts[0]
+    most_tokens = config.batches[-1] * config.contexts[0]
     place = 0
     for context in config.contexts:
         for batch in config.batches:
             is_fixed = batch in fixed_batches(config) and context == config.contexts[0]
-            if is_fixed or batch * context > 2 * most_context_tokens:
+            if is_fixed or batch * context > most_tokens:
                 continue
             # An adapter for each request, or some for several.
             adapters = batch if place % 4 < 2 else (batch + 1) // 2

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from segue.bench.calibrate.cases import calibration_cases
+from segue.bench.calibrate.cases import CalibrationCase, calibration_cases
 from segue.bench.calibrate.config import CalibrateConfig
 from segue.bench.calibrate.fitting import (
     CopyTiming,
@@ -34,10 +34,14 @@ from segue.engine.models.config import ModelConfig
 from segue.scheduler.cost_model import CostProfile
 from segue.scheduler.plan import pages_for
 
-# Of the seconds: what pools of CPU workers may take, and what is kept for the fit.
+# Of the seconds: what pools of CPU workers may take; of what is left then, what warming up may take; what is left at
+# least when the engine has started; and what is kept for the fit.
 _POOLS_SHARE = 0.2
+_WARM_UP_SHARE = 0.6
+_MEASURING_SHARE = 0.7
 _FIT_SECONDS = 2.0
 _CPU_SLOTS = 4
+_LEAST_SHARE = 0.5
 _WARM_UP_CASES = 4
 
 
@@ -72,6 +76,7 @@ def run_calibration(config: CalibrateConfig, progress: Callable[[str], None]) ->
         deltas = _jobs(config, ready.model, start_seconds + _POOLS_SHARE * config.seconds, progress)
         progress("starting the engine")
         with EngineDriver(_engine(config, ready), ready.catalog) as driver:
+            started_seconds = time.monotonic()
             progress(f"loading {len(ready.names)} adapters")
             versions = {name: driver.load(name) for name in ready.names}
             single = _one_of_each_rank(config, versions)
@@ -80,6 +85,8 @@ def run_calibration(config: CalibrateConfig, progress: Callable[[str], None]) ->
             deltas += _handovers(config, ready, driver, single, progress)
             bench = EngineBench(bench_config, driver, versions, None, ready.model.vocab_size)
             measurer = StepMeasurer(driver, bench, config.steps)
+            # What had to be compiled first is not the measurement's to pay for.
+            deadline_seconds = max(deadline_seconds, started_seconds + _MEASURING_SHARE * config.seconds)
             rounds = _rounds(config, measurer, deadline_seconds, progress)
     progress("fitting")
     return _fitted(config, ready.model, measurer.measured, copies, deltas, rounds)
@@ -148,28 +155,39 @@ def _rounds(
 ) -> float:
     """Rounds through all cases until the deadline, behind one that is not kept; how many were made.
 
-    Raises BenchmarkError where the deadline came before half of the first.
+    Cases that could not be warmed up in time are left out; those that were are some of each kind. Raises BenchmarkError
+    where they are less than half, or the deadline came before half of the first round.
     """
-    cases = calibration_cases(config)
-    # On CUDA every shape of a batch is recorded when it first runs.
-    unready = cases if config.device == "cuda" else cases[:_WARM_UP_CASES]
-    for number, case in enumerate(unready, start=1):
-        if time.monotonic() > deadline_seconds:
-            raise BenchmarkError(
-                f"seconds: {config.seconds:g} were over while warming up, at {number} of {len(unready)}"
-            )
-        progress(f"warming up, case {number} of {len(unready)}")
-        measurer.run(case, keep=False)
+    cases = _warmed_up(config, measurer, deadline_seconds, progress)
     for turn in range(config.rounds):
-        progress(f"round {turn + 1} of {config.rounds}")
         for number, case in enumerate(cases):
+            progress(f"round {turn + 1} of {config.rounds}, case {number + 1} of {len(cases)}")
             if time.monotonic() > deadline_seconds:
                 rounds = turn + number / len(cases)
-                if rounds < 0.5:
+                if rounds < _LEAST_SHARE:
                     raise BenchmarkError(f"seconds: {config.seconds:g} were over before half of the first round")
                 return rounds
             measurer.run(case, keep=True)
     return float(config.rounds)
+
+
+def _warmed_up(
+    config: CalibrateConfig, measurer: StepMeasurer, deadline_seconds: float, progress: Callable[[str], None]
+) -> Sequence[CalibrationCase]:
+    """The cases that have run once. On CUDA each is recorded when it first runs; else it is enough that some have."""
+    cases = calibration_cases(config)
+    start_seconds = time.monotonic()
+    until_seconds = start_seconds + _WARM_UP_SHARE * (deadline_seconds - start_seconds)
+    unready = cases if config.device == "cuda" else cases[:_WARM_UP_CASES]
+    for number, case in enumerate(unready):
+        if time.monotonic() > until_seconds:
+            if number < _LEAST_SHARE * len(unready):
+                warmed = f"{number} of {len(unready)} cases"
+                raise BenchmarkError(f"seconds: of {config.seconds:g} too few were left after warming up {warmed}")
+            return cases[:number]
+        progress(f"warming up, case {number + 1} of {len(unready)}")
+        measurer.run(case, keep=False)
+    return cases
 
 
 def _fitted(
@@ -192,7 +210,12 @@ def _fitted(
     )
     judgement = judge_steps(profile, steps)
     settings: dict[str, Any] = dataclasses.asdict(config)
-    settings |= {"rounds_made": rounds, "judgement": as_settings(judgement), "profile": dataclasses.asdict(profile)}
+    settings |= {
+        "rounds_made": rounds,
+        "steps_measured": len(steps),
+        "judgement": as_settings(judgement),
+        "profile": dataclasses.asdict(profile),
+    }
     report = Report.here("calibrate", settings, report_rows(profile, steps, copies, deltas))
     return Calibration(profile=profile, judgement=judgement, report=report, rounds=rounds)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from segue.bench.calibrate.cases import CalibrationCase
 from segue.bench.cases import Measure
@@ -19,12 +19,22 @@ _RIDING_RUNS = 2
 
 @dataclass(slots=True, kw_only=True)
 class MeasuredStep:
-    """Steps of a case with one load: ``seconds`` of each. Of decodes, ``decodes`` is the load of the last one."""
+    """Steps of a case with one load: ``seconds`` of each.
+
+    Where all rows decode, their context grows by a token each from step to step, and the load is the mean one.
+    """
 
     case: CalibrationCase
     decodes: StepLoad
     prompts: StepLoad
     seconds: list[float] = field(default_factory=list)
+
+    def add(self, step: TimedStep) -> None:
+        """Another step of the same load."""
+        self.seconds.append(step.seconds)
+        context = self.decodes.context_tokens
+        mean = context + (step.decodes.context_tokens - context) / len(self.seconds)
+        self.decodes = replace(self.decodes, context_tokens=round(mean))
 
     @property
     def median_seconds(self) -> float:
@@ -97,5 +107,5 @@ class StepMeasurer:
             if found is None:
                 found = MeasuredStep(case=case, decodes=step.decodes, prompts=step.prompts)
                 self._measured[key] = found
-            found.seconds.append(step.seconds)
+            found.add(step)
         self._seen.clear()
