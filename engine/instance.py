@@ -272,7 +272,7 @@ class EngineInstance:
                 budget_tokens=config.budget_tokens,
                 chunk_tokens=config.chunk_tokens,
                 layers_per_step=config.layers_per_step,
-                merged_rows=_merged_rows(config),
+                merged_rows=merged_rows(config),
             ),
             max_waiting=config.max_waiting,
             prefix_cache=config.prefix_cache,
@@ -323,7 +323,8 @@ def handoff_policy(config: HandoffConfig) -> HandoffPolicy:
             return LoadFirst()
 
 
-def _merged_rows(config: EngineConfig) -> int:
+def merged_rows(config: EngineConfig) -> int:
+    """Rows that passes of adapters in host memory may share: the configuration's, or what suits the device."""
     if config.merged_rows is not None:
         return config.merged_rows
     return _MERGED_ROWS if config.device == "cuda" else 0

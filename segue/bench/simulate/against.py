@@ -28,6 +28,7 @@ from segue.bench.simulate.run import Measured, measure, placement_rows, simulate
 from segue.bench.simulate.workload import SimulatedRequest, draw_requests
 from segue.config import require, require_positive, to_toml
 from segue.engine.config import EngineConfig, LoadFormat
+from segue.engine.instance import merged_rows
 from segue.engine.lora.catalog import AdapterCatalog
 from segue.engine.models.config import ModelConfig
 from segue.scheduler.cost_model import CostProfile
@@ -202,6 +203,7 @@ def _simulation(
         budget_tokens=engine.budget_tokens,
         chunk_tokens=engine.chunk_tokens,
         layers_per_step=engine.layers_per_step,
+        merged_rows=merged_rows(engine),
     )
     return SimulationConfig(
         replica=ReplicaConfig(

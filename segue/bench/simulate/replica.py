@@ -349,7 +349,8 @@ class Replica:
             if self.profile.prompts_ride and most_layers is not None:
                 landed = total
                 if not self._config.cpu_cores:
-                    landed = int(total * self._residency.landed_share(item.plan.version_id))
+                    shares = map(self._residency.landed_share, item.plan.version_ids)
+                    landed = int(total * min(shares))
                 layers = max(0, min(layers, most_layers, item.layers - (total - landed)))
             item.layers -= layers
             if self.profile.prompts_ride:
