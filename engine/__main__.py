@@ -17,6 +17,7 @@ from segue.engine.channel import Channel, ChannelClosedError
 from segue.engine.messages import Shutdown, Start, StartFailed, ToEngine
 
 _PROGRESS_SECONDS = 0.1
+_SWITCH_SECONDS = 0.5e-3
 
 
 def main() -> int:
@@ -69,6 +70,8 @@ def _run(channel: Channel[ToEngine]) -> int:
         channel.send(StartFailed(f"{type(error).__name__}: {error}"))
         return 1
     with instance:
+        # Threads that enqueue copies beside the loop want the interpreter for microseconds, and must not wait long.
+        sys.setswitchinterval(_SWITCH_SECONDS)
         # What there is now stays: collecting over it again and again would hold steps up.
         gc.collect()
         gc.freeze()

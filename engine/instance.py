@@ -19,6 +19,7 @@ from segue.engine.attention import TorchAttention
 from segue.engine.backend import Backend
 from segue.engine.config import EngineConfig, HandoffConfig, HandoffMode, LoadFormat
 from segue.engine.core import Engine
+from segue.engine.costs import EngineCosts
 from segue.engine.cuda.toolchain import prepare_cuda
 from segue.engine.device import device_streams
 from segue.engine.device_time import device_meter
@@ -27,7 +28,7 @@ from segue.engine.lora.bridge import CpuBridge, HostTransport, RowTransport
 from segue.engine.lora.device_lora import TorchDeviceLora
 from segue.engine.lora.manifest import Projection
 from segue.engine.lora.points import POINT_PROJECTIONS
-from segue.engine.lora.store import AdapterStore
+from segue.engine.lora.store import AdapterStore, ReadLimits
 from segue.engine.lora.transfer import TransferOps
 from segue.engine.memory.adapter_layout import choose_chunk_elems
 from segue.engine.memory.pool import PagePool
@@ -36,10 +37,9 @@ from segue.engine.messages import Ready, StartProgress, State
 from segue.engine.models.config import ModelConfig
 from segue.engine.models.decoder import DecoderModel
 from segue.engine.models.rope import RotaryEmbedding
-from segue.engine.pool_size import PageNeeds, cpu_pages, cuda_pages
+from segue.engine.pool_size import PageNeeds, cpu_pages, cuda_pages, staging_bytes
 from segue.engine.profile import load_profile
 from segue.engine.progress import ReportProgress, log_lines
-from segue.engine.rate import RateMeter
 from segue.engine.runner import PassRunner
 from segue.engine.sampler import Sampler
 from segue.engine.step_costs import StepCosts
@@ -49,18 +49,22 @@ from segue.scheduler.plan import SchedulerLimits
 
 _LOG = logging.getLogger(__name__)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Until the first prompts have been measured.
-_ASSUMED_PREFILL_TOKENS_PER_SECOND = 1000.0
 # Up to about so many rows a pass takes the time in which the device reads the model's weights.
 _MERGED_ROWS = 128
+_MOST_READ_THREADS = 4
+# The engine's loop and the front end.
+_BUSY_CORES = 2
 
 
 class EngineInstance:
     """An engine with its threads and processes. ``wake_fd`` becomes readable when something arrived from them.
     ``profile`` is what was measured of this machine and model, if anything was."""
 
-    def __init__(self, config: EngineConfig, report: ReportProgress | None = None) -> None:
-        """Load the model and start everything, telling ``report`` how far that is; by default the log.
+    def __init__(
+        self, config: EngineConfig, report: ReportProgress | None = None, *, profile: CostProfile | None = None
+    ) -> None:
+        """Load the model and start everything, telling ``report`` how far that is; by default the log. ``profile`` is
+        what steps cost on this machine, in place of the configuration's.
 
         Raises ConfigError, UnsupportedModelError, MemoryError, OSError, ValueError.
         """
@@ -68,7 +72,7 @@ class EngineInstance:
         torch.set_num_threads(config.torch_threads)
         self.config = config
         self._model_config = ModelConfig.load(Path(config.model_dir))
-        self.profile = _profile(config, self._model_config)
+        self.profile = profile or _profile(config, self._model_config)
         self._context_tokens = config.max_context_tokens or self._model_config.max_position_embeddings
         dtype = _DTYPES[config.dtype]
         if config.device == "cuda":
@@ -92,7 +96,8 @@ class EngineInstance:
             copy_bytes_per_second=config.copy_bytes_per_second,
             ops=_transfer_ops(self._pool, chunk_elems),
             streams=streams,
-            staging_bytes=config.max_lora_rank * dtype.itemsize * sum(sum(shape) for shape in shapes.values()),
+            staging_bytes=staging_bytes(config, self._model_config, dtype.itemsize),
+            read_limits=_read_limits(config),
             wake=self._wake,
         )
         ring = JobRing(self.workers)
@@ -109,7 +114,7 @@ class EngineInstance:
         )
         runner = PassRunner(model, self._pool, backend.attention, resources, backend.batches, backend.passes)
         self._meter = device_meter(config.device) if config.measure_device_time else None
-        self.engine = self._engine(runner, backend.sampler)
+        self.engine = self._engine(runner, backend.sampler, self.profile)
         self._host_store.wait_until_ready(min(self._host_store.extent_bytes, config.host_store_bytes))
 
     @classmethod
@@ -169,7 +174,8 @@ class EngineInstance:
             steps=self.engine.steps,
             versions=self.engine.versions.states(),
             device_time=None if self._meter is None else self._meter.read(),
-            costs=self.engine.costs.state(),
+            costs=self.engine.step_costs.state(),
+            refusals=dict(self.engine.refusals),
         )
 
     def _page_pool(self, dtype: torch.dtype, device: torch.device) -> PagePool:
@@ -258,7 +264,7 @@ class EngineInstance:
             raise ConfigError(f"device: 'cuda' needs cuda-bindings and triton, and {error}") from error
         return StreamTransport(ring, DriverFlags(self._memory.address, device))
 
-    def _engine(self, runner: PassRunner, sampler: Sampler) -> Engine:
+    def _engine(self, runner: PassRunner, sampler: Sampler, profile: CostProfile | None) -> Engine:
         config = self.config
         return Engine(
             runner=runner,
@@ -275,10 +281,13 @@ class EngineInstance:
                 merged_rows=merged_rows(config),
             ),
             max_waiting=config.max_waiting,
+            policy=config.policy,
+            tenant_queue_share=config.tenant_queue_share,
+            max_adapters=config.max_adapters,
             prefix_cache=config.prefix_cache,
-            prefill_rate=RateMeter(_ASSUMED_PREFILL_TOKENS_PER_SECOND),
+            costs=EngineCosts(layers=self._model_config.layers, measured=profile),
             sampler=sampler,
-            costs=StepCosts(self.profile, self.store),
+            step_costs=StepCosts(profile, self.store),
             runs_ahead=config.device == "cuda" if config.runs_ahead is None else config.runs_ahead,
             meter=self._meter,
             clock=time.monotonic,
@@ -308,6 +317,17 @@ def _transfer_ops(pool: PagePool, chunk_elems: int) -> TransferOps:
 
 def _not_installed(error: ImportError) -> ConfigError:
     return ConfigError(f"device: 'cuda' needs flashinfer-python and triton, and {error}")
+
+
+def _read_limits(config: EngineConfig) -> ReadLimits:
+    threads = config.read_threads or default_read_threads(len(os.sched_getaffinity(0)), config.cpu_workers)
+    return ReadLimits(threads=threads, stall_seconds=config.read_stall_seconds)
+
+
+def default_read_threads(cores: int, cpu_workers: int) -> int:
+    """Threads that read adapters' files: as many as memory keeps busy, if the workers, the engine's loop and the front
+    end leave so many cores; they copy, and compute nothing."""
+    return max(1, min(_MOST_READ_THREADS, cores - cpu_workers - _BUSY_CORES))
 
 
 def handoff_policy(config: HandoffConfig) -> HandoffPolicy:

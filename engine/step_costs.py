@@ -12,6 +12,9 @@ from segue.scheduler.cost_fit import TimedStep
 from segue.scheduler.cost_model import CostProfile, StepLoad
 from segue.scheduler.tally import Tally, context_tokens
 
+# Scales move little from step to step, and a corrected profile takes 40 us to make.
+_REFRESH_STEPS = 16
+
 
 class StepCosts:
     """The cost profile of one engine, kept right by its own steps. All of it runs on the engine's thread."""
@@ -26,9 +29,7 @@ class StepCosts:
 
     @property
     def profile(self) -> CostProfile | None:
-        """The profile with what the steps have taught: a value that later steps do not change."""
-        if self._corrected is None and self._measured is not None:
-            self._corrected = self.correction.applied_to(self._measured)
+        """The profile with what the steps have taught, up to a few steps ago: a value that later ones do not change."""
         return self._corrected
 
     def state(self) -> CostState | None:
@@ -63,7 +64,9 @@ class StepCosts:
             self.listener(TimedStep(decodes=decodes, prompts=prompts, seconds=seconds))
         if self._measured is not None:
             self.correction = self.correction.learned(self._measured, decodes, prompts, seconds)
-            self._corrected = None
+            learned = self.correction.decode.steps + self.correction.prefill.steps
+            if learned % _REFRESH_STEPS == 0:
+                self._corrected = self.correction.applied_to(self._measured)
 
 
 def _correction_state(correction: Correction) -> CorrectionState:

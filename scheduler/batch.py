@@ -1,8 +1,10 @@
 """What one engine step does: who is evicted, preempted and admitted, which rows run at once, and which passes start.
 
-First come, first served. Progress rests on two rules. A request is admitted only when the pool has room for its
-adapter, its prompt's KV and one page more; and the oldest admitted request is never preempted, so it always ends.
-A request is overtaken only while one that arrived before it computes the greater part of its prompt.
+Who goes before whom is the policy's to say. Progress rests on rules that hold for every policy. A request is admitted
+only when the pool has room for its adapter, its prompt's KV and one page more. A request takes pages only from those
+admitted after it, so the oldest is never preempted, and the oldest's prompt is computed first: it always ends. In the
+queue a request is overtaken only as the policy's order has it, and while one before it computes the greater part of its
+prompt.
 """
 
 from __future__ import annotations
@@ -24,6 +26,9 @@ from segue.scheduler.plan import (
     StepPlan,
     pages_for,
 )
+from segue.scheduler.policy import AdmissionRoom, FirstCome, PromptRows, StepPolicy
+
+_FIRST_COME = FirstCome()
 
 # Requests that wait for an earlier one's prefix are passed over, so that they keep nobody behind them out: as many as
 # two requests for 128 answers bring. Looking at one takes a few microseconds.
@@ -39,17 +44,19 @@ def plan_step(
     residency: AdapterResidency,
     prefixes: PrefixPages,
     limits: SchedulerLimits,
+    policy: StepPolicy = _FIRST_COME,
 ) -> StepPlan:
-    """Plan one step. ``queue`` is in the order of arrival, ``admitted`` in the order of admission.
+    """Plan one step. ``queue`` is in the order in which requests are to be admitted, which under FirstCome is that of
+    arrival; ``admitted`` is in the order of admission.
 
     Of the queue no more is read than is needed.
     """
-    draft = _Draft(free_pages=free_pages, residency=residency, prefixes=prefixes, limits=limits)
+    draft = _Draft(free_pages=free_pages, residency=residency, prefixes=prefixes, limits=limits, policy=policy)
     draft.plan_decodes(admitted)
     decodes = len(draft.batch)
     # Whoever was preempted for lack of pages must not be outrun by a newcomer that takes them.
     if not draft.preempt and not draft.starved:
-        draft.plan_admissions(queue, limits.max_running - len(admitted))
+        draft.plan_admissions(queue, admitted)
     draft.plan_prompts(admitted, limits.max_passes - passes_in_flight)
     return StepPlan(
         evict=tuple(draft.evict),
@@ -67,20 +74,25 @@ def plan_step(
 class _Draft:
     """A plan in the making; ``free_pages`` counts what its decisions have left.
 
-    ``prompt_tokens`` are those of each request in ``admit``. ``held`` are the idle pages that admissions share, and
-    ``released_pages`` counts those that preemptions make idle.
+    ``decodes`` are the requests whose rows decode in ``batch``, ``newcomers`` those in ``admit``. All that are admitted
+    then have these ``adapters`` and ``prompt_tokens`` to compute. ``held`` are the idle pages that admissions share,
+    and ``released_pages`` counts those that preemptions make idle.
     """
 
     free_pages: int
     residency: AdapterResidency
     prefixes: PrefixPages
     limits: SchedulerLimits
+    policy: StepPolicy
     evict: list[int] = field(default_factory=list)
     preempt: list[int] = field(default_factory=list)
     reclaim_pages: int = 0
     grow: list[int] = field(default_factory=list)
     admit: list[Admission] = field(default_factory=list)
-    prompt_tokens: dict[int, int] = field(default_factory=dict)
+    newcomers: dict[int, QueuedRequest] = field(default_factory=dict)
+    adapters: set[int] = field(default_factory=set)
+    prompt_tokens: int = 0
+    decodes: list[AdmittedRequest] = field(default_factory=list)
     batch: list[PassRows] = field(default_factory=list)
     passes: list[PassPlan] = field(default_factory=list)
     starved: bool = False
@@ -117,7 +129,7 @@ class _Draft:
         return True
 
     def plan_decodes(self, admitted: Sequence[AdmittedRequest]) -> None:
-        """Give each request that decodes the page it needs, oldest first, taking pages from the youngest if need be."""
+        """Give each request that decodes the page it needs, oldest first, taking pages from younger ones if need be."""
         for position, request in enumerate(admitted):
             decodes = request.computed_tokens == request.tokens - 1
             if request.in_flight or request.number in self.preempt or not decodes:
@@ -128,12 +140,17 @@ class _Draft:
                     continue
                 self.grow.append(request.number)
             if self.is_warm(request.version_id):
+                self.decodes.append(request)
                 self.batch.append(PassRows(request.number, request.computed_tokens, 1))
 
     def _take_page(self, younger: Sequence[AdmittedRequest]) -> bool:
-        """Take one page, preempting the youngest of these requests until there is one; False when there is none."""
+        """Take one page, preempting these requests in the policy's order until there is one; False if there is none."""
+        if self.make_room(1):
+            self.free_pages -= 1
+            return True
+        can_go = [item for item in younger if not item.in_flight and item.number not in self.preempt]
+        victims = iter(self.policy.victims(can_go))
         while not self.make_room(1):
-            victims = (item for item in reversed(younger) if not item.in_flight and item.number not in self.preempt)
             victim = next(victims, None)
             if victim is None:
                 return False
@@ -143,8 +160,13 @@ class _Draft:
         self.free_pages -= 1
         return True
 
-    def plan_admissions(self, queue: Iterable[QueuedRequest], most: int) -> None:
-        """Admit at most so many from the head of the queue, until one does not fit."""
+    def plan_admissions(self, queue: Iterable[QueuedRequest], admitted: Sequence[AdmittedRequest]) -> None:
+        """Admit from the head of the queue, until one does not fit."""
+        most = self.limits.max_running - len(admitted)
+        if most <= 0:
+            return
+        self.adapters = {item.version_id for item in admitted if item.version_id is not None}
+        self.prompt_tokens = sum(count for item in admitted if (count := item.tokens - item.computed_tokens) > 1)
         passed_over = 0
         waiting = iter(queue)
         while len(self.admit) < most and passed_over < MOST_PASSED_OVER:
@@ -153,7 +175,7 @@ class _Draft:
                 # What one whose adapter is to go needs now is known when the eviction has been carried out.
                 return
             match = self.prefixes.match(request.number)
-            if self._is_worth_waiting(request, match):
+            if self._is_worth_waiting(request, match) or self._is_kept_out(request, most):
                 passed_over += 1
                 continue
             adapter_pages = self._adapter_pages(request.version_id)
@@ -170,7 +192,9 @@ class _Draft:
             self.free_pages -= adapter_pages + kv_pages
             if request.version_id is not None:
                 self.reserved.add(request.version_id)
-            self.prompt_tokens[request.number] = request.tokens
+                self.adapters.add(request.version_id)
+            self.newcomers[request.number] = request
+            self.prompt_tokens += request.tokens - match.pages * self.limits.page_tokens
             self.admit.append(
                 Admission(
                     number=request.number,
@@ -180,6 +204,11 @@ class _Draft:
                     adapter_pages=adapter_pages,
                 )
             )
+
+    def _is_kept_out(self, request: QueuedRequest, most: int) -> bool:
+        places = most - len(self.admit)
+        room = AdmissionRoom(places=places, adapters=self.adapters, prompt_tokens=self.prompt_tokens)
+        return self.policy.keeps_out(request, room, self.limits)
 
     def _is_worth_waiting(self, request: QueuedRequest, match: PrefixMatch) -> bool:
         """Whether earlier requests are about to compute at least half of what this one would have to."""
@@ -192,16 +221,19 @@ class _Draft:
         return self.residency.pages_to_reserve(version_id)
 
     def plan_prompts(self, admitted: Sequence[AdmittedRequest], max_new_passes: int) -> None:
-        """Rows of warm adapters join the batch, oldest first; the others go in passes."""
-        budget_tokens = self.limits.chunk_tokens if self.batch else self.limits.budget_tokens
-        warm: list[PassRows] = []
+        """Rows of warm adapters join the batch in the policy's order; the others go in passes."""
+        warm: list[PromptRows] = []
         cold: dict[int, list[PassRows]] = {}
-        for version_id, rows in self._uncomputed(admitted):
-            if version_id is None or self.residency.is_warm(version_id):
-                warm.append(rows)
+        for item in self.policy.prompt_order(list(self._uncomputed(admitted))):
+            if item.version_id is None or self.residency.is_warm(item.version_id):
+                warm.append(item)
             else:
-                cold.setdefault(version_id, []).append(rows)
-        self.batch.extend(_within(budget_tokens, warm))
+                cold.setdefault(item.version_id, []).append(item.rows)
+        if warm:
+            budget_tokens = self.limits.budget_tokens
+            if self.batch:
+                budget_tokens = self.policy.prompt_tokens(self.decodes, warm, self.limits)
+            self.batch.extend(_within(budget_tokens, [item.rows for item in warm]))
         self.passes.extend(self._passes(cold)[:max_new_passes])
 
     def _passes(self, cold: Mapping[int, Sequence[PassRows]]) -> list[PassPlan]:
@@ -223,18 +255,19 @@ class _Draft:
                 shared, left = len(passes) - 1, own_left
         return passes
 
-    def _uncomputed(self, admitted: Sequence[AdmittedRequest]) -> Iterator[tuple[int | None, PassRows]]:
+    def _uncomputed(self, admitted: Sequence[AdmittedRequest]) -> Iterator[PromptRows]:
         """All rows that could run now and do not decode in this step's batch, those of newcomers last."""
         page_tokens = self.limits.page_tokens
         stalled = {*self.preempt, *(rows.number for rows in self.batch)}
-        for request in admitted:
+        for position, request in enumerate(admitted):
             needs_page = request.pages * page_tokens < request.tokens and request.number not in self.grow
             if not (request.in_flight or request.number in stalled or needs_page):
                 count = request.tokens - request.computed_tokens
-                yield request.version_id, PassRows(request.number, request.computed_tokens, count)
+                rows = PassRows(request.number, request.computed_tokens, count)
+                yield PromptRows(rows, request.version_id, request.level, position == 0)
         for item in self.admit:
-            start = item.cached_pages * page_tokens
-            yield item.version_id, PassRows(item.number, start, self.prompt_tokens[item.number] - start)
+            start, newcomer = item.cached_pages * page_tokens, self.newcomers[item.number]
+            yield PromptRows(PassRows(item.number, start, newcomer.tokens - start), item.version_id, newcomer.level)
 
 
 def _within(budget_tokens: int, members: Sequence[PassRows]) -> tuple[PassRows, ...]:

@@ -91,7 +91,7 @@ class EngineDriver:
 
     def listen(self, listener: Callable[[TimedStep], None] | None) -> None:
         """Have ``listener`` told of each step whose time is that of its rows alone."""
-        self._engine.costs.listener = listener
+        self._engine.step_costs.listener = listener
 
     def wait_for_workers(self) -> None:
         """Wait until all CPU workers are ready. Raises BenchmarkError if they do not become it."""
@@ -121,7 +121,7 @@ class EngineDriver:
     @property
     def costs(self) -> CostState | None:
         """The cost profile as the steps have corrected it; None where the configuration names none."""
-        return self._engine.costs.state()
+        return self._engine.step_costs.state()
 
     def cost(self, version_id: int) -> AdapterCost:
         """What the adapter adds to a step."""

@@ -33,7 +33,7 @@ from segue.engine.models.config import ModelConfig
 from segue.scheduler.plan import pages_for
 from segue.types import Tier
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _WARM_UP_STEPS = 3
 _FIRST_TOKEN_RUNS = 5
 _BUDGET_TOKENS = 2048
@@ -155,7 +155,7 @@ def prepared(config: EngineBenchConfig, progress: Callable[[str], None]) -> Iter
         if config.request_tokens > model.max_position_embeddings:
             needed, context = config.request_tokens, model.max_position_embeddings
             raise ConfigError(f"steps: a request would have {needed} tokens, the model's context is {context}")
-        names = write_adapters([case.mix for case in config.cases], model, adapters_dir, _DTYPES[config.dtype])
+        names = write_adapters([case.mix for case in config.cases], model, adapters_dir, DTYPES[config.dtype])
         catalog = AdapterCatalog(adapters_dir, model, config.max_rank)
         yield Prepared(
             model=model,
@@ -176,7 +176,7 @@ def run_engine_bench(config: EngineBenchConfig, progress: Callable[[str], None])
         progress("starting the engine")
         with EngineDriver(ready.engine, ready.catalog) as driver:
             gemm_batches = [case.batch for case in config.cases if case.measure is Measure.GEMMS]
-            gemms = Gemms(ready.model, batches=gemm_batches, dtype=_DTYPES[config.dtype], device=config.device)
+            gemms = Gemms(ready.model, batches=gemm_batches, dtype=DTYPES[config.dtype], device=config.device)
             progress(f"loading {len(ready.names)} adapters")
             versions = {name: driver.load(name) for name in ready.names}
             bench = EngineBench(config, driver, versions, gemms, ready.model.vocab_size)

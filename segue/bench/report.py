@@ -38,6 +38,9 @@ class Row:
     Where a model was fitted, ``predicted`` is what it says of the case, in the unit of the percentiles, and
     ``held_out`` whether it was fitted without the case. ``batch`` counts the rows that decode, ``tokens`` those of
     prompts, ``context_tokens`` the tokens of KV that all of them read, and ``bytes`` those of the adapters' weights.
+
+    Of a server under load, ``batch`` counts the requests measured at ``requests_per_second``, ``low`` and ``high`` are
+    Wilson's interval of a share, and ``group`` is a part of the requests in the division ``part``.
     """
 
     measure: str
@@ -59,6 +62,10 @@ class Row:
     dtype: str | None = None
     cores: int | None = None
     placement: str | None = None
+    requests_per_second: float | None = None
+    group: str | None = None
+    low: float | None = None
+    high: float | None = None
     mean: float | None = None
     p99: float | None = None
     predicted: float | None = None

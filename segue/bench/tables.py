@@ -23,6 +23,14 @@ _WORDS = {
     "cpu_kernel_us": "CPU kernel",
     "torch_us": "torch",
     "cpu_workers_us": "workers",
+    "read_floor_ms": "file read only",
+    "memory_copy_ms": "copy in memory",
+    "read_bookkeeping_ms": "bookkeeping of a read",
+    "read_adapter_ms": "adapter read",
+    "read_first_layer_ms": "first layer read",
+    "read_beside_loop_ms": "adapter read beside a busy loop",
+    "loop_turn_alone_ms": "turn of the loop",
+    "loop_turn_beside_ms": "turn of the loop beside reads",
 }
 
 
@@ -181,9 +189,37 @@ def _comparison_table(reports: Mapping[str, Report]) -> str:
     return _markdown(labels, lines)
 
 
+def _slo_table(reports: Mapping[str, Report]) -> str:
+    """A column for each report, of the rate that it reports."""
+    cells = {name: _slo_cells(report) for name, report in reports.items()}
+    labels = list(dict.fromkeys(label for column in cells.values() for label in column))
+    lines = [[f"`{name}`" for name in cells], *([cells[name].get(label, "") for name in cells] for label in labels)]
+    return _markdown(["under load", *labels], lines)
+
+
+def _slo_cells(report: Report) -> Mapping[str, str]:
+    if report.settings["void"] is not None:
+        return {"void": report.settings["void"]}
+    attain = f"{report.settings['search']['attain']:.0%}"
+    found = {row.measure: row for row in report.rows if row.part == "all"}
+    cells = {
+        f"requests/s with {attain} in time": f"{row.median:.4g}"
+        for row in report.rows
+        if row.measure == "goodput_requests_per_second"
+    }
+    if (share := found.get("slo_attainment_fraction")) is not None:
+        cells["measured at, requests/s"] = f"{share.requests_per_second:.4g}"
+        cells["in time (Wilson's interval)"] = f"{share.median:.1%} ({share.low:.1%} to {share.high:.1%})"
+    for measure, name in (("ttft_ms", "first token"), ("tpot_ms", "per token after it")):
+        if (row := found.get(measure)) is not None:
+            cells[f"{name}, ms: median, p99"] = f"{row.median:.1f}, {row.p99:.1f}"
+    return cells
+
+
 _TABLES = {
     "kernels": _kernel_table,
     "cpu": _cpu_table,
+    "slo": _slo_table,
     "calibrate": _judgement_table,
     "simulate-against": _comparison_table,
 }

@@ -12,7 +12,9 @@ import typer
 from rich.table import Table
 
 from segue.cli.bench_options import JsonOption, check_outputs, numbers, show_console, with_progress, write_outputs
+from segue.cli.bench_scheduler import scheduler
 from segue.cli.bench_simulate import simulate
+from segue.cli.bench_slo import slo
 from segue.cli.common import UserError, one_line_errors
 
 if TYPE_CHECKING:
@@ -62,6 +64,7 @@ SecondsOption = Annotated[float, typer.Option(metavar="LIMIT", help="No round be
 PartsOption = Annotated[
     bool, typer.Option("--parts", help="Add what the device does in a decode step, by kind of kernel; on CUDA.")
 ]
+_DISK_SHAPE = "llama-3.1-8b"
 TorchThreadsOption = Annotated[int, typer.Option(metavar="N", help="Threads of torch's matrix products.")]
 
 
@@ -71,7 +74,10 @@ def register(app: typer.Typer) -> None:
     bench.command(name="server")(server)
     bench.command(name="kernels")(kernels)
     bench.command(name="cpu")(cpu)
+    bench.command(name="disk")(disk)
     bench.command(name="simulate")(simulate)
+    bench.command(name="slo")(slo)
+    bench.command(name="scheduler")(scheduler)
     app.add_typer(bench, name="bench")
 
 
@@ -222,6 +228,33 @@ def cpu(
             cores=cores,
         )
         report = with_progress(lambda progress: run_cpu_bench(config, progress))
+        write_outputs(report, json, None)
+    _show(report)
+
+
+def disk(
+    shape: Annotated[str, typer.Option(metavar="NAME", help="The model that the adapters are for.")] = _DISK_SHAPE,
+    ranks: Annotated[str, typer.Option(metavar="N,...", help="The adapters' ranks.")] = "8,64",
+    targets: Annotated[str, typer.Option(metavar="qkvo|all,...", help="What they change.")] = "qkvo,all",
+    threads: Annotated[str, typer.Option(metavar="N,...", help="Threads that read.")] = "1,2,4",
+    part_bytes: Annotated[int, typer.Option(metavar="N", help="The most that is read at a time.")] = 2 << 20,
+    runs: Annotated[int, typer.Option(metavar="N", help="Timings of each case.")] = 20,
+    json: JsonOption = None,
+) -> None:
+    """Time how adapters come from files in the page cache into host memory, alone and beside a busy loop."""
+    with one_line_errors():
+        check_outputs(json, None)
+        from segue.bench.disk import DiskBenchConfig, run_disk_bench
+
+        config = DiskBenchConfig(
+            shape=shape,
+            ranks=numbers("--ranks", ranks),
+            targets=tuple(targets.split(",")),
+            threads=numbers("--threads", threads),
+            part_bytes=part_bytes,
+            runs=runs,
+        )
+        report = with_progress(lambda progress: run_disk_bench(config, progress))
         write_outputs(report, json, None)
     _show(report)
 

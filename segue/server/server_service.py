@@ -103,6 +103,7 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
             cpu_workers=pb.CpuWorkers(ready=state.cpu_workers_ready, restarts=state.worker_restarts),
             steps=state.steps,
             profile=None if state.costs is None else profile_to_proto(state.costs),
+            refusals=state.refusals,
             device_time=None if state.device_time is None else _device_time(state.device_time),
         )
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
 from segue.engine.config import EngineConfig
@@ -16,6 +16,7 @@ from segue.engine.lora.catalog import AdapterCatalog, OpenedVersion
 from segue.engine.messages import Failed, Finished, Submit
 from segue.engine.models.config import ModelConfig
 from segue.engine.sampling_params import SamplingParams
+from segue.scheduler.cost_model import CostProfile
 from segue.types import TokenLogprob
 
 
@@ -36,7 +37,9 @@ class Answer:
 class EngineHarness:
     """Runs an engine step by step, with every invariant checked after every step and freed pages poisoned."""
 
-    def __init__(self, model_dir: Path, adapters_dir: Path, **config: Any) -> None:
+    def __init__(
+        self, model_dir: Path, adapters_dir: Path, *, profile: CostProfile | None = None, **config: Any
+    ) -> None:
         settings = {
             "model_dir": str(model_dir),
             "pages": 512,
@@ -47,7 +50,7 @@ class EngineHarness:
         }
         self.config = EngineConfig(**{**settings, **config})
         self.catalog = AdapterCatalog(adapters_dir, ModelConfig.load(model_dir), self.config.max_lora_rank)
-        self.instance = EngineInstance(self.config)
+        self.instance = EngineInstance(self.config, profile=profile)
         self.engine = self.instance.engine
         self.answers: dict[int, Answer] = {}
         self.version_failures: dict[int, str] = {}
@@ -92,9 +95,11 @@ class EngineHarness:
         adapter: str | None = None,
         *,
         max_tokens: int = 64,
+        level: Mapping[str, Any] = MappingProxyType({}),
         **sampling: Any,
     ) -> int:
-        """Greedy with seed 0 unless ``sampling``, fields of SamplingParams, says otherwise."""
+        """Greedy with seed 0 unless ``sampling``, fields of SamplingParams, says otherwise; ``level`` has the fields of
+        Submit that say what it is promised."""
         version_id = None if adapter is None else self.open(adapter)
         number = len(self.answers) + 1
         self.answers[number] = Answer()
@@ -106,6 +111,7 @@ class EngineHarness:
                 arrival_seconds=time.monotonic(),
                 adapter_version_id=version_id,
                 sampling=SamplingParams(**{"seed": 0, **sampling}),
+                **level,
             )
         )
         return number
@@ -124,6 +130,8 @@ class EngineHarness:
             self.answers[failed.number].failed = failed
         for failure in failures:
             self.version_failures[failure.version_id] = failure.message
+            if failure.may_pass:
+                self.catalog.reopen(failure.version_id)
         if self.engine.must_look_again:
             time.sleep(50e-6)
         elif not self.engine.can_go_on:

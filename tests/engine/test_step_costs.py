@@ -39,7 +39,7 @@ def test_each_steps_rows_are_told_by_kind(folders: tuple[Path, Path]) -> None:
         costs = [store.cost(harness.open(name)) for name in ("eight", "four")]
         assert [cost.rank for cost in costs] == [8, 4]
         assert costs[0].weight_bytes == 2 * costs[1].weight_bytes > 0
-        harness.engine.costs.listener = seen.append
+        harness.engine.step_costs.listener = seen.append
         harness.submit(range(3, 10), "eight", max_tokens=8)
         harness.step()
         harness.submit(range(3, 9), "four", max_tokens=4)
@@ -78,7 +78,7 @@ def test_the_profile_follows_what_is_measured(folders: tuple[Path, Path]) -> Non
         harness.run()
         after = harness.instance.state(1).costs
         assert after is not None
-        assert harness.engine.costs.profile == after.profile
+        assert harness.engine.step_costs.profile == after.profile
     assert (after.decode.steps, after.prefill.steps) == (39, 1)
     # The error is nearly all of the prediction, and the scale has come down to its bound.
     assert 0.9 < after.decode.mean_error <= 1.0
@@ -92,7 +92,7 @@ def test_steps_beside_a_pass_teach_nothing(folders: tuple[Path, Path]) -> None:
     """A pass of a loading adapter takes the device's time as well."""
     seen: list[TimedStep] = []
     with EngineHarness(*folders, cpu_workers=0, copy_bytes_per_second=2e5) as harness:
-        harness.engine.costs.listener = seen.append
+        harness.engine.step_costs.listener = seen.append
         harness.submit(range(3, 10), "eight", max_tokens=2)
         harness.run_until(lambda: bool(harness.engine.passes))
         seen.clear()
@@ -112,4 +112,4 @@ def test_without_a_profile_there_is_nothing_to_tell(folders: tuple[Path, Path]) 
         harness.submit(range(3, 10), max_tokens=4)
         harness.run()
         assert harness.instance.state(0).costs is None
-        assert harness.engine.costs.profile is None
+        assert harness.engine.step_costs.profile is None

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from segue.scheduler.batch import plan_step
 from segue.scheduler.eviction import EvictionCandidate
 from segue.scheduler.plan import AdmittedRequest, PrefixMatch, QueuedRequest, SchedulerLimits, StepPlan
+from segue.scheduler.policy import FirstCome, StepPolicy
 
+FIRST_COME = FirstCome()
 LIMITS = SchedulerLimits(
     page_tokens=4, max_running=8, max_passes=4, budget_tokens=16, chunk_tokens=6, layers_per_step=2
 )
@@ -107,6 +109,7 @@ def plan(
     prefixes: FakePrefixes | None = None,
     passes_in_flight: int = 0,
     limits: SchedulerLimits = LIMITS,
+    policy: StepPolicy = FIRST_COME,
 ) -> StepPlan:
     return plan_step(
         queue,
@@ -116,4 +119,5 @@ def plan(
         residency=residency or FakeResidency(),
         prefixes=prefixes or FakePrefixes(),
         limits=limits,
+        policy=policy,
     )

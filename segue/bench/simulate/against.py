@@ -32,7 +32,7 @@ from segue.engine.instance import merged_rows
 from segue.engine.lora.catalog import AdapterCatalog
 from segue.engine.models.config import ModelConfig
 from segue.scheduler.cost_model import CostProfile
-from segue.scheduler.plan import SchedulerLimits, pages_for
+from segue.scheduler.plan import NO_LEVEL, SchedulerLimits, pages_for
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _WARM_UP_REQUESTS = 4
@@ -212,6 +212,7 @@ def _simulation(
             pages=engine.pages,
             page_bytes=_page_bytes(config, engine, model),
             cpu_cores=config.cpu_workers,
+            policy=engine.policy,
         ),
         workload=workload,
         targets=Times(),
@@ -247,6 +248,7 @@ def _as_served(
             arrived=request.arrival / config.requests_per_second,
             tokens=request.prompt_tokens + times.tokens,
             prompt_rows=0,
+            level=NO_LEVEL,
             generated=times.tokens,
             first_token=times.first_token_seconds,
             finished=times.last_token_seconds,
