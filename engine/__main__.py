@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import logging
 import os
 import resource
@@ -17,7 +16,6 @@ from segue.engine.channel import Channel, ChannelClosedError
 from segue.engine.messages import Shutdown, Start, StartFailed, ToEngine
 
 _PROGRESS_SECONDS = 0.1
-_SWITCH_SECONDS = 0.5e-3
 
 
 def main() -> int:
@@ -55,6 +53,7 @@ def _run(channel: Channel[ToEngine]) -> int:
         raise ValueError(f"the first message must be Start, is {type(start).__name__}")
     from segue.config import ConfigError
     from segue.engine.instance import EngineInstance
+    from segue.engine.interpreter import settle_interpreter
     from segue.engine.loop import serve
     from segue.engine.progress import Throttle
 
@@ -70,11 +69,7 @@ def _run(channel: Channel[ToEngine]) -> int:
         channel.send(StartFailed(f"{type(error).__name__}: {error}"))
         return 1
     with instance:
-        # Threads that enqueue copies beside the loop want the interpreter for microseconds, and must not wait long.
-        sys.setswitchinterval(_SWITCH_SECONDS)
-        # What there is now stays: collecting over it again and again would hold steps up.
-        gc.collect()
-        gc.freeze()
+        settle_interpreter()
         channel.send(instance.ready())
         serve(instance, channel)
     return 0

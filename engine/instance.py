@@ -103,7 +103,7 @@ class EngineInstance:
         ring = JobRing(self.workers)
         self.bridge = CpuBridge(self.workers, ring, self._transport(ring, streams.device), self.store.link, self.store)
         backend = self._backend(model, chunk_elems)
-        resources = LoraResources(
+        self._lora = LoraResources(
             store=self.store,
             bridge=self.bridge,
             policy=handoff_policy(config.handoff),
@@ -112,7 +112,7 @@ class EngineInstance:
             dtype=dtype,
             clock=time.monotonic,
         )
-        runner = PassRunner(model, self._pool, backend.attention, resources, backend.batches, backend.passes)
+        runner = PassRunner(model, self._pool, backend.attention, self._lora, backend.batches, backend.passes)
         self._meter = device_meter(config.device) if config.measure_device_time else None
         self.engine = self._engine(runner, backend.sampler, self.profile)
         self._host_store.wait_until_ready(min(self._host_store.extent_bytes, config.host_store_bytes))
@@ -177,6 +177,17 @@ class EngineInstance:
             costs=self.engine.step_costs.state(),
             refusals=dict(self.engine.refusals),
         )
+
+    def set_handoff(self, handoff: HandoffConfig) -> None:
+        """Choose the sources of cold layers in this way from now on: for benchmarks that compare ways on one engine."""
+        self._lora.policy = handoff_policy(handoff)
+
+    def wait_for_host_store(self) -> None:
+        """Wait until all of the host store can be used; the engine itself waits for no more than a request needs.
+
+        Raises MemoryError when it never will.
+        """
+        self._host_store.wait_until_ready(self.config.host_store_bytes)
 
     def _page_pool(self, dtype: torch.dtype, device: torch.device) -> PagePool:
         pages = self.config.pages or self._automatic_pages(dtype, device)

@@ -52,9 +52,11 @@ class _CpuPart:
     posted: PostedJob | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class LoraResources:
-    """What appliers share: the adapters, what computes deltas, the policy, and each projection's (in, out) features."""
+    """What appliers share: the adapters, what computes deltas, the policy, and each projection's (in, out) features.
+
+    Another ``policy`` may be set while passes run; they ask it from their next layer on."""
 
     store: AdapterStore
     bridge: CpuBridge

@@ -32,10 +32,16 @@ class Row:
     ``max_relative_error`` the largest error of an output against float64, over the largest output. Of the CPU's kernels
     ``dtype`` is that of rows and weights, and ``cores`` as many as computed.
 
+    Of a cold start, ``mode`` says how the sources of its layers were chosen, of which the CPU computed ``cpu_share`` in
+    the mean, and ``residency`` is of the cold modes; ``batch`` requests arrived together over a link of
+    ``link_bytes_per_second`` (None: not throttled), while ``decodes`` others decoded. ``timings`` are those of the
+    percentiles. A ratio's ``lower_bound`` and ``upper_bound`` each hold with a confidence of 95%. ``predicted``: by the
+    cost model, not measured.
+
     Of a simulated cluster, ``placement`` names the policy, ``batch`` counts the requests measured and ``adapters`` all
     adapters; ``mean`` and ``p99`` stand beside the percentiles.
 
-    Where a model was fitted, ``predicted`` is what it says of the case, in the unit of the percentiles, and
+    Where a model was fitted, ``fit_value`` is what it says of the case, in the unit of the percentiles, and
     ``held_out`` whether it was fitted without the case. ``batch`` counts the rows that decode, ``tokens`` those of
     prompts, ``context_tokens`` the tokens of KV that all of them read, and ``bytes`` those of the adapters' weights.
 
@@ -66,9 +72,17 @@ class Row:
     group: str | None = None
     low: float | None = None
     high: float | None = None
+    mode: str | None = None
+    cpu_share: float | None = None
+    link_bytes_per_second: float | None = None
+    decodes: int | None = None
+    lower_bound: float | None = None
+    upper_bound: float | None = None
+    predicted: bool | None = None
+    timings: tuple[float, ...] | None = None
     mean: float | None = None
     p99: float | None = None
-    predicted: float | None = None
+    fit_value: float | None = None
     held_out: bool | None = None
     median: float
     p10: float

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
+from segue.bench.coldstart import load_view as coldload
+from segue.bench.coldstart import view as coldstart
 from segue.bench.report import Report, Row
 from segue.bench.simulate.table import column_names, lines
 
@@ -94,6 +96,15 @@ def readme_tables(reports: Mapping[str, Report]) -> str:
         members = {name: report for name, report in sorted(reports.items()) if report.benchmark == benchmark}
         if benchmark == "simulate":
             parts += [_placement_table(name, report) for name, report in members.items()]
+        elif benchmark == "coldstart":
+            parts += [
+                _lines_table(name, coldstart.summary_names(), coldstart.summary_lines(report))
+                for name, report in members.items()
+            ]
+        elif benchmark == "coldload":
+            parts += [
+                _lines_table(name, coldload.column_names(), coldload.lines(report)) for name, report in members.items()
+            ]
         else:
             parts.append(_TABLES.get(benchmark, _median_table)(members))
         parts += [f"`{name}`: {_origin(report)}." for name, report in members.items()]
@@ -130,6 +141,12 @@ def _placement_table(name: str, report: Report) -> str:
     (label, *columns), found = column_names(), lines(report)
     cells = [[line[place] for line in found] for place in range(len(columns) + 1)]
     return _markdown([f"`{name}`: {label}", *columns], cells)
+
+
+def _lines_table(name: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A line for each of ``lines``, which begin with their label."""
+    label, *others = columns
+    return _markdown([f"`{name}`: {label}", *(line[0] for line in lines)], [others, *(line[1:] for line in lines)])
 
 
 def _kernel_cell(row: Row | None) -> str:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from segue.bench.report import Report
 
 _T = TypeVar("_T")
-_WIDTH_WITHOUT_TERMINAL = 140
+_WIDTH_WITHOUT_TERMINAL = 160
 
 JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE.json", help="Write the report here.")]
 

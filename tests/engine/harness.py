@@ -16,7 +16,6 @@ from segue.engine.lora.catalog import AdapterCatalog, OpenedVersion
 from segue.engine.messages import Failed, Finished, Submit
 from segue.engine.models.config import ModelConfig
 from segue.engine.sampling_params import SamplingParams
-from segue.scheduler.cost_model import CostProfile
 from segue.types import TokenLogprob
 
 
@@ -37,9 +36,9 @@ class Answer:
 class EngineHarness:
     """Runs an engine step by step, with every invariant checked after every step and freed pages poisoned."""
 
-    def __init__(
-        self, model_dir: Path, adapters_dir: Path, *, profile: CostProfile | None = None, **config: Any
-    ) -> None:
+    def __init__(self, model_dir: Path, adapters_dir: Path, **config: Any) -> None:
+        """``config`` has fields of EngineConfig, and may have the engine's CostProfile as ``profile``."""
+        profile = config.pop("profile", None)
         settings = {
             "model_dir": str(model_dir),
             "pages": 512,

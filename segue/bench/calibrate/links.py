@@ -18,8 +18,10 @@ from segue.cpu_lora import DeltaTask
 from segue.cpu_lora.elements import ElementType
 from segue.engine.lora.points import POINT_PROJECTIONS
 from segue.engine.models.config import ModelConfig
+from segue.types import Tier
 
 _COPY_RUNS = 5
+_WORKERS_SECONDS = 120.0
 _DELTA_RUNS = 8
 _HANDOVER_RUNS = 3
 _ELEMENTS = {"float32": ElementType.FLOAT32, "bfloat16": ElementType.BFLOAT16, "float16": ElementType.FLOAT16}
@@ -33,7 +35,7 @@ def copy_timings(driver: EngineDriver, versions: Sequence[int]) -> list[CopyTimi
     for version_id in versions:
         seconds = []
         for _ in range(_COPY_RUNS):
-            driver.move_to_host(version_id)
+            driver.move([version_id], Tier.HOST)
             seconds.append(driver.copy_seconds(version_id))
         copy_bytes = driver.cost(version_id).weight_bytes
         timings.append(CopyTiming(copy_bytes=copy_bytes, seconds=statistics.median(seconds)))
@@ -48,7 +50,7 @@ def handover_timings(
     Prompts no longer with the CPU's deltas, as timers go, add nothing.
     """
     draw = np.random.default_rng(0)
-    driver.wait_for_workers()
+    driver.wait_until_settled(cores, _WORKERS_SECONDS)
     timings = []
     for version_id in versions:
         for count in tokens:
@@ -57,9 +59,9 @@ def handover_timings(
             for _ in range(1 + _HANDOVER_RUNS):
                 prompt = draw.integers(vocab_size, size=count).tolist()
                 warm.append(_first_token_seconds(driver, prompt, version_id))
-                driver.move_to_host(version_id)
+                driver.move([version_id], Tier.HOST)
                 cold.append(_first_token_seconds(driver, prompt, version_id))
-                driver.wait_landed(version_id)
+                driver.move([version_id], Tier.DEVICE)
             added_seconds = max(statistics.median(cold[1:]) - statistics.median(warm[1:]), 1e-9) / layers
             rank = driver.cost(version_id).rank
             timings.append(DeltaTiming(tokens=count, rank=rank, cores=cores, seconds=added_seconds, handed_over=True))

@@ -33,8 +33,10 @@ from segue.engine.lora.catalog import AdapterCatalog
 from segue.engine.models.config import ModelConfig
 from segue.scheduler.cost_model import CostProfile
 from segue.scheduler.plan import NO_LEVEL, SchedulerLimits, pages_for
+from segue.types import Tier
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_WORKERS_SECONDS = 120.0
 _WARM_UP_REQUESTS = 4
 _WARM_UP_TOKENS = 8
 _SPARE_HOST_BYTES = 64 << 20
@@ -139,15 +141,13 @@ def _ready(
     driver: EngineDriver, requests: Sequence[SimulatedRequest], names: Sequence[str], cpu_workers: int
 ) -> Mapping[int, int]:
     """Have the adapters in use in host memory and the engine run once; each adapter's version by its place."""
-    if cpu_workers:
-        driver.wait_for_workers()
+    driver.wait_until_settled(cpu_workers, _WORKERS_SECONDS)
     places = sorted({item.adapter.version_id for item in requests if item.adapter is not None})
     versions = {place: driver.load(names[place]) for place in places}
     numbers = [driver.submit(range(_WARM_UP_TOKENS), None, max_tokens=2) for _ in range(_WARM_UP_REQUESTS)]
     driver.run_to_first_tokens(numbers)
     driver.cancel_all()
-    for version_id in versions.values():
-        driver.move_to_host(version_id)
+    driver.move(list(versions.values()), Tier.HOST)
     return versions
 
 

@@ -17,7 +17,7 @@ import torch
 from segue.bench.adapter_folders import write_adapters
 from segue.bench.cases import Mix
 from segue.bench.driver import BenchmarkError
-from segue.bench.engine import DTYPES
+from segue.bench.prepare import DTYPES
 from segue.bench.random_checkpoints import Targets
 from segue.bench.server import write_tokenizer
 from segue.bench.shapes import SHAPES

@@ -39,8 +39,8 @@ def test_a_profile_is_measured_and_can_be_served_with(tmp_path: Path) -> None:
     for row in report.rows:
         by_measure[row.measure] = by_measure.get(row.measure, 0) + 1
         assert row.median > 0
-        assert row.predicted is not None
-        assert row.predicted >= 0
+        assert row.fit_value is not None
+        assert row.fit_value >= 0
     assert set(by_measure) == {
         "decode_step_ms", "prompt_step_ms", "riding_step_ms", "copy_ms", "cpu_jobs_us", "cpu_handover_us"
     }  # fmt: skip
@@ -49,7 +49,7 @@ def test_a_profile_is_measured_and_can_be_served_with(tmp_path: Path) -> None:
     assert {row.batch for row in decodes} == {1, 4, 8}
     # What the report says of a step is what the profile that was written says.
     row = next(row for row in decodes if row.batch == 8 and not row.adapters)
-    assert row.predicted == pytest.approx(
+    assert row.fit_value == pytest.approx(
         1e3 * (profile.decode.base_seconds(8) + profile.decode.seconds_per_context_token * (row.context_tokens or 0))
     )
 

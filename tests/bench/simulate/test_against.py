@@ -73,7 +73,10 @@ def test_errors_are_relative_to_the_engine() -> None:
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (("--against", "huge"), "segue: shape: must be one of tiny, small, medium, llama-3.1-8b, is 'huge'\n"),
+        (
+            ("--against", "huge"),
+            "segue: shape: must be one of tiny, small, medium, llama-2-7b, llama-3.1-8b, is 'huge'\n",
+        ),
         (("--against", "small"), "segue: profile: is of 4 layers, not 8\n"),
         (("--against", "tiny", "--dtype", "int8"), "segue: dtype: must be one of float32, bfloat16, float16, is "),
         (("--against", "tiny", "--cpu-workers", "-1"), "segue: cpu_workers: must not be negative, is -1\n"),
