@@ -34,7 +34,7 @@ def calibrate(
     shape: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="A random model in its place: tiny, small (default), medium, llama-2-7b, llama-3.1-8b."
+            metavar="NAME", help="A random model: tiny, small (default), medium, llama-2-7b, llama-3.1-8b."
         ),
     ] = None,
     dtype: Annotated[str, typer.Option(metavar="NAME", help="float32, bfloat16 or float16.")] = "float32",
