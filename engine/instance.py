@@ -98,6 +98,7 @@ class EngineInstance:
             streams=streams,
             staging_bytes=staging_bytes(config, self._model_config, dtype.itemsize),
             read_limits=_read_limits(config),
+            enqueues_at_once=config.device == "cuda",
             wake=self._wake,
         )
         ring = JobRing(self.workers)
@@ -319,11 +320,11 @@ def _transfer_ops(pool: PagePool, chunk_elems: int) -> TransferOps:
     if pool.data.device.type == "cpu":
         return TransferOps()
     try:
-        from segue.gpu_kernels.land_layer import compile_landing, land_layer
+        from segue.gpu_kernels.land_layers import compile_landing, land_layers
     except ImportError as error:
         raise _not_installed(error) from error
-    compile_landing(pool.layer(0), chunk_elems)
-    return TransferOps(land=land_layer)
+    compile_landing(pool.data, chunk_elems)
+    return TransferOps(land=land_layers)
 
 
 def _not_installed(error: ImportError) -> ConfigError:

@@ -1,6 +1,6 @@
 """Landing: writing an adapter's matrices into pages, in the layout that ``paged_lora`` reads.
 
-This is the torch reference: the CPU device runs it, and it says what ``land_layer`` means.
+This is the torch reference: the CPU device runs it, and it says what ``land_layers`` means.
 """
 
 from __future__ import annotations
@@ -11,25 +11,27 @@ from torch import Tensor
 from segue.gpu_kernels.paged_lora import covered_pages, row_stride
 
 # Words of a module's row in a landing table: source of A, source of B, rank, in_features, out_features, first chunk of
-# A, first chunk of B. Sources are elements from the beginning of what was staged.
-LANDING_WORDS = 7
+# A, first chunk of B, layer. Sources are elements from the beginning of the adapter's host copy.
+LANDING_WORDS = 8
 
 
-def land_matrices(staging: Tensor, table: Tensor, pool_layer: Tensor, page_table: Tensor, chunk_elems: int) -> None:
-    """Write a layer of an adapter into its pages, A as it is and B transposed, for every module.
+def land_matrices(
+    staging: Tensor, first_elem: int, table: Tensor, pool: Tensor, page_table: Tensor, chunk_elems: int
+) -> None:
+    """Write layers of an adapter into its pages, A as it is and B transposed, for every module.
 
-    ``staging`` [elements] of the pool's dtype holds the layer in checkpoint order: A [rank, in_features] and B
-    [out_features, rank] of each module. ``table`` is int64 [modules, LANDING_WORDS]. ``pool_layer`` is
-    [pages, page_elems], contiguous, and ``page_table`` int64 [n]. Only the matrices' own elements are written. Raises
-    ValueError when a matrix ends behind the table.
+    ``staging`` [elements] of the pool's dtype holds a part of the adapter in checkpoint order, from element
+    ``first_elem`` on: A [rank, in_features] and B [out_features, rank] of each module. ``table`` is int64
+    [modules, LANDING_WORDS]. ``pool`` is [layers, pages, page_elems], contiguous, and ``page_table`` int64 [n]. Only
+    the matrices' own elements are written. Raises ValueError when a matrix ends behind the table.
     """
-    for a, b, rank, in_features, out_features, a_chunk, b_chunk in table.tolist():
+    for a, b, rank, in_features, out_features, a_chunk, b_chunk, layer in table.tolist():
         for source, rows, columns, chunk, transpose in (
-            (a, rank, in_features, a_chunk, False),
-            (b, out_features, rank, b_chunk, True),
+            (a - first_elem, rank, in_features, a_chunk, False),
+            (b - first_elem, out_features, rank, b_chunk, True),
         ):
             matrix = staging[source : source + rows * columns].view(rows, columns)
-            land_rows(matrix, pool_layer, page_table, chunk * chunk_elems, chunk_elems, transpose=transpose)
+            land_rows(matrix, pool[layer], page_table, chunk * chunk_elems, chunk_elems, transpose=transpose)
 
 
 def land_rows(

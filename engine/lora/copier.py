@@ -21,10 +21,10 @@ from segue.engine.lora.transfer import (
 
 # Copies that the device has, and that have not landed. More than a load takes, so that it is enqueued as a whole; few
 # enough that the loads of a burst do not fill the driver's queue, where a launch would wait for room.
-_MAX_ENQUEUED = 64
+_MAX_ENQUEUED = 160
 # Layers that are brought by one copy: no more than came before them, so that the first ones do not wait for others, and
 # so few bytes that the link is through with them soon.
-GROUP_BYTES = 16 << 20
+GROUP_BYTES = 32 << 20
 
 
 class CopierThread(JobThread[CopyJob]):
@@ -50,6 +50,25 @@ class CopierThread(JobThread[CopyJob]):
         self._landings = LandingsThread(report, wake)
         super().__init__("segue-lora-copier", report, self._queue)
 
+    @property
+    def may_enqueue(self) -> bool:
+        """Whether ``enqueue`` may be called: the device works beside the host, and has room."""
+        return self._is_ahead and self._landings.has_room
+
+    def enqueue(self, jobs: Sequence[CopyJob]) -> list[CopyEnqueued]:
+        """Enqueue all layers of a load that are there, on the calling thread, once ``may_enqueue``.
+
+        A load of a few milliseconds would otherwise be slowed down by two threads that take turns in the interpreter.
+        What was enqueued; what could not be is reported as ended.
+        """
+        enqueued: list[CopyEnqueued] = []
+        rest = list(jobs)
+        while rest:
+            group = _first_group(rest)
+            rest = rest[len(group) :]
+            enqueued += self._enqueue(group)
+        return enqueued
+
     def close(self) -> None:
         """Stop, and wait until the device has done all that it was given."""
         super().close()
@@ -57,29 +76,39 @@ class CopierThread(JobThread[CopyJob]):
 
     def _carry_out(self, job: CopyJob) -> None:
         jobs = (job, *self._following(job))
-        begin = time.monotonic()
         if job.cancelled.is_set():
-            self._end(jobs, begin, landed=False, failure=None)
+            self._end(jobs, time.monotonic(), landed=False, failure=None)
             return
+        for enqueued in self._enqueue(jobs):
+            self._report(enqueued)
+        self._wake()
+
+    def _enqueue(self, jobs: Sequence[CopyJob]) -> list[CopyEnqueued]:
+        """Have one copy carry these jobs; what the device has of them, for which their end is reported later."""
+        begin = time.monotonic()
         try:
-            end_seconds = self._link.book(sum(each.planned.host_bytes for each in jobs))
-            landed = self._lander.start([each.planned for each in jobs], job.layer, job.copy_offset, job.place)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the job's users must learn that it failed
+            end_seconds = self._link.book(sum(job.planned.host_bytes for job in jobs))
+            first = jobs[0]
+            landed = self._lander.start([job.planned for job in jobs], first.layer, first.copy_offset, first.place)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the jobs' users must learn that it failed
             self._end(jobs, begin, landed=False, failure=failure_message(error, "copied to the device"))
-            return
+            return []
         self._link.wait_until(end_seconds, self._stopped)
         if landed is None:
             self._end(jobs, begin, landed=not self._stopped.is_set(), failure=None)
-            return
+            return []
         now = time.monotonic()
-        for each in jobs:
-            self._report(CopyEnqueued(job=each, landed=landed, monotonic_seconds=now))
-        self._wake()
-        self._landings.put(EnqueuedCopy(jobs=jobs, landed=landed, start_seconds=begin))
+        self._landings.put(EnqueuedCopy(jobs=tuple(jobs), landed=landed, start_seconds=begin))
+        return [CopyEnqueued(job=job, landed=landed, monotonic_seconds=now) for job in jobs]
+
+    @property
+    def _is_ahead(self) -> bool:
+        """Whether the device does what it is given beside the host; a throttled link is a clock of the host's."""
+        return self._link.bytes_per_second is None and self._lander.is_ahead
 
     def _following(self, job: CopyJob) -> list[CopyJob]:
         """The layers to be brought together with this one. A throttled link carries one after the other."""
-        if self._link.bytes_per_second is not None or not self._lander.is_ahead:
+        if not self._is_ahead:
             return []
         return self._queue.take_following(job, job.layer - 1, GROUP_BYTES - job.planned.host_bytes)
 
@@ -94,7 +123,13 @@ class LandingsThread(JobThread[EnqueuedCopy]):
     def __init__(self, report: Callable[[Completion], None], wake: Callable[[], None]) -> None:
         self._wake = wake
         self._last_end_seconds = 0.0
-        super().__init__("segue-lora-landings", report, Queue(_MAX_ENQUEUED))
+        self._enqueued: Queue[EnqueuedCopy | None] = Queue(_MAX_ENQUEUED)
+        super().__init__("segue-lora-landings", report, self._enqueued)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a load may be enqueued as a whole without waiting."""
+        return self._enqueued.qsize() < _MAX_ENQUEUED // 2
 
     def close(self) -> None:
         """See all of them land: until then the device reads the host's memory."""
@@ -110,6 +145,18 @@ class LandingsThread(JobThread[EnqueuedCopy]):
         begin = max(job.start_seconds, self._last_end_seconds)
         self._last_end_seconds = report_ended(self._report, job.jobs, begin, landed=failure is None, failure=failure)
         self._wake()
+
+
+def _first_group(jobs: Sequence[CopyJob]) -> Sequence[CopyJob]:
+    """The first of a load's jobs that one copy brings: see GROUP_BYTES."""
+    count = 1
+    size_bytes = jobs[0].planned.host_bytes
+    while count < min(len(jobs), jobs[0].layer):
+        size_bytes += jobs[count].planned.host_bytes
+        if size_bytes > GROUP_BYTES:
+            break
+        count += 1
+    return jobs[:count]
 
 
 def report_ended(

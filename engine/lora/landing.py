@@ -6,7 +6,8 @@ beside the landing of the one before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,77 +23,76 @@ from segue.gpu_kernels.landing import LANDING_WORDS
 _ALIGNED_WORDS = 2
 
 
-class LandLayer(Protocol):
-    """Writes a staged layer into its pages: see gpu_kernels.landing.land_matrices."""
+class LandLayers(Protocol):
+    """Writes staged layers into their pages: see gpu_kernels.landing.land_matrices."""
 
     def __call__(
-        self, staging: Tensor, table: Tensor, pool_layer: Tensor, page_table: Tensor, chunk_elems: int
+        self, staging: Tensor, first_elem: int, table: Tensor, pool: Tensor, page_table: Tensor, chunk_elems: int
     ) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LandingTables:
-    """What an adapter's layers are landed by, whatever its pages: ``words`` is int64, layer after layer, in host
-    memory, ``starts`` where each layer's table begins in it, and ``modules`` how many rows that has."""
+    """What an adapter's layers are landed by, whatever its pages: ``rows`` is int64 [modules, LANDING_WORDS], layer
+    after layer, in host memory; layer i has the rows ``starts[i]`` to ``starts[i + 1]``."""
 
-    words: Tensor
+    rows: Tensor
     starts: tuple[int, ...]
-    modules: tuple[int, ...]
 
     @classmethod
     def of(cls, plan: HostPlan, layout: AdapterLayout) -> LandingTables:
         """The tables of an adapter that lies so in host memory and so in its pages."""
-        words: list[int] = []
-        starts = []
-        for planned, layouts in zip(plan.layers, layout.layers, strict=True):
-            words += [0] * (-len(words) % _ALIGNED_WORDS)
-            starts.append(len(words))
-            source = 0
+        rows: list[tuple[int, ...]] = []
+        starts = [0]
+        source = 0
+        for layer, (planned, layouts) in enumerate(zip(plan.layers, layout.layers, strict=True)):
             for module, place in zip(planned.modules, layouts, strict=True):
-                words += [
-                    source,
-                    source + module.a.span.elements,
-                    place.rank,
-                    place.in_features,
-                    place.out_features,
-                    place.a_start // layout.chunk_elems,
-                    place.b_start // layout.chunk_elems,
-                ]
+                rows.append(
+                    (
+                        source,
+                        source + module.a.span.elements,
+                        place.rank,
+                        place.in_features,
+                        place.out_features,
+                        place.a_start // layout.chunk_elems,
+                        place.b_start // layout.chunk_elems,
+                        layer,
+                    )
+                )
                 source += module.a.span.elements + module.b.span.elements
-        return cls(
-            words=torch.tensor(words, dtype=torch.int64),
-            starts=tuple(starts),
-            modules=tuple(len(planned.modules) for planned in plan.layers),
-        )
+            starts.append(len(rows))
+        return cls(rows=torch.tensor(rows, dtype=torch.int64).view(-1, LANDING_WORDS), starts=tuple(starts))
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class LandingPlace:
     """Where the layers of one load land. All is on the device.
 
-    ``page_table`` is int64 [pages], ``tables`` int64 [modules, LANDING_WORDS] for each layer. ``behind`` marks the work
-    on the device that may still use the pages as what they were before, and is given up when a copy waits for it: all
+    ``page_table`` is int64 [pages], ``rows`` and ``starts`` are those of LandingTables. ``behind`` marks the work on
+    the device that may still use the pages as what they were before, and is given up when a copy waits for it: all
     later ones are behind that copy.
     """
 
     page_table: Tensor
-    tables: tuple[Tensor, ...]
+    rows: Tensor
+    starts: tuple[int, ...]
     behind: torch.cuda.Event | None
 
     @classmethod
     def on_device(cls, tables: LandingTables, pages: Sequence[int], streams: DeviceStreams) -> LandingPlace:
         """Bring both over with one copy, behind what the calling thread has enqueued."""
         page_words = [*pages, *[0] * (-len(pages) % _ALIGNED_WORDS)]
-        words = streams.upload(torch.cat([torch.tensor(page_words, dtype=torch.int64), tables.words]))
-        tables_start = len(page_words)
+        words = streams.upload(torch.cat([torch.tensor(page_words, dtype=torch.int64), tables.rows.view(-1)]))
         return cls(
             page_table=words[: len(pages)],
-            tables=tuple(
-                words[tables_start + start :][: modules * LANDING_WORDS].view(modules, LANDING_WORDS)
-                for start, modules in zip(tables.starts, tables.modules, strict=True)
-            ),
+            rows=words[len(page_words) :].view(-1, LANDING_WORDS),
+            starts=tables.starts,
             behind=streams.fence(),
         )
+
+    def table(self, first_layer: int, layers: int) -> Tensor:
+        """The rows of ``layers`` layers from ``first_layer`` on."""
+        return self.rows[self.starts[first_layer] : self.starts[first_layer + layers]]
 
 
 @dataclass(slots=True, eq=False)
@@ -104,10 +104,10 @@ class _Slot:
 
 
 class LayerLander:
-    """Enqueues copies and landings; used from one thread.
+    """Enqueues copies and landings, for one thread at a time.
 
     ``host`` is the host store as uint8 [bytes], of which each ``extent_bytes`` were registered by themselves.
-    ``pool_layer(i)`` is layer i's pages [pages, page_elems]. ``staging_bytes`` is the largest layer that is expected.
+    ``pool`` is [layers, pages, page_elems]. ``staging_bytes`` is the most that one copy is expected to bring.
     """
 
     def __init__(
@@ -115,20 +115,21 @@ class LayerLander:
         *,
         host: Tensor,
         extent_bytes: int,
-        pool_layer: Callable[[int], Tensor],
+        pool: Tensor,
         chunk_elems: int,
-        land: LandLayer,
+        land: LandLayers,
         streams: DeviceStreams,
         staging_bytes: int,
     ) -> None:
         self._host = host
         self._extent_bytes = extent_bytes
-        self._pool_layer = pool_layer
+        self._pool = pool
         self._chunk_elems = chunk_elems
         self._land = land
         self._streams = streams
         self._slots = [_Slot(streams.staging(staging_bytes)) for _ in range(streams.staging_slots)]
         self._next_slot = 0
+        self._turn = threading.Lock()
 
     @property
     def is_ahead(self) -> bool:
@@ -142,6 +143,12 @@ class LayerLander:
 
         A fresh event, recorded behind the landing; None where that has been done.
         """
+        with self._turn:
+            return self._start(layers, first_layer, copy_offset, place)
+
+    def _start(
+        self, layers: Sequence[PlannedLayer], first_layer: int, copy_offset: int, place: LandingPlace
+    ) -> torch.cuda.Event | None:
         begin = layers[0].host_start
         size_bytes = layers[-1].host_start + layers[-1].host_bytes - begin
         slot = self._take_slot(size_bytes)
@@ -173,11 +180,10 @@ class LayerLander:
     def _land_staged(
         self, staged: Tensor, layers: Sequence[PlannedLayer], first_layer: int, place: LandingPlace
     ) -> None:
-        for layer, planned in enumerate(layers, start=first_layer):
-            pages = self._pool_layer(layer)
-            start = planned.host_start - layers[0].host_start
-            own = staged[start : start + planned.host_bytes].view(pages.dtype)
-            self._land(own, place.tables[layer], pages, place.page_table, self._chunk_elems)
+        pool = self._pool
+        first_elem = layers[0].host_start // pool.element_size()
+        table = place.table(first_layer, len(layers))
+        self._land(staged.view(pool.dtype), first_elem, table, pool, place.page_table, self._chunk_elems)
 
     def _copy(self, start: int, staged: Tensor) -> None:
         """One copy, or one for each extent: CUDA refuses host memory that was not registered as a whole."""

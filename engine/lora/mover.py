@@ -72,9 +72,11 @@ class WeightMover:
         ops: TransferOps,
         staging_bytes: int,
         read_limits: ReadLimits,
+        enqueues_at_once: bool,
     ) -> None:
         self.extents = HostExtents(len(memory.store))
         self._pool = pool
+        self._enqueues_at_once = enqueues_at_once
         self._leaving_hosts: list[HostCopy] = []
         self._leaving_devices: list[DeviceCopy] = []
         self._reads: dict[ReadJob, tuple[Adapter, HostCopy]] = {}
@@ -96,7 +98,7 @@ class WeightMover:
         lander = LayerLander(
             host=host,
             extent_bytes=memory.extent_bytes,
-            pool_layer=pool.layer,
+            pool=pool.data,
             chunk_elems=chunk_elems,
             land=ops.land,
             streams=streams,
@@ -116,6 +118,7 @@ class WeightMover:
 
     def apply_completed(self, touched: Callable[[Adapter], None]) -> tuple[StoreEvent, ...]:
         """Apply what the threads have completed and return the events; ``touched`` is called whenever a job ended."""
+        read: dict[int, Adapter] = {}
         while True:
             try:
                 completion = self._completions.get_nowait()
@@ -123,7 +126,8 @@ class WeightMover:
                 break
             match completion:
                 case LayerRead():
-                    self._on_layer_read(completion)
+                    adapter = self._on_layer_read(completion)
+                    read[adapter.version_id] = adapter
                 case ReadFailed():
                     self._on_read_failed(completion)
                 case ReadEnded():
@@ -132,6 +136,9 @@ class WeightMover:
                     self._on_copy_enqueued(completion)
                 case CopyEnded():
                     touched(self._on_copy_ended(completion))
+        for adapter in read.values():
+            # All layers that came together are copied together.
+            self.start_copies(adapter)
         events, self._events = tuple(self._events), []
         return events
 
@@ -162,6 +169,7 @@ class WeightMover:
         host, device = adapter.host, adapter.device
         if host is None or device is None or adapter.phase is ReadPhase.FAILED:
             return
+        jobs = []
         while device.started < host.ready_layers:
             layer = device.started
             job = CopyJob(
@@ -177,6 +185,14 @@ class WeightMover:
             device.copies += 1
             host.copies += 1
             self._copies[job] = (adapter, host, device)
+            jobs.append(job)
+        # A load's layers stay in order: what follows others in the queue goes there as well.
+        if self._enqueues_at_once and not device.is_queued and self._copier.may_enqueue:
+            for enqueued in self._copier.enqueue(jobs):
+                self._on_copy_enqueued(enqueued)
+            return
+        for job in jobs:
+            device.is_queued = True
             self._copier.put(job)
 
     def drop_device(self, adapter: Adapter) -> None:
@@ -267,13 +283,13 @@ class WeightMover:
             copies = sum(target is device for _, _, target in self._copies.values())
             assert copies == device.copies, f"the pages {device.pages} have {copies} copy jobs"
 
-    def _on_layer_read(self, done: LayerRead) -> None:
+    def _on_layer_read(self, done: LayerRead) -> Adapter:
         adapter, host = self._reads[done.job]
         if adapter.host is host and adapter.phase is ReadPhase.READING:
             adapter.move_layer(done.layer, LayerState.HOST)
             host.ready_layers = done.layer + 1
             self._events.append(LayerHost(adapter.version_id, done.layer, done.monotonic_seconds))
-            self.start_copies(adapter)
+        return adapter
 
     def _on_read_failed(self, failed: ReadFailed) -> None:
         adapter, host = self._reads[failed.job]

@@ -86,7 +86,8 @@ class HostCopy:
 class DeviceCopy:
     """Pages of the pool. The copies of ``started`` layers were started, in order; ``copies`` of them are under way.
 
-    ``landing_events`` has a layer's event while it is ENQUEUED.
+    ``landing_events`` has a layer's event while it is ENQUEUED. ``is_queued``: its copies go through the copier's
+    queue.
     """
 
     pages: tuple[int, ...]
@@ -95,6 +96,7 @@ class DeviceCopy:
     landing_events: list[torch.cuda.Event | None]
     started: int = 0
     copies: int = 0
+    is_queued: bool = False
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     @classmethod

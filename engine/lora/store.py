@@ -69,6 +69,7 @@ class AdapterStore:
         streams: DeviceStreams | None = None,
         staging_bytes: int = 0,
         read_limits: ReadLimits | None = None,
+        enqueues_at_once: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.link = LinkThrottle(copy_bytes_per_second)
@@ -88,6 +89,7 @@ class AdapterStore:
             ops=ops or TransferOps(),
             staging_bytes=staging_bytes,
             read_limits=read_limits or ReadLimits(),
+            enqueues_at_once=enqueues_at_once,
         )
 
     # -- versions and their users ------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import torch
 from segue.engine.lora.adapter_path import FileIdentity
 from segue.engine.lora.file_runs import ReadRuns, Target
 from segue.engine.lora.host_plan import HostPlan, PlannedLayer
-from segue.engine.lora.landing import LandingPlace, LandLayer
+from segue.engine.lora.landing import LandingPlace, LandLayers
 from segue.gpu_kernels.landing import land_matrices
 
 _LOGGER = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ class TransferOps:
     """The two operations that move bytes; tests put slow or failing ones in their place."""
 
     read_runs: ReadRuns = Target.read
-    land: LandLayer = land_matrices
+    land: LandLayers = land_matrices
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from segue.bench.kernel_cases import KernelModel
-from segue.gpu_kernels.land_layer import land_layer
+from segue.gpu_kernels.land_layers import land_layers
 from segue.gpu_kernels.landing import land_matrices
 
 
@@ -32,7 +32,7 @@ class LandingBatch:
         for columns, width in ((shape.in_features, width) for shape in shapes for width in shape.out_features):
             middle = end + rank * columns
             chunks = end // model.chunk_elems, middle // model.chunk_elems
-            rows.append((end, middle, rank, columns, width, *chunks))
+            rows.append((end, middle, rank, columns, width, *chunks, 0))
             end = middle + rank * width
         self._elems = end
         self._table = torch.tensor(rows).to(device)
@@ -46,17 +46,17 @@ class LandingBatch:
     def make_layer(self) -> Landing:
         """Random weights, and pages of NaN."""
         staging = torch.randn(self._elems, device=self._device, dtype=self._dtype)
-        pages = len(self._page_table), self._model.page_elems
+        pages = 1, len(self._page_table), self._model.page_elems
         return Landing(staging, torch.full(pages, torch.nan, device=self._device, dtype=self._dtype))
 
     def run(self, layer: Landing) -> None:
         """Land the layer."""
-        land_layer(layer.staging, self._table, layer.pool, self._page_table, self._model.chunk_elems)
+        land_layers(layer.staging, 0, self._table, layer.pool, self._page_table, self._model.chunk_elems)
 
     def lands_exactly(self) -> bool:
         """Whether the kernel writes what the torch reference writes, bit for bit, and nothing else."""
         layer = self.make_layer()
         expected = layer.pool.clone()
-        land_matrices(layer.staging, self._table, expected, self._page_table, self._model.chunk_elems)
+        land_matrices(layer.staging, 0, self._table, expected, self._page_table, self._model.chunk_elems)
         self.run(layer)
         return torch.equal(layer.pool.nan_to_num(), expected.nan_to_num())

@@ -18,7 +18,7 @@ from segue.engine.device import CpuStreams, DeviceStreams
 from segue.engine.lora.catalog import AdapterCatalog
 from segue.engine.lora.events import StoreEvent
 from segue.engine.lora.file_runs import ReadRuns, Target
-from segue.engine.lora.landing import LandLayer
+from segue.engine.lora.landing import LandLayers
 from segue.engine.lora.manifest import AdapterManifest, Projection
 from segue.engine.lora.store import AdapterStore, LayerState, ReadLimits
 from segue.engine.lora.transfer import TransferOps
@@ -91,11 +91,12 @@ class StoreRig:
     copy_bytes_per_second: float | None = None
     staging_bytes: int = 0
     read_limits: ReadLimits = PATIENT_READS
+    enqueues_at_once: bool = False
     reads: FakeGate = field(default_factory=FakeGate)
     copies: FakeGate = field(default_factory=FakeGate)
     streams: DeviceStreams = field(default_factory=CpuStreams)
     read_runs: ReadRuns = Target.read
-    land: LandLayer = land_matrices
+    land: LandLayers = land_matrices
     on_read: Callable[[], None] = lambda: None
     on_land: Callable[[], None] = lambda: None
     events: list[StoreEvent] = field(default_factory=list)
@@ -125,6 +126,7 @@ class StoreRig:
             staging_bytes=self.staging_bytes,
             streams=self.streams,
             read_limits=self.read_limits,
+            enqueues_at_once=self.enqueues_at_once,
             ops=TransferOps(read_runs=self._read, land=self._land),
         )
         self.capacity_bytes = self.store.host_free_bytes
@@ -236,12 +238,14 @@ class StoreRig:
         self.on_read()
         return self.read_runs(target, descriptor, runs, offset)
 
-    def _land(self, staging: Tensor, table: Tensor, pool_layer: Tensor, page_table: Tensor, chunk_elems: int) -> None:
+    def _land(
+        self, staging: Tensor, first_elem: int, table: Tensor, pool: Tensor, page_table: Tensor, chunk_elems: int
+    ) -> None:
         for index in range(len(table)):
             for _ in "AB":
                 self.copies.pass_through()
                 self.on_land()
-            self.land(staging, table[index : index + 1], pool_layer, page_table, chunk_elems)
+            self.land(staging, first_elem, table[index : index + 1], pool, page_table, chunk_elems)
 
 
 def expected(tensors: dict[str, Tensor], layer: int, dtype: torch.dtype) -> dict[tuple[Projection, str], Tensor]:

@@ -66,7 +66,7 @@ class Rig:
 
     def _places(self, count: int) -> list[LandingPlace]:
         table = torch.zeros(1, dtype=torch.int64)
-        return [LandingPlace(page_table=table, tables=(), behind=None) for _ in range(count)]
+        return [LandingPlace(page_table=table, rows=table, starts=(), behind=None) for _ in range(count)]
 
     def _job(self, layer: int, layer_bytes: int, place: LandingPlace) -> CopyJob:
         planned = PlannedLayer(modules=(), host_start=layer * layer_bytes, host_bytes=layer_bytes)

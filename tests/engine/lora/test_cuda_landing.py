@@ -79,13 +79,15 @@ class CudaRig(StoreRig):
         for layer in range(MODEL.layers):
             assert_same(self.landed(version, layer), expected(tensors, layer, self.dtype))
 
-    def _land(self, staging: Tensor, table: Tensor, pool_layer: Tensor, page_table: Tensor, chunk_elems: int) -> None:
-        self.land(staging, table, pool_layer, page_table, chunk_elems)
+    def _land(
+        self, staging: Tensor, first_elem: int, table: Tensor, pool: Tensor, page_table: Tensor, chunk_elems: int
+    ) -> None:
+        self.land(staging, first_elem, table, pool, page_table, chunk_elems)
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16], ids=str)
 def rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[CudaRig]:
-    from segue.gpu_kernels.land_layer import compile_landing, land_layer
+    from segue.gpu_kernels.land_layers import compile_landing, land_layers
 
     rig = CudaRig(
         root=tmp_path,
@@ -95,9 +97,10 @@ def rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[CudaRig]:
         dtype=request.param,
         streams=CudaStreams(),
         staging_bytes=1 << 20,
-        land=land_layer,
+        enqueues_at_once=request.param is not torch.float16,
+        land=land_layers,
     )
-    compile_landing(rig.pool.layer(0), rig.chunk_elems)
+    compile_landing(rig.pool.data, rig.chunk_elems)
     yield rig
     rig.close()
     rig.registered.close()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -11,13 +12,13 @@ import torch
 from segue.engine.lora.events import LayerEnqueued, LayerLanded, LoadFailed
 from segue.engine.lora.landing import pieces
 from segue.engine.lora.store import LayerState
-from segue.gpu_kernels.land_layer import land_layer
+from segue.gpu_kernels.land_layers import land_layers
 from segue.gpu_kernels.landing import LANDING_WORDS, land_matrices
 from tests.engine.lora.adapter_folders import MODEL, peft_config, random_tensors
-from tests.engine.lora.fake_streams import FakeStreams
+from tests.engine.lora.fake_streams import FakeStream, FakeStreams
 from tests.engine.lora.store_rig import MakeRig, StoreRig, assert_same, expected
 
-LANDERS = [land_matrices] if torch.cuda.is_available() else [land_matrices, land_layer]
+LANDERS = [land_matrices] if torch.cuda.is_available() else [land_matrices, land_layers]
 
 
 @pytest.fixture
@@ -169,16 +170,19 @@ def test_a_device_that_fails_fails_the_version(on_streams: StoreRig, streams: Fa
     on_streams.drain_until(lambda: on_streams.store.is_landed(other))
 
 
-def test_tables_of_layers_with_an_odd_number_of_modules_are_aligned(on_streams: StoreRig) -> None:
+def test_each_layer_has_its_own_rows_of_the_table(on_streams: StoreRig, streams: FakeStreams) -> None:
     version = on_streams.add("one", *one_module_in_the_middle())
     on_streams.start_copy(version)
     device = on_streams.store._adapters[version].device
     assert device is not None
-    assert [len(table) for table in device.place.tables] == [4, 1, 4]
-    base = device.place.page_table.storage_offset()
-    for table in device.place.tables:
-        assert (table.storage_offset() - base) % 2 == 0
-        assert table.shape[1] == LANDING_WORDS
+    place = device.place
+    streams.go_on_as_far_as_possible()
+    assert [len(place.table(layer, 1)) for layer in range(MODEL.layers)] == [4, 1, 4]
+    assert [place.table(layer, 1)[0, -1] for layer in range(MODEL.layers)] == [0, 1, 2]
+    assert len(place.table(1, 2)) == 5
+    # Kernels are compiled for pointers that are multiples of 16 bytes.
+    assert (place.rows.storage_offset() - place.page_table.storage_offset()) % 2 == 0
+    assert place.rows.shape[1] == LANDING_WORDS
 
 
 def one_module_in_the_middle() -> tuple[dict[str, torch.Tensor], dict[str, object]]:
@@ -201,3 +205,47 @@ def one_module_in_the_middle() -> tuple[dict[str, torch.Tensor], dict[str, objec
 )
 def test_no_piece_of_a_copy_crosses_an_extent(start: int, stop: int, expected_pieces: list[tuple[int, int]]) -> None:
     assert list(pieces(start, stop, 10)) == expected_pieces
+
+
+def test_a_load_from_host_memory_is_enqueued_by_who_asks_for_it(make_rig: MakeRig, streams: FakeStreams) -> None:
+    """No other thread has a part in it, and the next step of the engine finds all layers enqueued."""
+    rig = make_rig(streams=streams, enqueues_at_once=True)
+    version = rig.add("one")
+    rig.store.start_load(version)
+    rig.drain_until(lambda: rig.store.is_verified(version))
+    rig.start_copy(version)
+    assert rig.states(version) == [LayerState.ENQUEUED] * MODEL.layers
+    assert None not in events(rig, version)
+    assert rig.pool.data.isnan().all()
+    streams.go_on_as_far_as_possible()
+    rig.drain_until(lambda: rig.store.is_landed(version))
+    for layer in range(MODEL.layers):
+        assert_same(rig.landed(version, layer), expected(random_tensors(), layer, torch.float32))
+
+
+def test_layers_that_come_from_disk_are_enqueued_as_they_come(make_rig: MakeRig, streams: FakeStreams) -> None:
+    rig = make_rig(streams=streams, enqueues_at_once=True)
+    version = rig.add("one")
+    rig.start_copy(version)
+    streams.driven_by_waiting = True
+    rig.drain_until(lambda: rig.store.is_landed(version))
+    for layer in range(MODEL.layers):
+        assert_same(rig.landed(version, layer), expected(random_tensors(), layer, torch.float32))
+
+
+def test_an_error_of_the_device_at_once_fails_the_version(make_rig: MakeRig, streams: FakeStreams) -> None:
+    rig = make_rig(streams=streams, enqueues_at_once=True)
+    version = rig.add("one")
+    rig.store.start_load(version)
+    rig.drain_until(lambda: rig.store.is_verified(version))
+
+    def refuse_copies(stream: FakeStream) -> Callable[[], None]:
+        if stream is streams.copying:
+            raise OSError(errno.EIO, "no more")
+        return lambda: None
+
+    streams.before_work = refuse_copies
+    rig.start_copy(version)
+    rig.drain_until(lambda: any(isinstance(event, LoadFailed) for event in rig.events))
+    streams.go_on_as_far_as_possible()
+    rig.drain_until(lambda: rig.pool.free_pages == rig.pool.pages)

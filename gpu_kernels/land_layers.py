@@ -1,4 +1,4 @@
-"""Landing on a GPU: one launch writes one layer of an adapter from a staging buffer into its pages.
+"""Landing on a GPU: one launch writes layers of an adapter from a staging buffer into its pages.
 
 The meaning is ``landing.land_matrices``. Both sides are read and written in runs of consecutive elements: B goes
 through a tile.
@@ -19,11 +19,13 @@ _TILE_ROWS, _TILE_COLUMNS = 32, 64
 _PROGRAMS_PER_MATRIX = 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_elem"])
 def landing_kernel(
     staging: tl.tensor,
+    first_elem: tl.tensor,
     table: tl.tensor,
     pool: tl.tensor,
+    layer_stride: tl.tensor,
     page_table: tl.tensor,
     tile_rows: tl.constexpr,
     tile_columns: tl.constexpr,
@@ -35,7 +37,8 @@ def landing_kernel(
     """Program (p, 2 m) writes some of A of module m, program (p, 2 m + 1) of B."""
     entry = table + tl.program_id(1) // 2 * table_words
     is_b = tl.program_id(1) % 2
-    source = staging + tl.load(entry + is_b)
+    source = staging + (tl.load(entry + is_b) - first_elem)
+    pages = pool + tl.load(entry + 7) * layer_stride
     rank = tl.load(entry + 2).to(tl.int32)
     width = tl.load(entry + 3 + is_b).to(tl.int32)
     start_chunk = tl.load(entry + 5 + is_b).to(tl.int32)
@@ -59,38 +62,38 @@ def landing_kernel(
         target = row_offsets(
             page_table, start_chunk, rows, rows < rank, row_chunks, column, tile_columns, chunk_elems, page_chunks
         )  # [tile_rows, tile_columns]
-        tl.store(pool + target, values, mask=inside)
+        tl.store(pages + target, values, mask=inside)
 
 
-def land_layer(staging: Tensor, table: Tensor, pool_layer: Tensor, page_table: Tensor, chunk_elems: int) -> None:
+def land_layers(
+    staging: Tensor, first_elem: int, table: Tensor, pool: Tensor, page_table: Tensor, chunk_elems: int
+) -> None:
     """See ``landing.land_matrices``; ``page_table`` may be int32, and what the tables say is not checked.
 
     Pointers that are multiples of 16 bytes have one compiled kernel for all layers. Raises ValueError for a wrong
     shape, dtype or device.
     """
-    tensors = (staging, table, pool_layer, page_table)
+    tensors = (staging, table, pool, page_table)
     if not staging.is_cuda and not knobs.runtime.interpret:
         raise ValueError(f"staging: the kernel needs a CUDA device, is on {staging.device}; see landing.land_matrices")
     if any(tensor.device != staging.device for tensor in tensors):
         raise ValueError(f"every tensor must be on one device, they are on {[str(t.device) for t in tensors]}")
-    if any(not tensor.is_contiguous() for tensor in tensors) or staging.dtype != pool_layer.dtype:
-        raise ValueError(f"tensors must be contiguous, staging of the pool's dtype: {staging.dtype, pool_layer.dtype}")
+    if any(not tensor.is_contiguous() for tensor in tensors) or staging.dtype != pool.dtype:
+        raise ValueError(f"tensors must be contiguous, staging of the pool's dtype: {staging.dtype, pool.dtype}")
     if table.dim() != 2 or table.shape[1] != LANDING_WORDS or table.dtype != torch.int64:
         raise ValueError(f"table: must be int64 [modules, {LANDING_WORDS}], is {table.dtype} {list(table.shape)}")
-    if pool_layer.dim() != 2 or pool_layer.shape[1] % chunk_elems:
-        raise ValueError(
-            f"pool_layer: {list(pool_layer.shape)} must be [pages, a multiple of chunk_elems {chunk_elems}]"
-        )
+    if pool.dim() != 3 or pool.shape[2] % chunk_elems:
+        raise ValueError(f"pool: {list(pool.shape)} must be [layers, pages, a multiple of chunk_elems {chunk_elems}]")
     if not len(table):
         return
     landing_kernel[(_PROGRAMS_PER_MATRIX if staging.is_cuda else 2, 2 * len(table))](
-        staging, table, pool_layer, page_table, tile_rows=_TILE_ROWS, tile_columns=_TILE_COLUMNS,
-        chunk_elems=chunk_elems, page_chunks=pool_layer.shape[1] // chunk_elems, table_words=LANDING_WORDS,
+        staging, first_elem, table, pool, pool.stride(0), page_table, tile_rows=_TILE_ROWS, tile_columns=_TILE_COLUMNS,
+        chunk_elems=chunk_elems, page_chunks=pool.shape[2] // chunk_elems, table_words=LANDING_WORDS,
         interpreted=knobs.runtime.interpret, num_warps=4,
     )  # fmt: skip
 
 
-def compile_landing(pool_layer: Tensor, chunk_elems: int) -> None:
+def compile_landing(pool: Tensor, chunk_elems: int) -> None:
     """Compile the kernel for a pool, by a launch that has nothing to do. It takes a second the first time."""
-    nothing = torch.zeros(1, LANDING_WORDS, dtype=torch.int64, device=pool_layer.device)
-    land_layer(pool_layer.new_empty(1), nothing, pool_layer, nothing.view(-1), chunk_elems)
+    nothing = torch.zeros(1, LANDING_WORDS, dtype=torch.int64, device=pool.device)
+    land_layers(pool.new_empty(1), 0, nothing, pool, nothing.view(-1), chunk_elems)
