@@ -33,9 +33,7 @@ def calibrate(
     model: Annotated[Path | None, typer.Option(metavar="DIR", help="The base model's folder.")] = None,
     shape: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME", help="A random model: tiny, small (default), medium, llama-2-7b, llama-3.1-8b."
-        ),
+        typer.Option(metavar="NAME", help="A random model: tiny, small (default), medium, llama-2-7b, llama-3.1-8b."),
     ] = None,
     dtype: Annotated[str, typer.Option(metavar="NAME", help="float32, bfloat16 or float16.")] = "float32",
     device: Annotated[str, typer.Option(metavar="NAME", help="cpu or cuda.")] = "cpu",
