@@ -70,8 +70,9 @@ class EngineConfig:
 
     ``cpu_workers`` may be 0: then every adapter is served by streaming; worker i is pinned to ``cpu_cores[i]`` where
     given, and is replaced after ``cpu_stall_seconds`` without progress on a job. ``torch_threads`` is for the CPU
-    device's own matrix products. ``poison_freed_pages`` fills freed pages with NaN and ``check_invariants`` verifies
-    every manager after every step; both are for tests.
+    device's own matrix products. ``profile_path`` is a file of ``segue calibrate``: what steps, copies and the CPU's
+    help cost on this machine with this model. ``poison_freed_pages`` fills freed pages with NaN and
+    ``check_invariants`` verifies every manager after every step; both are for tests.
     """
 
     model_dir: str
@@ -100,6 +101,7 @@ class EngineConfig:
     cpu_cores: tuple[int, ...] = ()
     cpu_slots: int = 16
     cpu_stall_seconds: float = 1.0
+    profile_path: str | None = None
     max_passes: int = 16
     layers_per_step: int = 2
     merged_rows: int | None = None

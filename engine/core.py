@@ -29,6 +29,7 @@ from segue.engine.residency import Residency
 from segue.engine.runner import PassRunner
 from segue.engine.sampler import Sampler
 from segue.engine.sampling import SampledToken
+from segue.engine.step_costs import StepCosts
 from segue.engine.timeline import LayerRecord
 from segue.engine.versions import AdapterVersions
 from segue.errors import AdapterRejectedError, EngineUnavailableError, InternalError, SegueError
@@ -58,6 +59,7 @@ class Engine:
         prefix_cache: bool,
         costs: EngineCosts,
         sampler: Sampler,
+        step_costs: StepCosts,
         clock: Callable[[], float],
         policy: str = PolicyName.SLO.value,
         tenant_queue_share: float = 1.0,
@@ -66,7 +68,8 @@ class Engine:
         meter: DeviceMeter | None = None,
         check_invariants: bool = False,
     ) -> None:
-        """``runs_ahead``: enqueue a step before the one before is read. ``meter`` measures the batches."""
+        """``runs_ahead``: enqueue a step before the one before is read. ``meter`` measures the batches, ``step_costs``
+        learns from them."""
         self._runner = runner
         self._pool = pool
         self._store = store
@@ -82,7 +85,7 @@ class Engine:
         self._residency = Residency(store, pool, self._requests)
         self._versions = AdapterVersions(
             store, self._residency, self._requests,
-            pool_pages=pool.pages, item_bytes=pool.dtype.itemsize, forget_kv=self._kv.drop_version,
+            pool_pages=pool.pages, forget_kv=self._kv.drop_version,
         )  # fmt: skip
         self._planner = StepPlanner(
             requests=self._requests, kv=self._kv, residency=self._residency, pool=pool, limits=limits,
@@ -96,6 +99,8 @@ class Engine:
         self._flights = Flights(sampler, clock)
         self._runs_ahead = runs_ahead
         self._meter = meter
+        self.step_costs = step_costs
+        self._step_start_seconds = 0.0
         self._settled_seconds = 0.0
         self._output = StepOutput()
         self._unreported: list[VersionFailed] = []
@@ -171,6 +176,7 @@ class Engine:
         that takes pages from a request, and tokens that the next ones depend on, are waited for.
         """
         self.steps += 1
+        self._step_start_seconds = self._clock()
         self._progressed = False
         self._apply_store_events()
         self._bridge.reap()
@@ -276,9 +282,11 @@ class Engine:
             item.request.in_pass = True
 
     def _run_batch(self, planned: Sequence[PassRows]) -> None:
-        start_seconds = self._clock()
+        rows = self._rows(planned)
+        # Passes beside it share the device: its time would be theirs as well.
+        loads = None if self._passes else self.step_costs.loads(rows)
         with nullcontext() if self._meter is None else self._meter.batch():
-            self._flights.launch(self._runner.run(self._rows(planned)), start_seconds)
+            self._flights.launch(self._runner.run(rows), self._step_start_seconds, loads)
         self._progressed = True
 
     def _rows(self, planned: Sequence[PassRows]) -> list[RequestRows]:
@@ -335,6 +343,9 @@ class Engine:
         now = self._clock()
         seconds = now - max(flight.start_seconds, self._settled_seconds)
         self._costs.observe(flight.row_count, len(flight.result.rows), seconds)
+        if flight.loads is not None and not self._passes:
+            self.step_costs.observe(*flight.loads, seconds)
+            self._costs.measured = self.step_costs.profile
         self._settled_seconds = now
 
     def _commit(self, rows: RequestRows, records: Mapping[int, list[LayerRecord]]) -> None:

@@ -16,7 +16,7 @@ _ANSWER_SMOOTHING = 0.05
 
 
 class EngineCosts:
-    """``measured`` is a profile that was fitted on this machine."""
+    """``measured`` is a profile that was fitted on this machine, as the steps so far have corrected it."""
 
     def __init__(self, *, layers: int, measured: CostProfile | None = None) -> None:
         self.measured = measured

@@ -15,16 +15,19 @@ from segue.engine.pending import PendingToken
 from segue.engine.request import Request
 from segue.engine.sampler import PendingTokens, Sampler
 from segue.engine.sampling import SampledToken
+from segue.scheduler.cost_model import StepLoad
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Flight:
-    """A pass that was enqueued to its end. ``wanted`` are the requests that get a token, in the order of ``tokens``."""
+    """A pass that was enqueued to its end. ``wanted`` are the requests that get a token, in the order of ``tokens``.
+    ``loads`` are of its rows that decode and its rows of prompts, of a batch whose time is to be learned from."""
 
     result: PassResult
     wanted: tuple[Request, ...]
     tokens: PendingTokens | None
     start_seconds: float
+    loads: tuple[StepLoad, StepLoad] | None = None
 
     def __iter__(self) -> Iterator[RequestRows]:
         return iter(self.result.rows)
@@ -54,7 +57,9 @@ class Flights:
     def __iter__(self) -> Iterator[Flight]:
         return iter(self._flights)
 
-    def launch(self, result: PassResult, start_seconds: float) -> Flight:
+    def launch(
+        self, result: PassResult, start_seconds: float, loads: tuple[StepLoad, StepLoad] | None = None
+    ) -> Flight:
         """Have the sampler choose the tokens of the requests of which all rows are computed with this pass."""
         chosen = [
             (index, rows.request)
@@ -66,7 +71,7 @@ class Flights:
             indices = [index for index, _ in chosen]
             logits = result.logits if len(indices) == len(result.logits) else result.logits[indices]
             tokens = self._sampler.launch(logits, [request.sampling_row() for _, request in chosen])
-        flight = Flight(result, tuple(request for _, request in chosen), tokens, start_seconds)
+        flight = Flight(result, tuple(request for _, request in chosen), tokens, start_seconds, loads)
         for rows in flight:
             rows.request.flights += 1
             rows.request.ahead_rows += rows.count

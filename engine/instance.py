@@ -38,9 +38,11 @@ from segue.engine.models.config import ModelConfig
 from segue.engine.models.decoder import DecoderModel
 from segue.engine.models.rope import RotaryEmbedding
 from segue.engine.pool_size import PageNeeds, cpu_pages, cuda_pages, staging_bytes
+from segue.engine.profile import load_profile
 from segue.engine.progress import ReportProgress, log_lines
 from segue.engine.runner import PassRunner
 from segue.engine.sampler import Sampler
+from segue.engine.step_costs import StepCosts
 from segue.scheduler.cost_model import CostProfile
 from segue.scheduler.handoff import DeviceWhenLanded, FixedHandover, HandoffPolicy, LoadFirst, StreamLayers
 from segue.scheduler.plan import SchedulerLimits
@@ -55,13 +57,14 @@ _BUSY_CORES = 2
 
 
 class EngineInstance:
-    """An engine with its threads and processes. ``wake_fd`` becomes readable when something arrived from them."""
+    """An engine with its threads and processes. ``wake_fd`` becomes readable when something arrived from them.
+    ``profile`` is what was measured of this machine and model, if anything was."""
 
     def __init__(
         self, config: EngineConfig, report: ReportProgress | None = None, *, profile: CostProfile | None = None
     ) -> None:
         """Load the model and start everything, telling ``report`` how far that is; by default the log. ``profile`` is
-        what steps cost on this machine.
+        what steps cost on this machine, in place of the configuration's.
 
         Raises ConfigError, UnsupportedModelError, MemoryError, OSError, ValueError.
         """
@@ -69,6 +72,7 @@ class EngineInstance:
         torch.set_num_threads(config.torch_threads)
         self.config = config
         self._model_config = ModelConfig.load(Path(config.model_dir))
+        self.profile = profile or _profile(config, self._model_config)
         self._context_tokens = config.max_context_tokens or self._model_config.max_position_embeddings
         dtype = _DTYPES[config.dtype]
         if config.device == "cuda":
@@ -111,7 +115,7 @@ class EngineInstance:
         )
         runner = PassRunner(model, self._pool, backend.attention, self._lora, backend.batches, backend.passes)
         self._meter = device_meter(config.device) if config.measure_device_time else None
-        self.engine = self._engine(runner, backend.sampler, profile)
+        self.engine = self._engine(runner, backend.sampler, self.profile)
         self._host_store.wait_until_ready(min(self._host_store.extent_bytes, config.host_store_bytes))
 
     @classmethod
@@ -171,6 +175,7 @@ class EngineInstance:
             steps=self.engine.steps,
             versions=self.engine.versions.states(),
             device_time=None if self._meter is None else self._meter.read(),
+            costs=self.engine.step_costs.state(),
             refusals=dict(self.engine.refusals),
         )
 
@@ -285,7 +290,7 @@ class EngineInstance:
                 budget_tokens=config.budget_tokens,
                 chunk_tokens=config.chunk_tokens,
                 layers_per_step=config.layers_per_step,
-                merged_rows=_merged_rows(config),
+                merged_rows=merged_rows(config),
             ),
             max_waiting=config.max_waiting,
             policy=config.policy,
@@ -294,6 +299,7 @@ class EngineInstance:
             prefix_cache=config.prefix_cache,
             costs=EngineCosts(layers=self._model_config.layers, measured=profile),
             sampler=sampler,
+            step_costs=StepCosts(profile, self.store),
             runs_ahead=config.device == "cuda" if config.runs_ahead is None else config.runs_ahead,
             meter=self._meter,
             clock=time.monotonic,
@@ -349,10 +355,16 @@ def handoff_policy(config: HandoffConfig) -> HandoffPolicy:
             return LoadFirst()
 
 
-def _merged_rows(config: EngineConfig) -> int:
+def merged_rows(config: EngineConfig) -> int:
+    """Rows that passes of adapters in host memory may share: the configuration's, or what suits the device."""
     if config.merged_rows is not None:
         return config.merged_rows
     return _MERGED_ROWS if config.device == "cuda" else 0
+
+
+def _profile(config: EngineConfig, model: ModelConfig) -> CostProfile | None:
+    """The file's that the configuration names. Raises ConfigError."""
+    return None if config.profile_path is None else load_profile(Path(config.profile_path), layers=model.layers)
 
 
 def _cpu_config(config: EngineConfig, model: ModelConfig, item_bytes: int) -> CpuLoraConfig:

@@ -12,6 +12,7 @@ from segue.engine.config import EngineConfig
 from segue.engine.lora.manifest import AdapterManifest
 from segue.engine.sampling_params import SamplingParams
 from segue.errors import SegueError
+from segue.scheduler.cost_model import CostProfile
 from segue.types import FinishReason, Tier, Timing, TokenLogprob
 
 
@@ -183,12 +184,29 @@ class DeviceTime(msgspec.Struct, frozen=True):
     idle_seconds: float
 
 
+class CorrectionState(msgspec.Struct, frozen=True):
+    """What ``steps`` have taught of a kind of step: the scales of base model, attention and LoRA, and the mean relative
+    error of the latest predictions."""
+
+    steps: int
+    scales: tuple[float, float, float]
+    mean_error: float
+
+
+class CostState(msgspec.Struct, frozen=True):
+    """The cost profile as it is now, and how it was corrected by steps that decode and by those with prompts."""
+
+    profile: CostProfile
+    decode: CorrectionState
+    prefill: CorrectionState
+
+
 class State(msgspec.Struct, frozen=True, tag=True):
     """A snapshot of the engine, in answer to GetState.
 
     ``kv_pages`` are in use by requests; ``cached_pages`` keep prefixes that no request uses, until pages are needed.
-    ``device_time`` is there where the configuration has it measured. ``refusals`` counts requests that were refused
-    when they arrived, by their SegueError's reason.
+    ``device_time`` is there where the configuration has it measured, ``costs`` where it names a profile. ``refusals``
+    counts requests that were refused when they arrived, by their SegueError's reason.
     """
 
     number: int
@@ -205,6 +223,7 @@ class State(msgspec.Struct, frozen=True, tag=True):
     steps: int
     versions: list[VersionState]
     device_time: DeviceTime | None = None
+    costs: CostState | None = None
     refusals: dict[str, int] = {}
 
 

@@ -17,8 +17,7 @@ SMALLEST_REQUEST_PAGES = 2
 
 
 class AdapterVersions:
-    """``item_bytes`` are those of a weight on the device. ``forget_kv`` is called with a version that nothing will use
-    again."""
+    """``forget_kv`` is called with a version that nothing will use again."""
 
     def __init__(
         self,
@@ -27,14 +26,12 @@ class AdapterVersions:
         requests: RequestTable,
         *,
         pool_pages: int,
-        item_bytes: int,
         forget_kv: Callable[[int], None],
     ) -> None:
         self._store = store
         self._residency = residency
         self._requests = requests
         self._pool_pages = pool_pages
-        self._item_bytes = item_bytes
         self._costs: dict[int, AdapterCost] = {}
         self._forget_kv = forget_kv
         self._known: dict[int, AdapterManifest] = {}
@@ -85,8 +82,7 @@ class AdapterVersions:
                 f"{self._pool_pages}, of which {self._pool_pages - room} belong to pinned adapters"
             )
         self._known[version_id] = manifest
-        elements = sum(module.a.elements + module.b.elements for layer in manifest.layers for module in layer)
-        self._costs[version_id] = AdapterCost(version_id, manifest.max_rank, elements * self._item_bytes)
+        self._costs[version_id] = self._store.cost(version_id)
         if pinned:
             self._residency.pinned.add(version_id)
             self.preload(version_id)

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from segue.config import require
+from segue.scheduler.cost_model import CostProfile, StepLoad
 
 _PARTS = 3
 _IDENTITY = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
@@ -116,3 +117,26 @@ class Correction:
         assert 0 <= self.mean_error <= 1, self.mean_error
         assert math.isfinite(self.usual_error), self.usual_error
         assert all(math.isfinite(value) for row in self.covariance for value in row), self.covariance
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProfileCorrection:
+    """What a profile's steps have taught: of those that decode alone, and of those with rows of prompts."""
+
+    decode: Correction = Correction()
+    prefill: Correction = Correction()
+
+    def learned(self, profile: CostProfile, decodes: StepLoad, prompts: StepLoad, seconds: float) -> ProfileCorrection:
+        """The correction after a step with these rows, which the profile as it was measured predicts."""
+        parts = profile.step_parts(decodes, prompts)
+        if prompts.tokens:
+            return replace(self, prefill=self.prefill.learned(parts, seconds))
+        return replace(self, decode=self.decode.learned(parts, seconds))
+
+    def applied_to(self, profile: CostProfile) -> CostProfile:
+        """The profile whose predictions are the corrected ones."""
+        return replace(
+            profile,
+            decode=profile.decode.scaled(*self.decode.scales),
+            prefill=profile.prefill.scaled(*self.prefill.scales),
+        )

@@ -9,6 +9,8 @@ sum of all requests' ranks.
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
 from dataclasses import dataclass, fields
 from enum import Enum
@@ -50,9 +52,13 @@ class StepLoad:
 
 
 class LoraForm(Enum):
-    """What the LoRA part of a step grows with: the terms of StepCoefficients that a fit may use for it."""
+    """What the LoRA part of a step grows with: the terms of StepCoefficients that a fit may use for it.
 
-    PRESENT_BYTES = ("seconds_per_adapter", "seconds_per_adapter_byte")
+    PRESENT_BYTES is that of our kernels: launches wherever there is an adapter, work for each of them, their weights
+    read once, and products that grow with the rows' own ranks.
+    """
+
+    PRESENT_BYTES = ("seconds_with_adapters", "seconds_per_adapter", "seconds_per_adapter_byte", "seconds_per_rank")
     MAX_RANK = ("seconds_per_padded_rank",)
     SUM_OF_RANKS = ("seconds_per_rank",)
 
@@ -68,7 +74,7 @@ def require_coefficients(owner: object) -> None:
     Raises ConfigError.
     """
     for item in fields(owner):  # type: ignore[arg-type]
-        if "seconds" not in item.name:
+        if "seconds" not in item.name or item.name == "row_seconds":
             continue
         value = getattr(owner, item.name)
         number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -77,14 +83,35 @@ def require_coefficients(owner: object) -> None:
         require(math.isfinite(value) and value >= 0, item.name, f"must be finite and not negative, is {value}")
 
 
+def _require_rows(tokens: tuple[int, ...], seconds: tuple[float, ...]) -> None:
+    """Raises ConfigError unless these are rising numbers of rows and as many times that never fall."""
+    whole = all(isinstance(count, int) and not isinstance(count, bool) for count in tokens)
+    rising = whole and all(low < high for low, high in itertools.pairwise((0, *tokens)))
+    require(rising, "row_tokens", f"must be whole numbers from 1 on that rise, is {tokens!r}")
+    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in seconds)
+    finite = numbers and all(math.isfinite(value) for value in seconds)
+    never_fall = finite and all(less <= more for less, more in itertools.pairwise((0, *seconds)))
+    require(never_fall, "row_seconds", f"must be finite numbers from 0 on that never fall, is {seconds!r}")
+    require(len(tokens) == len(seconds), "row_seconds", f"must be {len(tokens)} as row_tokens, is {seconds!r}")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepCoefficients:
-    """Of a step: seconds of the step itself, of each row, of each token of KV that a row reads, of each adapter, of
-    each byte of the adapters' weights, and for other kernels of each row's rank, padded or not."""
+    """Of a step: seconds of the step itself, of each row, of each token of KV that a row reads, of adapters being
+    there at all, of each adapter, of each byte of the adapters' weights, and of each row's rank, padded or not.
+
+    Where that is no straight line (one row has kernels of its own, few rows wait for the model's weights, many for
+    arithmetic), ``row_tokens`` rows take ``row_seconds`` more, which never fall: linear between two numbers of rows,
+    as much as the first below it, and beyond the last as steep as before it. All terms together never fall, so more
+    still never costs less.
+    """
 
     fixed_seconds: float = 0.0
     seconds_per_token: float = 0.0
+    row_tokens: tuple[int, ...] = ()
+    row_seconds: tuple[float, ...] = ()
     seconds_per_context_token: float = 0.0
+    seconds_with_adapters: float = 0.0
     seconds_per_adapter: float = 0.0
     seconds_per_adapter_byte: float = 0.0
     seconds_per_padded_rank: float = 0.0
@@ -92,18 +119,50 @@ class StepCoefficients:
 
     def __post_init__(self) -> None:
         require_coefficients(self)
+        _require_rows(self.row_tokens, self.row_seconds)
+
+    def base_seconds(self, tokens: int) -> float:
+        """Seconds of the base model's products over so many rows; 0 without rows."""
+        if tokens == 0:
+            return 0.0
+        return self.fixed_seconds + self.seconds_per_token * tokens + self._more_seconds(tokens)
+
+    def _more_seconds(self, tokens: int) -> float:
+        """What ``row_seconds`` says of so many rows."""
+        count = len(self.row_tokens)
+        if count < 2 or tokens <= self.row_tokens[0]:
+            return self.row_seconds[0] if count else 0.0
+        right = min(bisect.bisect_left(self.row_tokens, tokens), count - 1)
+        (low, high), (less, more) = self.row_tokens[right - 1 : right + 1], self.row_seconds[right - 1 : right + 1]
+        return less + (more - less) * (tokens - low) / (high - low)
 
     def parts(self, load: StepLoad) -> tuple[float, float, float]:
         """Seconds of the base model's products, of attention, and of LoRA. All 0 when there are no rows."""
         if load.tokens == 0:
             return (0.0, 0.0, 0.0)
         return (
-            self.fixed_seconds + self.seconds_per_token * load.tokens,
+            self.base_seconds(load.tokens),
             self.seconds_per_context_token * load.context_tokens,
-            self.seconds_per_adapter * load.adapters
+            self.seconds_with_adapters * (load.adapters > 0)
+            + self.seconds_per_adapter * load.adapters
             + self.seconds_per_adapter_byte * load.adapter_bytes
             + self.seconds_per_padded_rank * load.padded_rank_tokens
             + self.seconds_per_rank * load.rank_tokens,
+        )
+
+    def scaled(self, base: float, attention: float, lora: float) -> StepCoefficients:
+        """The coefficients of which ``parts`` are so many times these."""
+        return StepCoefficients(
+            fixed_seconds=base * self.fixed_seconds,
+            seconds_per_token=base * self.seconds_per_token,
+            row_tokens=self.row_tokens,
+            row_seconds=tuple(base * seconds for seconds in self.row_seconds),
+            seconds_per_context_token=attention * self.seconds_per_context_token,
+            seconds_with_adapters=lora * self.seconds_with_adapters,
+            seconds_per_adapter=lora * self.seconds_per_adapter,
+            seconds_per_adapter_byte=lora * self.seconds_per_adapter_byte,
+            seconds_per_padded_rank=lora * self.seconds_per_padded_rank,
+            seconds_per_rank=lora * self.seconds_per_rank,
         )
 
     def seconds(self, load: StepLoad) -> float:
@@ -135,6 +194,13 @@ class CpuCoefficients:
 
     def __post_init__(self) -> None:
         require_coefficients(self)
+
+    def seconds(self, tokens: int, rank: int, cores: int) -> float:
+        """Seconds of one layer's deltas on ``cores`` cores, at least one, which share the rows."""
+        busy = min(cores, max(tokens, 1))
+        core_seconds = self.core_seconds_per_token_rank * tokens * rank / busy
+        transfer_seconds = self.fixed_seconds + self.seconds_per_token * tokens
+        return transfer_seconds + self.core_seconds_per_rank * rank + core_seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,12 +234,23 @@ class CostProfile:
         """Seconds of a step whose rows are all of prompts."""
         return self.prefill.seconds(load)
 
+    def step_parts(self, decodes: StepLoad, prompts: StepLoad) -> tuple[float, float, float]:
+        """Seconds of a step with both kinds of rows: the base model's products, attention, LoRA.
+
+        Where prompts ride, what a step pays once is paid once, by the dearer kind. The products are over all rows
+        together: they take no less than over as many rows of prompts.
+        """
+        (base, attention, lora), more = self.decode.parts(decodes), self.prefill.parts(prompts)
+        if self.prompts_ride and decodes.tokens and prompts.tokens:
+            base -= min(self.decode.fixed_seconds, self.prefill.fixed_seconds)
+            base = max(base, self.prefill.base_seconds(decodes.tokens + prompts.tokens) - more[0])
+            if decodes.adapters and prompts.adapters:
+                lora -= min(self.decode.seconds_with_adapters, self.prefill.seconds_with_adapters)
+        return base + more[0], attention + more[1], lora + more[2]
+
     def step_seconds(self, decodes: StepLoad, prompts: StepLoad) -> float:
         """Seconds of a step with both kinds of rows."""
-        seconds = self.decode_seconds(decodes) + self.prefill_seconds(prompts)
-        if self.prompts_ride and decodes.tokens and prompts.tokens:
-            seconds -= min(self.decode.fixed_seconds, self.prefill.fixed_seconds)
-        return seconds
+        return math.fsum(self.step_parts(decodes, prompts))
 
     def copy_seconds(self, copy_bytes: int) -> float:
         """Seconds until so many bytes are on the device, over a link that does nothing else."""
@@ -183,10 +260,7 @@ class CostProfile:
         """Seconds of one layer's deltas on ``cores`` cores, which share the rows. Infinite where there is no help."""
         if self.cpu is None or cores < 1:
             return math.inf
-        busy = min(cores, max(tokens, 1))
-        core_seconds = self.cpu.core_seconds_per_token_rank * tokens * rank / busy
-        transfer_seconds = self.cpu.fixed_seconds + self.cpu.seconds_per_token * tokens
-        return transfer_seconds + self.cpu.core_seconds_per_rank * rank + core_seconds
+        return self.cpu.seconds(tokens, rank, cores)
 
     def cold_prefill_seconds(self, load: StepLoad, cores: int) -> float:
         """Seconds of a prefill whose adapter's copy begins with it, by the better of two ways.

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import tomllib
 from collections.abc import Mapping
+from dataclasses import MISSING
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -43,10 +44,11 @@ def read_toml(path: Path) -> Mapping[str, Any]:
 def from_table(cls: type[_Config], table: Mapping[str, Any], *, where: str) -> _Config:
     """Build the dataclass ``cls`` from a TOML table; nested dataclasses are nested tables.
 
-    Raises ConfigError for a key that ``cls`` does not have, or a value of another type; ``where`` prefixes the field.
+    Raises ConfigError for a key that ``cls`` does not have, one that is missing, or a value of another type; ``where``
+    prefixes the field.
     """
     hints = get_type_hints(cls)
-    fields = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     values: dict[str, Any] = {}
     for key, value in table.items():
         require(key in fields, f"{where}.{key}", f"unknown; known are {', '.join(sorted(fields))}")
@@ -60,14 +62,14 @@ def from_table(cls: type[_Config], table: Mapping[str, Any], *, where: str) -> _
             values[key] = tuple(value)
         else:
             values[key] = value
-    try:
-        return cls(**values)
-    except TypeError as error:
-        raise ConfigError(f"{where}: {error}") from error
+    for name, field in fields.items():
+        optional = field.default is not MISSING or field.default_factory is not MISSING
+        require(optional or name in table, f"{where}.{name}", "is missing")
+    return cls(**values)
 
 
 def to_toml(config: object) -> str:
-    """A dataclass of texts, numbers, truth values and such dataclasses, as ``from_table`` reads it back.
+    """A dataclass of texts, numbers, truth values, tuples of them and such dataclasses, as ``from_table`` reads it.
 
     Fields that are None are left out. Raises TypeError for a value of another type.
     """
@@ -87,6 +89,8 @@ def _toml(value: object) -> str:
         return str(value).lower()
     if isinstance(value, int | float):
         return repr(value)
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_toml, value))}]"
     if isinstance(value, str):
         # JSON's escapes are among TOML's.
         return json.dumps(value)

@@ -14,6 +14,7 @@ from segue.engine.lora.landing import LandingPlace, LandingTables
 from segue.engine.lora.manifest import AdapterManifest
 from segue.engine.lora.transfer import ReadJob
 from segue.engine.memory.adapter_layout import AdapterLayout
+from segue.scheduler.placement import AdapterCost
 
 
 class LayerState(Enum):
@@ -125,6 +126,7 @@ class Adapter:
     layout: AdapterLayout
     landing_tables: LandingTables
     layers: list[LayerState]
+    cost: AdapterCost
     last_used_seconds: float
     phase: ReadPhase = ReadPhase.UNREAD
     failure: str = ""
@@ -148,6 +150,8 @@ class Adapter:
             layout=layout,
             landing_tables=LandingTables.of(plan, layout),
             layers=[LayerState.ABSENT] * len(manifest.layers),
+            # Asked for with every row of every step, and a sum over all modules.
+            cost=AdapterCost(manifest.version_id, manifest.max_rank, plan.host_bytes),
             last_used_seconds=now,
         )
 

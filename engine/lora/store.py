@@ -28,6 +28,7 @@ from segue.engine.memory.adapter_layout import AdapterLayout
 from segue.engine.memory.pool import PagePool
 from segue.errors import AdapterRejectedError
 from segue.scheduler.eviction import EvictionCandidate, decayed
+from segue.scheduler.placement import AdapterCost
 from segue.types import Tier
 
 __all__ = [
@@ -254,6 +255,10 @@ class AdapterStore:
             return Tier.DEVICE
         complete = adapter.host is not None and adapter.host.ready_layers == len(adapter.layers)
         return Tier.HOST if complete else Tier.DISK
+
+    def cost(self, version_id: int) -> AdapterCost:
+        """What the version adds to a step that it is in: its largest rank, and its bytes in the model's dtype."""
+        return self._adapters[version_id].cost
 
     def device_layout(self, version_id: int) -> AdapterLayout:
         """Where the version's matrices lie in its pages."""

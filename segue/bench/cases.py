@@ -51,17 +51,47 @@ class Mix:
 
 
 BASE = Mix()
+# Of a batch's prompts, over the case's: with a mean of 1, from as many as these on.
+_GOLDEN = (5**0.5 - 1) / 2
+_SPREAD = (1.0, 0.5, 1.5, 0.75, 1.25)
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One row of the report. ``prompt`` is in tokens, None where there are no requests."""
+    """One row of the report. ``prompt`` is in tokens, None where there are no requests.
+
+    ``spread``, as it is in serving and the same each time: the prompts of a batch that decodes are half to one and a
+    half times as long, and requests beyond one for each adapter use some adapters more than others.
+    """
 
     measure: Measure
     batch: int
     mix: Mix = BASE
     prompt: int | None = None
     when: When | None = None
+    spread: bool = False
+
+    def prompt_of(self, index: int) -> int | None:
+        """Tokens of the prompt of request ``index``."""
+        if self.prompt is None or not self.spread:
+            return self.prompt
+        return max(1, round(self.prompt * _SPREAD[index % len(_SPREAD)]))
+
+    def adapter_of(self, index: int) -> str | None:
+        """The name of the adapter of request ``index``; None for the base model."""
+        names = self.mix.adapter_names
+        if not names:
+            return None
+        more = index - len(names)
+        if not self.spread or more < 0:
+            return names[index % len(names)]
+        # Multiples of the golden ratio fill [0, 1) evenly; squared, they are mostly small.
+        return names[int(len(names) * (more * _GOLDEN % 1) ** 2)]
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens; 1 without a prompt."""
+        return max((self.prompt_of(index) or 1 for index in range(min(self.batch, len(_SPREAD)))), default=1)
 
 
 def cross_cases(

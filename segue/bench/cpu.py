@@ -68,7 +68,7 @@ def run_cpu_bench(config: CpuBenchConfig, progress: Callable[[str], None]) -> Re
             rows += _one_core_rows(case, config.runs)
     for workers in range(1, config.cores + 1):
         progress(f"starting {workers} workers")
-        with PoolRunner(list(config.cases()), workers) as runner:
+        with PoolRunner.for_cases(list(config.cases()), workers) as runner:
             for case in config.cases():
                 progress(f"{case.name}, {case.point}, {workers} workers")
                 seconds, error = runner.job_seconds(case, config.runs)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
 
 from segue.bench.cpu_shapes import CpuCase, WeightSets, matrices, relative_error
 from segue.bench.driver import BenchmarkError
@@ -18,20 +21,19 @@ _UNTIMED_RUNS = 2
 
 
 class PoolRunner:
-    """A pool of ``workers``, each pinned to a core of its own, with room for the largest of ``cases``.
+    """A pool of ``workers``, each pinned to a core of its own, for one job at a time of rows, deltas and weights with
+    at most so many bytes. ``store`` is where the weights are, uint8 [store_bytes].
 
     Between entering and leaving, this thread keeps to the cores that workers leave; where they take all, it shares one.
     """
 
-    def __init__(self, cases: Sequence[CpuCase], workers: int) -> None:
+    def __init__(self, workers: int, *, row_bytes: int, delta_bytes: int, store_bytes: int) -> None:
         self._cores = os.sched_getaffinity(0)
-        item = max(case.element.item_bytes for case in cases)
-        tokens = max(case.tokens for case in cases)
         config = CpuLoraConfig(
             workers=workers,
-            row_bytes=tokens * max(case.in_features for case in cases) * item,
-            delta_bytes=tokens * max(case.out_features for case in cases) * item,
-            store_bytes=max(WeightSets.size_bytes(case) for case in cases),
+            row_bytes=row_bytes,
+            delta_bytes=delta_bytes,
+            store_bytes=store_bytes,
             slots=1,
             cores=tuple(sorted(self._cores)[-workers:]),
         )
@@ -39,6 +41,22 @@ class PoolRunner:
         self._memory.allocate_store(config.store_bytes)
         self._pool = WorkerPool(config, self._memory)
         self._ring = JobRing(self._pool)
+
+    @classmethod
+    def for_cases(cls, cases: Sequence[CpuCase], workers: int) -> Self:
+        """With room for the largest of the cases."""
+        item = max(case.element.item_bytes for case in cases)
+        tokens = max(case.tokens for case in cases)
+        return cls(
+            workers,
+            row_bytes=tokens * max(case.in_features for case in cases) * item,
+            delta_bytes=tokens * max(case.out_features for case in cases) * item,
+            store_bytes=max(WeightSets.size_bytes(case) for case in cases),
+        )
+
+    @property
+    def store(self) -> npt.NDArray[np.uint8]:
+        return self._memory.store
 
     def __enter__(self) -> Self:
         """Raises BenchmarkError if the workers do not start."""
@@ -66,27 +84,48 @@ class PoolRunner:
         """
         x, a, b = matrices(case)
         sets = WeightSets(case, self._memory.store, a, b)
-        seconds: list[float] = []
         errors: list[float] = []
+
+        def tasks(turn: int) -> list[DeltaTask]:
+            a_at, b_at = sets.offsets(turn)
+            task = DeltaTask(
+                row_start=0, row_stop=case.tokens, out_offset=0, out_features=case.out_features, rank=case.rank,
+                a_offset_bytes=a_at, b_offset_bytes=b_at, dtype=case.element,
+            )  # fmt: skip
+            return [task]
+
+        def check(job: Job) -> None:
+            if not errors:
+                errors.append(relative_error(case, job.deltas, x, a, b))
+
+        return self.jobs_seconds(x, tasks, case.out_features, runs, check), errors[0]
+
+    def jobs_seconds(
+        self,
+        rows: npt.NDArray[Any],
+        tasks: Callable[[int], Sequence[DeltaTask]],
+        delta_width: int,
+        runs: int,
+        check: Callable[[Job], None] = lambda _: None,
+    ) -> list[float]:
+        """The times of jobs from signal to last share, each over ``rows`` and with the tasks of its turn.
+
+        ``check`` is given each job that is done. Raises BenchmarkError for a job that fails or takes too long.
+        """
+        seconds: list[float] = []
         # Between jobs the workers go on looking for the next, as they do while the engine has jobs in flight.
         self._pool.arm()
         try:
             for turn in range(-_UNTIMED_RUNS, runs):
-                a_at, b_at = sets.offsets(turn)
-                task = DeltaTask(
-                    row_start=0, row_stop=case.tokens, out_offset=0, out_features=case.out_features, rank=case.rank,
-                    a_offset_bytes=a_at, b_offset_bytes=b_at, dtype=case.element,
-                )  # fmt: skip
-                job = self._ring.post(x, [task], case.out_features)
+                job = self._ring.post(rows, tasks(turn), delta_width)
                 if job is None:
                     raise BenchmarkError("no worker is ready")
                 seconds.append(self._run(job))
-                if not errors:
-                    errors.append(relative_error(case, job.deltas, x, a, b))
+                check(job)
                 self._ring.release(job)
         finally:
             self._pool.disarm()
-        return seconds[_UNTIMED_RUNS:], errors[0]
+        return seconds[_UNTIMED_RUNS:]
 
     def _run(self, job: Job) -> float:
         start_seconds = time.perf_counter()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import select
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -14,8 +16,10 @@ from segue.engine.instance import EngineInstance
 from segue.engine.interpreter import settle_interpreter
 from segue.engine.loop import wait_for_work
 from segue.engine.lora.catalog import AdapterCatalog, OpenedVersion
-from segue.engine.messages import StepOutput, Submit
+from segue.engine.messages import CostState, StepOutput, Submit
 from segue.engine.sampling_params import SamplingParams
+from segue.scheduler.cost_fit import TimedStep
+from segue.scheduler.placement import AdapterCost
 from segue.types import Tier, Timing
 
 _IDLE_MILLISECONDS = 10
@@ -23,6 +27,25 @@ _IDLE_MILLISECONDS = 10
 
 class BenchmarkError(Exception):
     """The engine did not do what the measurement needs. The message is one line."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TimedRequest:
+    """A request to submit ``arrival_seconds`` after the beginning. ``version_id`` is None for the base model."""
+
+    arrival_seconds: float
+    prompt: Sequence[int]
+    version_id: int | None
+    max_tokens: int
+
+
+@dataclass(slots=True, kw_only=True)
+class ServedRequest:
+    """When its first and its last token came, in seconds after the beginning, and how many there were."""
+
+    first_token_seconds: float = math.nan
+    last_token_seconds: float = math.nan
+    tokens: int = 0
 
 
 class EngineDriver:
@@ -100,6 +123,26 @@ class EngineDriver:
         versions = [opened.manifest.version_id for opened in self._opened]
         return sum(store.device_pages(version_id) for version_id in versions if store.has_pages(version_id))
 
+    def listen(self, listener: Callable[[TimedStep], None] | None) -> None:
+        """Have ``listener`` told of each step whose time is that of its rows alone."""
+        self._engine.step_costs.listener = listener
+
+    def copy_seconds(self, version_id: int) -> float:
+        """The time from asking for an adapter, which is in host memory alone, until all its layers have landed."""
+        start_seconds = time.monotonic()
+        self.move([version_id], Tier.DEVICE)
+        landed_seconds = self._instance.store.landed_seconds(version_id)
+        return max(seconds for seconds in landed_seconds if seconds is not None) - start_seconds
+
+    @property
+    def costs(self) -> CostState | None:
+        """The cost profile as the steps have corrected it; None where the configuration names none."""
+        return self._engine.step_costs.state()
+
+    def cost(self, version_id: int) -> AdapterCost:
+        """What the adapter adds to a step."""
+        return self._instance.store.cost(version_id)
+
     def set_handoff(self, handoff: HandoffConfig) -> None:
         """How the sources of cold layers are chosen from now on."""
         self._instance.set_handoff(handoff)
@@ -139,6 +182,31 @@ class EngineDriver:
             )
         )
         return self._last_number
+
+    def serve(self, requests: Sequence[TimedRequest]) -> list[ServedRequest]:
+        """Serve requests, in the order of their arrival, each submitted when it arrives, whatever runs then.
+
+        Raises BenchmarkError.
+        """
+        start_seconds = time.monotonic()
+        served: dict[int, ServedRequest] = {}
+        place = 0
+        while place < len(requests) or self._running:
+            now = time.monotonic() - start_seconds
+            while place < len(requests) and requests[place].arrival_seconds <= now:
+                item = requests[place]
+                served[self.submit(item.prompt, item.version_id, max_tokens=item.max_tokens)] = ServedRequest()
+                place += 1
+            until = requests[place].arrival_seconds - now if place < len(requests) else math.inf
+            output = self.step(max(until, 0.0))
+            now = time.monotonic() - start_seconds
+            for new in output.tokens:
+                item_served = served[new.number]
+                if not item_served.tokens:
+                    item_served.first_token_seconds = now
+                item_served.tokens += len(new.token_ids)
+                item_served.last_token_seconds = now
+        return list(served.values())
 
     def run_to_first_tokens(self, numbers: Sequence[int]) -> None:
         """Step until each of these requests has a token. Raises BenchmarkError."""

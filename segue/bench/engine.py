@@ -72,7 +72,7 @@ class EngineBenchConfig:
     @property
     def largest_prompt(self) -> int:
         """Tokens; 1 if no case has a prompt."""
-        return max(case.prompt or 1 for case in self.cases)
+        return max(case.longest_prompt for case in self.cases)
 
     @property
     def budget_tokens(self) -> int:
@@ -84,7 +84,7 @@ class EngineBenchConfig:
     def max_tokens(self) -> int:
         """New tokens of a request that decodes: those of the steps that compute the other prompts and of the timed
         steps; its first, and some to spare, as an engine that runs ahead has two steps under way."""
-        prompts = max(case.batch * (case.prompt or 0) for case in self.cases)
+        prompts = max(case.batch * (0 if case.prompt is None else case.longest_prompt) for case in self.cases)
         return 1 + 2 * (prompts // self.budget_tokens) + _WARM_UP_STEPS + self.steps + 3
 
     @property
@@ -166,7 +166,7 @@ def run_engine_bench(config: EngineBenchConfig, progress: Callable[[str], None])
             gemms = Gemms(ready.model, batches=gemm_batches, dtype=DTYPES[config.dtype], device=config.device)
             progress(f"loading {len(ready.names)} adapters")
             versions = {name: driver.load(name) for name in ready.names}
-            bench = _EngineBench(config, driver, versions, gemms, ready.model.vocab_size)
+            bench = EngineBench(config, driver, versions, gemms, ready.model.vocab_size)
             timings = _measure_rounds(config, bench, progress, deadline_seconds)
             part_cases = decode_cases(config.cases) if config.parts else ()
             parts = [row for case in part_cases for row in _part_rows(case, bench.parts(case))]
@@ -176,11 +176,16 @@ def run_engine_bench(config: EngineBenchConfig, progress: Callable[[str], None])
     return Report.here("engine", settings, [*rows, *parts])
 
 
-class _EngineBench:
+class EngineBench:
     """Measures single cases. ``versions`` are the adapters by name, all on the device."""
 
     def __init__(
-        self, config: EngineBenchConfig, driver: EngineDriver, versions: Mapping[str, int], gemms: Gemms, vocab: int
+        self,
+        config: EngineBenchConfig,
+        driver: EngineDriver,
+        versions: Mapping[str, int],
+        gemms: Gemms | None,
+        vocab: int,
     ) -> None:
         self._config = config
         self._driver = driver
@@ -193,6 +198,7 @@ class _EngineBench:
         """The timings of one round."""
         match case.measure:
             case Measure.GEMMS:
+                assert self._gemms is not None
                 return [self._gemms.seconds(case.batch) for _ in range(self._config.steps)]
             case Measure.DECODE_STEP:
                 return self._decode(case)
@@ -202,18 +208,20 @@ class _EngineBench:
     def parts(self, case: Case) -> dict[str, float]:
         """Milliseconds of each part of a decode step."""
         steps = self._config.steps
-        with self._decoding(case):
+        with self.decoding(case):
             spans = record_spans(lambda: [self._driver.decode_seconds() for _ in range(steps)])
         return split_by_part(spans, steps)
 
     def _decode(self, case: Case) -> list[float]:
-        with self._decoding(case):
+        with self.decoding(case):
             return [self._driver.decode_seconds() for _ in range(self._config.steps)]
 
     @contextmanager
-    def _decoding(self, case: Case) -> Iterator[None]:
-        """The case's requests are past their prompts and the first steps."""
-        numbers = [self._submit(case, index, self._config.max_tokens) for index in range(case.batch)]
+    def decoding(self, case: Case) -> Iterator[None]:
+        """Inside, the case's requests are past their prompts and the first steps; behind it they have ended."""
+        numbers = [
+            self.submit(case, index, self._config.max_tokens, case.prompt_of(index)) for index in range(case.batch)
+        ]
         self._driver.run_to_first_tokens(numbers)
         for _ in range(_WARM_UP_STEPS):
             self._driver.decode_seconds()
@@ -222,18 +230,19 @@ class _EngineBench:
 
     def _first_token(self, case: Case) -> float:
         start_seconds = time.perf_counter()
-        self._driver.run_to_first_tokens([self._submit(case, 0, 1)])
+        self._driver.run_to_first_tokens([self.submit(case, 0, 1)])
         return time.perf_counter() - start_seconds
 
-    def _submit(self, case: Case, index: int, max_tokens: int) -> int:
-        prompt = self._random.integers(self._vocab_size, size=case.prompt).tolist()
-        names = case.mix.adapter_names
-        version_id = self._versions[names[index % len(names)]] if names else None
+    def submit(self, case: Case, index: int, max_tokens: int, prompt_tokens: int | None = None) -> int:
+        """Queue the case's request ``index``, with a prompt of the case's length if no other is given; its number."""
+        prompt = self._random.integers(self._vocab_size, size=prompt_tokens or case.prompt).tolist()
+        name = case.adapter_of(index)
+        version_id = None if name is None else self._versions[name]
         return self._driver.submit(prompt, version_id, max_tokens=max_tokens)
 
 
 def _measure_rounds(
-    config: EngineBenchConfig, bench: _EngineBench, progress: Callable[[str], None], deadline_seconds: float
+    config: EngineBenchConfig, bench: EngineBench, progress: Callable[[str], None], deadline_seconds: float
 ) -> dict[Case, list[float]]:
     """Each case's timings in seconds, of all rounds; a first round is not kept. Raises BenchmarkError."""
     timings: dict[Case, list[float]] = {case: [] for case in config.cases}

@@ -41,6 +41,10 @@ class Row:
     Of a simulated cluster, ``placement`` names the policy, ``batch`` counts the requests measured and ``adapters`` all
     adapters; ``mean`` and ``p99`` stand beside the percentiles.
 
+    Where a model was fitted, ``fit_value`` is what it says of the case, in the unit of the percentiles, and
+    ``held_out`` whether it was fitted without the case. ``batch`` counts the rows that decode, ``tokens`` those of
+    prompts, ``context_tokens`` the tokens of KV that all of them read, and ``bytes`` those of the adapters' weights.
+
     Of a server under load, ``batch`` counts the requests measured at ``requests_per_second``, ``low`` and ``high`` are
     Wilson's interval of a share, and ``group`` is a part of the requests in the division ``part``.
     """
@@ -56,6 +60,7 @@ class Row:
     part: str | None = None
     case: str | None = None
     tokens: int | None = None
+    context_tokens: int | None = None
     point: str | None = None
     bytes: int | None = None
     copy_fraction: float | None = None
@@ -77,6 +82,8 @@ class Row:
     timings: tuple[float, ...] | None = None
     mean: float | None = None
     p99: float | None = None
+    fit_value: float | None = None
+    held_out: bool | None = None
     median: float
     p10: float
     p90: float

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 from rich.table import Table
@@ -174,6 +175,37 @@ def _cpu_table(reports: Mapping[str, Report]) -> str:
     return _markdown(["microseconds on one core: median; torch's over it", *kernel], lines)
 
 
+def _judgement_table(reports: Mapping[str, Report]) -> str:
+    """How well each profile predicts the steps that it was not fitted to."""
+    found = {f"`{name}`": report.settings["judgement"] for name, report in reports.items()}
+    kinds = dict.fromkeys(kind for qualities in found.values() for kind in qualities)
+    lines = [list(found)]
+    for kind in kinds:
+        qualities = [judged.get(kind) for judged in found.values()]
+        lines.append(["" if quality is None else _quality_cell(quality) for quality in qualities])
+    return _markdown(["steps not fitted: mean error, R squared", *kinds], lines)
+
+
+def _quality_cell(quality: Mapping[str, float]) -> str:
+    return f"{quality['mean_relative_error']:.1%}, {quality['r_squared']:.4f}"
+
+
+def _comparison_table(reports: Mapping[str, Report]) -> str:
+    """What an engine took, what was predicted, and by how much that is off."""
+    lines = [[f"`{name}`" for name in reports]]
+    labels = ["milliseconds: engine, simulated, off by"]
+    for measure, statistic in itertools.product(("ttft_ms", "tpot_ms"), ("mean", "p99")):
+        label = f"{measure.removesuffix('_ms')} {statistic}"
+        labels.append(label)
+        cells = []
+        for report in reports.values():
+            rows = {row.placement: row for row in report.rows if row.measure == measure}
+            engine, simulated = (getattr(rows[placement], statistic) for placement in ("engine", "simulated"))
+            cells.append(f"{engine:.1f}, {simulated:.1f}, {report.settings['prediction_errors'][label]:+.1%}")
+        lines.append(cells)
+    return _markdown(labels, lines)
+
+
 def _slo_table(reports: Mapping[str, Report]) -> str:
     """A column for each report, of the rate that it reports."""
     cells = {name: _slo_cells(report) for name, report in reports.items()}
@@ -201,7 +233,13 @@ def _slo_cells(report: Report) -> Mapping[str, str]:
     return cells
 
 
-_TABLES = {"kernels": _kernel_table, "cpu": _cpu_table, "slo": _slo_table}
+_TABLES = {
+    "kernels": _kernel_table,
+    "cpu": _cpu_table,
+    "slo": _slo_table,
+    "calibrate": _judgement_table,
+    "simulate-against": _comparison_table,
+}
 
 
 def _markdown(labels: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

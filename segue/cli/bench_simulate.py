@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,7 +23,8 @@ from segue.cli.common import UserError, one_line_errors
 
 if TYPE_CHECKING:
     from segue.bench.report import Report
-    from segue.bench.simulate.config import ReplicaConfig, SimulationConfig, Targets
+    from segue.bench.simulate.against import AgainstConfig
+    from segue.bench.simulate.config import ReplicaConfig, SimulationConfig, Targets, WorkloadConfig
     from segue.scheduler.cost_model import CostProfile
 
 
@@ -66,6 +67,16 @@ def simulate(
         float | None, typer.Option(metavar="MS", help="Target: time per token from the arrival on.")
     ] = None,
     seed: Annotated[int | None, typer.Option(metavar="N", help="Of all that is drawn.")] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHAPE",
+            help="Serve the requests with an engine of this random model as well, and compare; --profile is its.",
+        ),
+    ] = None,
+    dtype: Annotated[str, typer.Option(metavar="NAME", help="Of that engine.")] = "float32",
+    device: Annotated[str, typer.Option(metavar="NAME", help="Of that engine: cpu or cuda.")] = "cpu",
+    cpu_workers: Annotated[int, typer.Option(metavar="N", help="Of that engine.")] = 0,
     json: JsonOption = None,
 ) -> None:
     """Compare how requests are placed on replicas, with a cost model in place of devices. Needs no GPU.
@@ -81,6 +92,9 @@ def simulate(
             adapters=adapters, ranks=None if ranks is None else numbers("--ranks", ranks), base_share=base_share,
             prompt_mean=prompt, output_mean=output, seed=seed,
         )  # fmt: skip
+        if against is not None:
+            _compare(against, dtype, device, cpu_workers, profile=profile, workload=workload, rate=rate, json=json)
+            return
         config = changed(
             base,
             replica=changed(_replica(base.replica, profile), policy=policy),
@@ -93,6 +107,43 @@ def simulate(
         report = with_progress(lambda progress: _report(config, _search(attain, attain_with, rate), progress))
         write_outputs(report, json, None)
     _show(report)
+
+
+def _compare(
+    shape: str,
+    dtype: str,
+    device: str,
+    cpu_workers: int,
+    *,
+    profile: str | None,
+    workload: WorkloadConfig,
+    rate: float | None,
+    json: Path | None,
+) -> None:
+    from segue.bench.simulate.against import AgainstConfig
+    from segue.bench.simulate.table import comparison_table, placement_table
+
+    if profile is None or rate is None:
+        raise UserError("--against: needs --profile FILE.toml of segue calibrate, and --rate")
+    config = AgainstConfig(
+        profile=_profile(profile), workload=workload, requests_per_second=rate, shape=shape, dtype=dtype,
+        device=device, cpu_workers=cpu_workers,
+    )  # fmt: skip
+    report = with_progress(lambda progress: _against_report(config, progress))
+    write_outputs(report, json, None)
+    console = show_console()
+    console.print(placement_table(report))
+    console.print(comparison_table(report))
+
+
+def _against_report(config: AgainstConfig, progress: Callable[[str], None]) -> Report:
+    from segue.bench.simulate.against import run_against
+    from segue.bench.simulate.replica import SimulationError
+
+    try:
+        return run_against(config, progress)
+    except SimulationError as error:
+        raise UserError(str(error)) from error
 
 
 def _preset(name: str | None) -> SimulationConfig:
@@ -111,14 +162,13 @@ def _replica(base: ReplicaConfig, profile: str | None) -> ReplicaConfig:
 
 def _profile(name: str) -> CostProfile:
     from segue.bench.simulate.profiles import PROFILES
-    from segue.config import from_table, read_toml
-    from segue.scheduler.cost_model import CostProfile
+    from segue.engine.profile import load_profile
 
     if name in PROFILES:
         return PROFILES[name]
     if not name.endswith(".toml"):
         raise UserError(f"--profile: must be one of {', '.join(PROFILES)} or a file that ends in .toml, is {name!r}")
-    return from_table(CostProfile, read_toml(Path(name)), where="profile")
+    return load_profile(Path(name))
 
 
 def _targets(base: Targets, *milliseconds: float | None) -> Targets:

@@ -26,7 +26,7 @@ def build_app() -> typer.Typer:
     """The command with all of its subcommands."""
     import typer
 
-    from segue.cli import adapters, bench, demo, generate, info, serve
+    from segue.cli import adapters, bench, calibrate, demo, generate, info, serve
 
     app = typer.Typer(
         name="segue",
@@ -35,6 +35,6 @@ def build_app() -> typer.Typer:
         add_completion=False,
         pretty_exceptions_enable=False,
     )
-    for module in (serve, generate, adapters, info, demo, bench):
+    for module in (serve, generate, adapters, info, demo, calibrate, bench):
         module.register(app)
     return app

@@ -58,6 +58,9 @@ def serve(
     cpu_workers: Annotated[
         int | None, typer.Option(metavar="N", help="CPU LoRA workers; 0 streams every adapter.")
     ] = None,
+    profile: Annotated[
+        Path | None, typer.Option(metavar="FILE.toml", help="What steps and copies cost here, by segue calibrate.")
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(metavar="FILE.toml", help="The server's configuration; options override it.")
     ] = None,
@@ -75,6 +78,7 @@ def serve(
             "dtype": None if dtype is Dtype.AUTO else dtype.value,
             "load_format": None if load_format is LoadFormat.AUTO else load_format.value,
             "cpu_workers": cpu_workers,
+            "profile_path": None if profile is None else str(profile),
         }
         merged = server_table(table, flags, engine_flags)
         run_server(merged, where="serve" if config is None else str(config), address_file=address_file)

@@ -15,6 +15,7 @@ from segue.engine.messages import DeviceTime, State
 from segue.errors import EngineUnavailableError, InvalidRequestError
 from segue.server.adapters import AdapterDirectory
 from segue.server.convert import tier_to_proto
+from segue.server.cost_profile import profile_to_proto
 from segue.server.engine_client import EngineClient, EngineStatus
 from segue.v1 import server_pb2 as pb
 from segue.v1 import server_pb2_grpc
@@ -101,6 +102,7 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
             residency=residency,
             cpu_workers=pb.CpuWorkers(ready=state.cpu_workers_ready, restarts=state.worker_restarts),
             steps=state.steps,
+            profile=None if state.costs is None else profile_to_proto(state.costs),
             refusals=state.refusals,
             device_time=None if state.device_time is None else _device_time(state.device_time),
         )

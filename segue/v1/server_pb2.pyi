@@ -363,7 +363,9 @@ Global___DeviceTime: typing_extensions.TypeAlias = DeviceTime
 
 @typing.final
 class CostProfile(google.protobuf.message.Message):
-    """The fitted cost model. Each time in seconds is the inner product of its coefficients with the named quantities."""
+    """The fitted cost model, corrected by the steps so far. Each time in seconds is the inner product of its coefficients
+    with the named quantities.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -371,6 +373,8 @@ class CostProfile(google.protobuf.message.Message):
     PREFILL_FIELD_NUMBER: builtins.int
     COPY_FIELD_NUMBER: builtins.int
     CPU_DELTA_FIELD_NUMBER: builtins.int
+    DECODE_CORRECTION_FIELD_NUMBER: builtins.int
+    PREFILL_CORRECTION_FIELD_NUMBER: builtins.int
     @property
     def decode(self) -> Global___DecodeCost: ...
     @property
@@ -379,6 +383,12 @@ class CostProfile(google.protobuf.message.Message):
     def copy(self) -> Global___CopyCost: ...
     @property
     def cpu_delta(self) -> Global___CpuDeltaCost: ...
+    @property
+    def decode_correction(self) -> Global___CostCorrection:
+        """What steps that decode alone, and steps with rows of prompts, have taught since the engine started."""
+
+    @property
+    def prefill_correction(self) -> Global___CostCorrection: ...
     def __init__(
         self,
         *,
@@ -386,11 +396,45 @@ class CostProfile(google.protobuf.message.Message):
         prefill: Global___PrefillCost | None = ...,
         copy: Global___CopyCost | None = ...,
         cpu_delta: Global___CpuDeltaCost | None = ...,
+        decode_correction: Global___CostCorrection | None = ...,
+        prefill_correction: Global___CostCorrection | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["copy", b"copy", "cpu_delta", b"cpu_delta", "decode", b"decode", "prefill", b"prefill"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["copy", b"copy", "cpu_delta", b"cpu_delta", "decode", b"decode", "prefill", b"prefill"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["copy", b"copy", "cpu_delta", b"cpu_delta", "decode", b"decode", "decode_correction", b"decode_correction", "prefill", b"prefill", "prefill_correction", b"prefill_correction"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["copy", b"copy", "cpu_delta", b"cpu_delta", "decode", b"decode", "decode_correction", b"decode_correction", "prefill", b"prefill", "prefill_correction", b"prefill_correction"]) -> None: ...
 
 Global___CostProfile: typing_extensions.TypeAlias = CostProfile
+
+@typing.final
+class CostCorrection(google.protobuf.message.Message):
+    """By what the profile's parts were multiplied, and how far off the corrected predictions are."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    STEPS_FIELD_NUMBER: builtins.int
+    BASE_SCALE_FIELD_NUMBER: builtins.int
+    ATTENTION_SCALE_FIELD_NUMBER: builtins.int
+    LORA_SCALE_FIELD_NUMBER: builtins.int
+    MEAN_RELATIVE_ERROR_FIELD_NUMBER: builtins.int
+    steps: builtins.int
+    """Steps that were learned from."""
+    base_scale: builtins.float
+    """Of the base model's products, attention and LoRA."""
+    attention_scale: builtins.float
+    lora_scale: builtins.float
+    mean_relative_error: builtins.float
+    """Of the latest steps, each predicted before it was learned from; an error beyond 1 counts as 1."""
+    def __init__(
+        self,
+        *,
+        steps: builtins.int = ...,
+        base_scale: builtins.float = ...,
+        attention_scale: builtins.float = ...,
+        lora_scale: builtins.float = ...,
+        mean_relative_error: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["attention_scale", b"attention_scale", "base_scale", b"base_scale", "lora_scale", b"lora_scale", "mean_relative_error", b"mean_relative_error", "steps", b"steps"]) -> None: ...
+
+Global___CostCorrection: typing_extensions.TypeAlias = CostCorrection
 
 @typing.final
 class DecodeCost(google.protobuf.message.Message):
@@ -403,6 +447,10 @@ class DecodeCost(google.protobuf.message.Message):
     SECONDS_PER_CONTEXT_TOKEN_FIELD_NUMBER: builtins.int
     SECONDS_PER_RANK_BYTE_FIELD_NUMBER: builtins.int
     SECONDS_PER_ADAPTER_FIELD_NUMBER: builtins.int
+    ROW_TOKENS_FIELD_NUMBER: builtins.int
+    ROW_SECONDS_FIELD_NUMBER: builtins.int
+    SECONDS_WITH_ADAPTERS_FIELD_NUMBER: builtins.int
+    SECONDS_PER_RANK_FIELD_NUMBER: builtins.int
     base_seconds: builtins.float
     seconds_per_token: builtins.float
     seconds_per_context_token: builtins.float
@@ -410,6 +458,16 @@ class DecodeCost(google.protobuf.message.Message):
     seconds_per_rank_byte: builtins.float
     """Per byte of LoRA weights, summed over the adapters that are present."""
     seconds_per_adapter: builtins.float
+    seconds_with_adapters: builtins.float
+    """Once, if there is any adapter."""
+    seconds_per_rank: builtins.float
+    """Per unit of rank, summed over the tokens."""
+    @property
+    def row_tokens(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """What so many tokens take besides: linear in between, the first below it, beyond the last as steep as before it."""
+
+    @property
+    def row_seconds(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]: ...
     def __init__(
         self,
         *,
@@ -418,8 +476,12 @@ class DecodeCost(google.protobuf.message.Message):
         seconds_per_context_token: builtins.float = ...,
         seconds_per_rank_byte: builtins.float = ...,
         seconds_per_adapter: builtins.float = ...,
+        row_tokens: collections.abc.Iterable[builtins.int] | None = ...,
+        row_seconds: collections.abc.Iterable[builtins.float] | None = ...,
+        seconds_with_adapters: builtins.float = ...,
+        seconds_per_rank: builtins.float = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["base_seconds", b"base_seconds", "seconds_per_adapter", b"seconds_per_adapter", "seconds_per_context_token", b"seconds_per_context_token", "seconds_per_rank_byte", b"seconds_per_rank_byte", "seconds_per_token", b"seconds_per_token"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["base_seconds", b"base_seconds", "row_seconds", b"row_seconds", "row_tokens", b"row_tokens", "seconds_per_adapter", b"seconds_per_adapter", "seconds_per_context_token", b"seconds_per_context_token", "seconds_per_rank", b"seconds_per_rank", "seconds_per_rank_byte", b"seconds_per_rank_byte", "seconds_per_token", b"seconds_per_token", "seconds_with_adapters", b"seconds_with_adapters"]) -> None: ...
 
 Global___DecodeCost: typing_extensions.TypeAlias = DecodeCost
 
@@ -433,11 +495,23 @@ class PrefillCost(google.protobuf.message.Message):
     SECONDS_PER_TOKEN_FIELD_NUMBER: builtins.int
     SECONDS_PER_ATTENDED_TOKEN_FIELD_NUMBER: builtins.int
     SECONDS_PER_RANK_BYTE_FIELD_NUMBER: builtins.int
+    SECONDS_PER_ADAPTER_FIELD_NUMBER: builtins.int
+    ROW_TOKENS_FIELD_NUMBER: builtins.int
+    ROW_SECONDS_FIELD_NUMBER: builtins.int
+    SECONDS_WITH_ADAPTERS_FIELD_NUMBER: builtins.int
+    SECONDS_PER_RANK_FIELD_NUMBER: builtins.int
     base_seconds: builtins.float
     seconds_per_token: builtins.float
     seconds_per_attended_token: builtins.float
     """Per pair of a prompt token and a token before it."""
     seconds_per_rank_byte: builtins.float
+    seconds_per_adapter: builtins.float
+    seconds_with_adapters: builtins.float
+    seconds_per_rank: builtins.float
+    @property
+    def row_tokens(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
+    @property
+    def row_seconds(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]: ...
     def __init__(
         self,
         *,
@@ -445,8 +519,13 @@ class PrefillCost(google.protobuf.message.Message):
         seconds_per_token: builtins.float = ...,
         seconds_per_attended_token: builtins.float = ...,
         seconds_per_rank_byte: builtins.float = ...,
+        seconds_per_adapter: builtins.float = ...,
+        row_tokens: collections.abc.Iterable[builtins.int] | None = ...,
+        row_seconds: collections.abc.Iterable[builtins.float] | None = ...,
+        seconds_with_adapters: builtins.float = ...,
+        seconds_per_rank: builtins.float = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["base_seconds", b"base_seconds", "seconds_per_attended_token", b"seconds_per_attended_token", "seconds_per_rank_byte", b"seconds_per_rank_byte", "seconds_per_token", b"seconds_per_token"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["base_seconds", b"base_seconds", "row_seconds", b"row_seconds", "row_tokens", b"row_tokens", "seconds_per_adapter", b"seconds_per_adapter", "seconds_per_attended_token", b"seconds_per_attended_token", "seconds_per_rank", b"seconds_per_rank", "seconds_per_rank_byte", b"seconds_per_rank_byte", "seconds_per_token", b"seconds_per_token", "seconds_with_adapters", b"seconds_with_adapters"]) -> None: ...
 
 Global___PrefillCost: typing_extensions.TypeAlias = PrefillCost
 
@@ -472,21 +551,27 @@ Global___CopyCost: typing_extensions.TypeAlias = CopyCost
 
 @typing.final
 class CpuDeltaCost(google.protobuf.message.Message):
-    """Seconds that the CPU workers take for one LoRA point of one layer."""
+    """Seconds that the CPU workers take for all LoRA points of one layer, rows there and deltas back."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     BASE_SECONDS_FIELD_NUMBER: builtins.int
     CORE_SECONDS_PER_TOKEN_RANK_FIELD_NUMBER: builtins.int
+    SECONDS_PER_TOKEN_FIELD_NUMBER: builtins.int
+    CORE_SECONDS_PER_RANK_FIELD_NUMBER: builtins.int
     base_seconds: builtins.float
     core_seconds_per_token_rank: builtins.float
     """Per token and unit of rank, divided by the cores at work."""
+    seconds_per_token: builtins.float
+    core_seconds_per_rank: builtins.float
     def __init__(
         self,
         *,
         base_seconds: builtins.float = ...,
         core_seconds_per_token_rank: builtins.float = ...,
+        seconds_per_token: builtins.float = ...,
+        core_seconds_per_rank: builtins.float = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["base_seconds", b"base_seconds", "core_seconds_per_token_rank", b"core_seconds_per_token_rank"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["base_seconds", b"base_seconds", "core_seconds_per_rank", b"core_seconds_per_rank", "core_seconds_per_token_rank", b"core_seconds_per_token_rank", "seconds_per_token", b"seconds_per_token"]) -> None: ...
 
 Global___CpuDeltaCost: typing_extensions.TypeAlias = CpuDeltaCost

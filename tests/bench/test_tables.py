@@ -41,6 +41,59 @@ KERNELS = Report(
 )  # fmt: skip
 
 
+def placement(name: str, measure: str, mean: float, p99: float) -> Row:
+    return Row(
+        measure=measure,
+        batch=9,
+        adapters=2,
+        placement=name,
+        mean=mean,
+        p99=p99,
+        median=mean,
+        p10=mean,
+        p90=mean,
+        runs=9,
+    )
+
+
+def test_what_a_model_predicts_stands_beside_what_was_measured() -> None:
+    machine = Machine(cpu="a cpu", cores=2, gpu=None)
+    quality = {"r_squared": 0.98765, "mean_relative_error": 0.0321, "max_relative_error": 0.5}
+    calibrated = Report(
+        benchmark="calibrate",
+        machine=machine,
+        versions={},
+        commit=None,
+        settings={"judgement": {"decode": quality, "all": {**quality, "r_squared": 1.0}}},
+        rows=(),
+    )
+    errors = {"ttft mean": 0.1, "ttft p99": -0.1, "tpot mean": 0.0, "tpot p99": 0.5}
+    compared = Report(
+        benchmark="simulate-against",
+        machine=machine,
+        versions={},
+        commit=None,
+        settings={"prediction_errors": errors},
+        rows=(
+            placement("engine", "ttft_ms", 10.0, 20.0),
+            placement("simulated", "ttft_ms", 11.0, 18.0),
+            placement("engine", "tpot_ms", 5.0, 6.0),
+            placement("simulated", "tpot_ms", 5.0, 9.0),
+        ),
+    )
+    lines = readme_tables({"c.json": calibrated, "s.json": compared}).splitlines()
+    assert [line for line in lines if line.startswith("| ") and "---" not in line] == [
+        "| steps not fitted: mean error, R squared | `c.json` |",
+        "| decode | 3.2%, 0.9877 |",
+        "| all | 3.2%, 1.0000 |",
+        "| milliseconds: engine, simulated, off by | `s.json` |",
+        "| ttft mean | 10.0, 11.0, +10.0% |",
+        "| ttft p99 | 20.0, 18.0, -10.0% |",
+        "| tpot mean | 5.0, 5.0, +0.0% |",
+        "| tpot p99 | 6.0, 9.0, +50.0% |",
+    ]
+
+
 def test_a_table_for_each_benchmark_and_a_column_for_each_file() -> None:
     assert readme_tables({"a.json": ENGINE, "k.json": KERNELS, "b.json": ENGINE}).splitlines() == [
         "| milliseconds: median (p10 to p90) | `a.json` | `b.json` |",

@@ -18,16 +18,16 @@ from segue.scheduler.cost_model import (
 RANK_BYTES = 1 << 20
 
 
-def batch(ranks: Sequence[int], context: int = 100) -> StepLoad:
-    """Requests that decode, each with an adapter of its own; rank 0 is the base model."""
+def batch(ranks: Sequence[int], context: int = 100, rows: int = 1) -> StepLoad:
+    """Requests with ``rows`` rows, each with an adapter of its own; rank 0 is the base model."""
     used = [rank for rank in ranks if rank]
     return StepLoad(
-        tokens=len(ranks),
-        context_tokens=context * len(ranks),
+        tokens=rows * len(ranks),
+        context_tokens=context * rows * len(ranks),
         adapters=len(used),
         adapter_bytes=RANK_BYTES * sum(used),
         max_rank=max(used, default=0),
-        rank_tokens=sum(used),
+        rank_tokens=rows * sum(used),
     )
 
 
@@ -36,8 +36,10 @@ COEFFICIENTS = {
         fixed_seconds=5e-3,
         seconds_per_token=1e-5,
         seconds_per_context_token=2e-8,
+        seconds_with_adapters=4e-4,
         seconds_per_adapter=4e-6,
         seconds_per_adapter_byte=4e-13,
+        seconds_per_rank=2e-8,
     ),
     LoraForm.MAX_RANK: StepCoefficients(
         fixed_seconds=3e-2, seconds_per_token=1e-5, seconds_per_context_token=2e-8, seconds_per_padded_rank=4e-6

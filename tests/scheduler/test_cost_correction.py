@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from segue.config import ConfigError
-from segue.scheduler.cost_correction import Correction, CorrectionLimits
+from segue.scheduler.cost_correction import Correction, CorrectionLimits, ProfileCorrection
 from segue.scheduler.cost_model import LoraForm, StepLoad
-from tests.scheduler.cost_cases import COEFFICIENTS, batch, ranks
+from tests.scheduler.cost_cases import COEFFICIENTS, PROFILE, batch, ranks
 
 STEP = COEFFICIENTS[LoraForm.SUM_OF_RANKS]
 
@@ -99,3 +99,22 @@ def test_bounds_that_hold_nothing_are_refused() -> None:
     for values in ({"memory_steps": 1.0}, {"least": 1.5}, {"most": 0.9}, {"clip": 0.0}, {"floor": 0.0}):
         with pytest.raises(ConfigError):
             CorrectionLimits(**values)
+
+
+def test_a_profile_learns_of_decodes_and_of_prompts_apart() -> None:
+    """Steps that decode alone are half as fast again as measured, steps with prompts twice."""
+    draw, correction = random.Random(3), ProfileCorrection()
+    for _ in range(800):
+        decodes = some_step(draw)
+        prompts = StepLoad(tokens=64, context_tokens=2000) if draw.random() < 0.5 else StepLoad()
+        slower = 1.9 if prompts.tokens else 1.5
+        seconds = slower * PROFILE.step_seconds(decodes, prompts) * draw.uniform(0.99, 1.01)
+        correction = correction.learned(PROFILE, decodes, prompts, seconds)
+    found = correction.applied_to(PROFILE)
+    decodes = some_step(draw)
+    assert found.decode_seconds(decodes) == pytest.approx(1.5 * PROFILE.decode_seconds(decodes), rel=0.05)
+    load = StepLoad(tokens=64, context_tokens=2000)
+    assert found.prefill_seconds(load) == pytest.approx(1.9 * PROFILE.prefill_seconds(load), rel=0.05)
+    assert (found.copy, found.cpu, found.layers) == (PROFILE.copy, PROFILE.cpu, PROFILE.layers)
+    assert correction.decode.steps + correction.prefill.steps == 800
+    assert ProfileCorrection().applied_to(PROFILE) == PROFILE

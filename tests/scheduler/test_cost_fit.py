@@ -19,7 +19,8 @@ def observed(form: LoraForm, seed: int, noise: float, count: int = 200) -> list[
     found = []
     for _ in range(count):
         ranks = [draw.choice((0, 8, 16, 32, 64)) for _ in range(draw.choice((1, 4, 16, 64, 128)))]
-        load = batch(ranks, context=draw.choice((16, 128, 1024)))
+        # Where a request has several rows, an adapter's weights are read once for all of them.
+        load = batch(ranks, context=draw.choice((16, 128, 1024)), rows=draw.choice((1, 1, 4)))
         found.append(StepObservation(load, COEFFICIENTS[form].seconds(load) * draw.uniform(1 - noise, 1 + noise)))
     return found
 
@@ -38,6 +39,42 @@ def test_steps_that_were_not_seen_are_predicted(form: LoraForm) -> None:
     assert quality.r_squared > 0.98
     assert quality.mean_relative_error < 0.02
     assert quality.mean_relative_error <= quality.max_relative_error
+
+
+ROWS = (1, 2, 4, 16, 64, 128, 256, 512, 1024, 2048)
+
+
+def bent(tokens: int) -> float:
+    """One row has kernels of its own, weights bound the products up to 128 rows, arithmetic beyond."""
+    return 4e-3 + (1e-3 if tokens > 1 else 0.0) + 6e-6 * tokens + 1.5e-5 * max(0, tokens - 128)
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.03])
+def test_a_line_that_bends_is_followed(noise: float) -> None:
+    draw = random.Random(3)
+    seen = [
+        StepObservation(batch([0], context=1, rows=rows), bent(rows) * draw.uniform(1 - noise, 1 + noise))
+        for rows in ROWS * 6
+    ]
+    found = fit_step(seen, LoraForm.PRESENT_BYTES, (1, 2, 16, 128, 512, 2048))
+    others = [StepObservation(batch([0], context=1, rows=rows), bent(rows)) for rows in (8, 32, 96, 192, 768, 1536)]
+    assert judge(found, others).max_relative_error < max(1e-6, noise)
+    assert list(found.row_seconds) == sorted(found.row_seconds)
+    straight = fit_step(seen, LoraForm.PRESENT_BYTES)
+    assert judge(straight, others).max_relative_error > 0.1
+
+
+def test_a_line_that_would_fall_is_flat() -> None:
+    """Four rows take less than two: noise, or a kernel that is better at four. More must not cost less."""
+    seconds = {1: 1.0, 2: 3.0, 4: 2.0, 8: 4.0}
+    seen = [StepObservation(batch([0] * rows, context=1), value) for rows, value in seconds.items()] * 3
+    found = fit_step(seen, LoraForm.PRESENT_BYTES, tuple(seconds))
+    predicted = [found.seconds(batch([0] * rows, context=1)) for rows in seconds]
+    assert predicted == sorted(predicted)
+    assert predicted[0] == pytest.approx(1.0)
+    # The p with the least (p / 3 - 1)^2 + (p / 2 - 1)^2.
+    assert predicted[1] == pytest.approx((1 / 3 + 1 / 2) / (1 / 9 + 1 / 4))
+    assert predicted[1] == pytest.approx(predicted[2])
 
 
 def test_kernels_of_another_form_are_predicted_worse() -> None:
@@ -72,6 +109,6 @@ def test_too_little_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 4 are needed, there are 3"):
         fit_step(steps, LoraForm.MAX_RANK)
     with pytest.raises(ValueError, match="have rows and take time"):
-        fit_step([*steps, StepObservation(batch([8]), 0.0)], LoraForm.MAX_RANK)
+        fit_step([*steps, *steps, StepObservation(batch([8]), 0.0)], LoraForm.MAX_RANK)
     with pytest.raises(ValueError, match="at least one"):
         judge(StepCoefficients(), [])

@@ -54,7 +54,10 @@ def test_each_form_of_kernels_pays_for_what_it_reads() -> None:
     lora = {form: (COEFFICIENTS[form].parts(batch(mixed))[2], COEFFICIENTS[form].parts(batch(narrow))[2])
             for form in LoraForm}  # fmt: skip
     assert lora[LoraForm.PRESENT_BYTES] == pytest.approx(
-        (4 * 4e-6 + 88 * RANK_BYTES * 4e-13, 4 * 4e-6 + 32 * RANK_BYTES * 4e-13)
+        (
+            4e-4 + 4 * 4e-6 + 88 * (RANK_BYTES * 4e-13 + 2e-8),
+            4e-4 + 4 * 4e-6 + 32 * (RANK_BYTES * 4e-13 + 2e-8),
+        )
     )
     assert lora[LoraForm.MAX_RANK] == pytest.approx((4 * 64 * 4e-6, 4 * 8 * 4e-6))
     assert lora[LoraForm.SUM_OF_RANKS] == pytest.approx((88 * 3e-6, 32 * 3e-6))
@@ -70,7 +73,7 @@ def test_the_fixed_part_is_paid_once_where_prompts_ride() -> None:
     decodes, prompts = batch([8, 8]), batch([16])
     apart = dataclasses.replace(PROFILE, prompts_ride=False)
     both = apart.step_seconds(decodes, prompts)
-    assert both == PROFILE.decode_seconds(decodes) + PROFILE.prefill_seconds(prompts)
+    assert both == pytest.approx(PROFILE.decode_seconds(decodes) + PROFILE.prefill_seconds(prompts), rel=1e-12)
     assert both - PROFILE.step_seconds(decodes, prompts) == pytest.approx(PROFILE.prefill.fixed_seconds)
 
 
@@ -104,7 +107,7 @@ def test_a_profile_is_read_as_it_was_written(tmp_path: Path) -> None:
         ("[prefill]", "[prefil]", r"^profile\.prefil: unknown"),
         ("seconds_per_byte = 2e-11", 'seconds_per_byte = "fast"', r"^seconds_per_byte: must be a number, is 'fast'"),
         ("prompts_ride = true", "prompts_ride = 1", r"^prompts_ride: must be true or false, is 1"),
-        ('name = "a machine"', "", r"^profile: .*name"),
+        ('name = "a machine"', "", r"^profile\.name: is missing"),
         ("fixed_seconds = 0.005", "fixed_seconds = 0", r"^decode\.fixed_seconds: must be greater than 0"),
         ("fixed_seconds = 0.005", "fixed_seconds 0.005", r"profile\.toml: Expected"),
     ],
@@ -116,3 +119,51 @@ def test_a_profile_that_is_wrong_is_refused_by_the_fields_name(tmp_path: Path, o
     path.write_text(text.replace(old, new))
     with pytest.raises(ConfigError, match=error):
         from_table(CostProfile, read_toml(path), where="profile")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "seconds", "error"),
+    [
+        ((2, 1), (0.0, 1.0), "row_tokens: must be whole numbers from 1 on that rise"),
+        ((0, 1), (0.0, 1.0), "row_tokens: must be whole numbers from 1 on that rise"),
+        ((1, 2.5), (0.0, 1.0), "row_tokens: must be whole numbers from 1 on that rise"),
+        ((1, 2), (1.0, 0.5), "row_seconds: must be finite numbers from 0 on that never fall"),
+        ((1, 2), (-1.0, 0.5), "row_seconds: must be finite numbers from 0 on that never fall"),
+        ((1, 2), (0.0, math.nan), "row_seconds: must be finite numbers from 0 on that never fall"),
+        ((1, 2), (0.0, "1"), "row_seconds: must be finite numbers from 0 on that never fall"),
+        ((1, 2), (0.0,), "row_seconds: must be 2 as row_tokens, is"),
+    ],
+)
+def test_rows_that_are_no_rising_line_are_refused(tokens: object, seconds: object, error: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{error}"):
+        StepCoefficients(row_tokens=tokens, row_seconds=seconds)  # type: ignore[arg-type]
+
+
+def test_the_base_models_time_is_a_line_that_bends() -> None:
+    bent = StepCoefficients(fixed_seconds=1.0, row_tokens=(2, 4, 8), row_seconds=(0.5, 1.0, 4.0))
+    seconds = {rows: bent.base_seconds(rows) for rows in (0, 1, 2, 3, 4, 6, 8, 10)}
+    assert seconds == {0: 0.0, 1: 1.5, 2: 1.5, 3: 1.75, 4: 2.0, 6: 3.5, 8: 5.0, 10: 6.5}
+
+
+BENT = dataclasses.replace(
+    COEFFICIENTS[LoraForm.PRESENT_BYTES], row_tokens=(1, 2, 64, 256), row_seconds=(0.0, 1e-3, 1e-3, 9e-3)
+)
+
+
+@given(some=ranks, more=ranks)
+def test_more_rows_of_either_kind_never_cost_less_where_lines_bend(some: list[int], more: list[int]) -> None:
+    profile = dataclasses.replace(PROFILE, decode=BENT, prefill=dataclasses.replace(BENT, fixed_seconds=2e-3))
+    small, large = batch(some), batch(some).joined(batch(more))
+    for other in (EMPTY, batch(more)):
+        assert profile.step_seconds(small, other) <= profile.step_seconds(large, other) * (1 + 1e-12)
+        assert profile.step_seconds(other, small) <= profile.step_seconds(other, large) * (1 + 1e-12)
+    assert profile.step_seconds(small, batch(more)) >= max(
+        profile.decode_seconds(small), profile.prefill_seconds(batch(more))
+    ) * (1 - 1e-12)
+
+
+def test_scaled_coefficients_scale_their_parts() -> None:
+    load = batch([8, 64], rows=3)
+    scaled = BENT.scaled(2.0, 3.0, 0.5)
+    base, attention, lora = BENT.parts(load)
+    assert scaled.parts(load) == pytest.approx((2 * base, 3 * attention, 0.5 * lora))

@@ -22,6 +22,7 @@ _LLAMA3_PAGE_BYTES = 2 << 20
 
 def unloaded_time_per_token_seconds(profile: CostProfile, prompt_tokens: float, output_tokens: float) -> float:
     """A lone request's time per token without LoRA, from its arrival: prefill, then all tokens but the first."""
+    # Of a mean, which need not be whole; published profiles have no knee.
     prompt = profile.prefill.fixed_seconds + profile.prefill.seconds_per_token * prompt_tokens
     step_seconds = profile.decode_seconds(StepLoad(tokens=1))
     return (prompt + (output_tokens - 1) * step_seconds) / output_tokens

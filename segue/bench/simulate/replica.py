@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from segue.bench.simulate.config import ReplicaConfig, Targets
 from segue.bench.simulate.residency import NoPrefixes, SimulatedResidency
-from segue.bench.simulate.tally import Tally, context_tokens
 from segue.bench.simulate.workload import SimulatedRequest
 from segue.scheduler.batch import plan_step
 from segue.scheduler.cost_model import CostProfile, StepLoad
@@ -25,6 +24,7 @@ from segue.scheduler.plan import (
     pages_for,
 )
 from segue.scheduler.policy import PolicyName, prompt_seconds, step_order
+from segue.scheduler.tally import Tally, context_tokens
 from segue.scheduler.waiting import WaitingLine
 
 # What prompts took is forgotten over so many seconds of steps: some answers long.
@@ -87,6 +87,17 @@ class Flight:
     ends: float
 
 
+@dataclass(slots=True)
+class _Pass:
+    """A pass of an adapter that was loading when it began: ``layers`` are still to run, and it ends no earlier than
+    ``ready_at``."""
+
+    plan: PassPlan
+    load: StepLoad
+    layers: int
+    ready_at: float
+
+
 @dataclass(frozen=True, slots=True)
 class Begun:
     """What a plan has begun: a step that ends at ``ends`` (None: nothing to compute now), passes, and the copies of
@@ -111,6 +122,7 @@ class Replica:
         self._free_pages = config.pages
         self._queued_pages = 0
         self._flights = 0
+        self._passes: list[_Pass] = []
         self._decodes = Tally()
         self._prompts = Tally()
         self._step_rows: tuple[PassRows, ...] | None = None
@@ -192,12 +204,12 @@ class Replica:
         while plan.preempt and not (plan.batch or plan.passes):
             plan = self._plan(now)
             landings += self._make_room(plan)
-        if not plan.batch and not plan.passes:
+        if not plan.batch and not plan.passes and not self._passes:
             if not self._flights and not landings and not self._residency.landing:
                 raise SimulationError("no request can run, and nothing is under way that could change it")
             return Begun(None, (), landings)
         rows = self._rows_to_run(plan)
-        seconds, flights = self._time_of(rows, plan.passes, now)
+        seconds, flights = self._time_of(rows, plan, now)
         self._step_rows = rows
         return Begun(now + seconds, flights, landings)
 
@@ -340,32 +352,49 @@ class Replica:
             tally.add(self._admitted[rows.number].request.adapter, rows.count, context)
         return decodes.load, prompts.load
 
-    def _time_of(
-        self, batch: Sequence[PassRows], passes: Sequence[PassPlan], now: float
-    ) -> tuple[float, tuple[Flight, ...]]:
-        """Seconds of a step, and the passes that begin in it.
+    def _time_of(self, batch: Sequence[PassRows], plan: StepPlan, now: float) -> tuple[float, tuple[Flight, ...]]:
+        """Seconds of a step, and the passes that it brings to their end.
 
-        The device computes the rows of passes as well: each pass on its own, or all prompts in one iteration where
-        they do not ride. A pass ends with the step or, where its weights come later, when they have come.
+        The device computes the rows of passes as well: each pass on its own, layers between two steps of those that
+        decode, or all prompts in one iteration where they do not ride. A pass ends with the step or, where its weights
+        come later, when they have come.
         """
         decodes, prompts = self._loads(batch)
-        seconds, loads = 0.0, []
-        for item in passes:
+        cores = self._config.cpu_cores
+        for item in plan.passes:
             one, more = self._loads(item.rows)
-            loads.append(one.joined(more, shared_adapter=bool(one.tokens)))
-            if self.profile.prompts_ride:
-                seconds += self.profile.prefill_seconds(loads[-1])
-            else:
-                prompts = prompts.joined(loads[-1])
+            load = one.joined(more, shared_adapter=bool(one.tokens))
+            ready_at = now + self.profile.cold_prefill_seconds(load, cores)
+            self._passes.append(_Pass(item, load, self.profile.layers, ready_at))
+            if not self.profile.prompts_ride:
+                prompts = prompts.joined(load)
+        seconds = self._advance_passes(plan.layers_per_pass)
         seconds += self.profile.step_seconds(decodes, prompts)
         weight = math.exp(-seconds / SHARE_SECONDS)
         share = 1 - self.profile.decode_seconds(decodes) / seconds
         self._prompt_share += (1 - weight) * (share - self._prompt_share)
-        cores = self._config.cpu_cores
-        return seconds, tuple(
-            Flight(item, now + max(seconds, self.profile.cold_prefill_seconds(load, cores)))
-            for item, load in zip(passes, loads, strict=True)
-        )
+        over = [item for item in self._passes if not item.layers]
+        self._passes = [item for item in self._passes if item.layers]
+        return seconds, tuple(Flight(item.plan, max(now + seconds, item.ready_at)) for item in over)
+
+    def _advance_passes(self, most_layers: int | None) -> float:
+        """Run layers of the passes, at most so many of each; seconds that this takes.
+
+        Beside requests that decode a layer runs only when its weights have landed, or the CPU helps.
+        """
+        total, seconds = self.profile.layers, 0.0
+        for item in self._passes:
+            layers = item.layers
+            if self.profile.prompts_ride and most_layers is not None:
+                landed = total
+                if not self._config.cpu_cores:
+                    shares = map(self._residency.landed_share, item.plan.version_ids)
+                    landed = int(total * min(shares))
+                layers = max(0, min(layers, most_layers, item.layers - (total - landed)))
+            item.layers -= layers
+            if self.profile.prompts_ride:
+                seconds += self.profile.prefill_seconds(item.load) * layers / total
+        return seconds
 
     def _apply(self, batch: Sequence[PassRows], now: float) -> Sequence[Served]:
         done = []

@@ -35,6 +35,8 @@ class _Resident:
     warm: bool = False
     uses: float = 0.0
     used_at: float = 0.0
+    copy_from: float = 0.0
+    lands_at: float = 0.0
 
 
 class SimulatedResidency:
@@ -91,11 +93,21 @@ class SimulatedResidency:
         """Give the adapter its pages and book its copy. Returns the time at which it lands."""
         adapter = self._costs[version_id]
         copy_seconds = self._config.profile.copy_seconds(adapter.weight_bytes)
-        self._link_free_at = max(self._link_free_at, self.now) + copy_seconds
-        self._resident[version_id] = _Resident(self.pages_of(adapter), copy_seconds)
+        begins_at = max(self._link_free_at, self.now)
+        self._link_free_at = begins_at + copy_seconds
+        self._resident[version_id] = _Resident(
+            self.pages_of(adapter), copy_seconds, copy_from=begins_at, lands_at=self._link_free_at
+        )
         self.idle_pages += self._resident[version_id].pages
         self.landing += 1
         return self._link_free_at
+
+    def landed_share(self, version_id: int) -> float:
+        """How much of the adapter's weights has come."""
+        item = self._resident[version_id]
+        if item.warm or self.now >= item.lands_at:
+            return 1.0
+        return max(0.0, (self.now - item.copy_from) / (item.lands_at - item.copy_from))
 
     def land(self, version_id: int) -> None:
         """All of the adapter is on the device."""

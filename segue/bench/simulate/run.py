@@ -145,11 +145,12 @@ def run_simulate_bench(
     rows: list[Row] = []
     for placement in config.placements:
         progress(f"{placement} at {config.requests_per_second:.4g} requests/s")
-        rows += _rows(placement, simulate(config, placement, requests, config.requests_per_second), config)
-    return Report.here("simulate", _settings(config, search), rows)
+        rows += placement_rows(placement, simulate(config, placement, requests, config.requests_per_second), config)
+    return Report.here("simulate", simulation_settings(config, search), rows)
 
 
-def _rows(placement: str, measured: Measured, config: SimulationConfig) -> Sequence[Row]:
+def placement_rows(placement: str, measured: Measured, config: SimulationConfig) -> Sequence[Row]:
+    """Of one placement: the share that met the targets, the times, and preemptions."""
     common: Mapping[str, Any] = {
         "placement": placement,
         "batch": len(measured.ttft_seconds),
@@ -173,7 +174,8 @@ def _rows(placement: str, measured: Measured, config: SimulationConfig) -> Seque
     return rows
 
 
-def _settings(config: SimulationConfig, search: tuple[str, float] | None) -> Mapping[str, Any]:
+def simulation_settings(config: SimulationConfig, search: tuple[str, float] | None = None) -> Mapping[str, Any]:
+    """What a report says of the simulation."""
     settings = dataclasses.asdict(config)
     # JSON has no infinity: a target that is none is left out.
     settings["targets"] = {key: value for key, value in settings["targets"].items() if math.isfinite(value)}

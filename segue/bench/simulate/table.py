@@ -36,6 +36,19 @@ def placement_table(report: Report) -> Table:
     return table
 
 
+def comparison_table(report: Report) -> Table:
+    """By how much a simulation missed the engine's times."""
+    table = Table(box=None)
+    for place, name in enumerate(
+        ("simulated against the engine", "off by", f"within {report.settings['tolerance']:.0%}")
+    ):
+        table.add_column(name, justify="right" if place else "left")
+    for name, error in report.settings["prediction_errors"].items():
+        within = abs(error) <= report.settings["tolerance"]
+        table.add_row(name, f"{error:+.1%}", "yes" if within else "no")
+    return table
+
+
 def _line(name: str, rows: dict[str, Row], idle: Row | None) -> Sequence[str]:
     cells = [name, f"{_mean(rows['slo_attainment_fraction']):.1%}"]
     for measure in _TIMES:

@@ -58,9 +58,10 @@ def test_a_lone_request_takes_its_prefill_and_its_steps() -> None:
 
 def test_a_prompt_rides_in_the_step_of_another() -> None:
     first, second = run(asked(0, 0.0), asked(1, 1.0)).served
-    # From 3.0 on one step of a decode (0.1) and four rows (0.5 each), whose fixed part is paid once.
-    assert second.first_token == pytest.approx(3.0 + 1.0 + 0.1 + 4 * 0.5)
-    assert first.finished == pytest.approx(6.1 + 1.2)
+    # From 3.0 on one step, whose fixed part is paid once: its products are over the decode and four rows, together as
+    # much as over five rows of prompts.
+    assert second.first_token == pytest.approx(3.0 + 1.0 + 5 * 0.5)
+    assert first.finished == pytest.approx(6.5 + 1.2)
 
 
 def test_a_prompt_that_does_not_ride_interrupts_the_decodes() -> None:
@@ -75,6 +76,16 @@ def test_a_cold_adapter_streams_in_and_is_warm_afterwards() -> None:
     # The copy takes 8, the prefill 3: the longer, and one of four layers of the other.
     assert first.first_token == pytest.approx(8.0 + 3.0 / 4)
     assert second.first_token == pytest.approx(30.0 + 3.0)
+
+
+def test_a_cold_prompt_beside_a_decode_advances_layers_between_its_steps() -> None:
+    """Two of four layers between two steps, as far as the weights have come; no layer when nothing has."""
+    adapter = AdapterCost(7, 8, weight_bytes=2)
+    first, second = run(asked(0, 0.0, output=9), asked(1, 3.5, adapter=adapter)).served
+    # Decodes end at 3.0 + 1.1 k. At 4.1 the copy begins, and no layer has landed; at 5.2 half of the bytes have, so
+    # two layers run (half of 3.0) in that step, and at 7.8 the other two. Nobody else's step waits for the copy.
+    assert second.first_token == pytest.approx(4.1 + 1.1 + (1.1 + 1.5) + (1.1 + 1.5))
+    assert first.finished == pytest.approx(3.0 + 8 * 1.1 + 2 * 1.5 + 2 * 0.1)
 
 
 def test_an_adapter_gives_way_to_another_and_comes_back() -> None:

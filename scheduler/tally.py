@@ -1,4 +1,4 @@
-"""Sums over the requests of a replica that are kept up to date instead of being added up for every decision."""
+"""The load of a step as sums over requests, kept up to date instead of being added up for every decision."""
 
 from __future__ import annotations
 
