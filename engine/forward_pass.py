@@ -147,7 +147,10 @@ class ForwardPass:
                 self._enqueue(max_layers)
         if self.state is PassState.DRAINING and self._lane.is_quiet:
             is_lost = self._end_state is PassState.DONE and self._applier.has_lost_worker
-            self._move_to(PassState.LOST if is_lost else self._end_state)
+            end_state = PassState.LOST if is_lost else self._end_state
+            self._move_to(end_state)
+            if end_state is PassState.DONE:
+                self._applier.conclude([item.request.number for item in self.rows], self._lane.layer_seconds())
             self._end()
         return self.state
 

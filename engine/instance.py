@@ -13,7 +13,7 @@ from typing import Self
 import psutil
 import torch
 
-from segue.config import ConfigError
+from segue.config import ConfigError, require
 from segue.cpu_lora import CpuLoraConfig, JobRing, SharedLayout, SharedMemory, WorkerEvent, WorkerEventKind, WorkerPool
 from segue.engine.attention import TorchAttention
 from segue.engine.backend import Backend
@@ -25,6 +25,7 @@ from segue.engine.device_time import device_meter
 from segue.engine.lora.apply import LoraResources
 from segue.engine.lora.bridge import CpuBridge, HostTransport, RowTransport
 from segue.engine.lora.device_lora import TorchDeviceLora
+from segue.engine.lora.handover import HandoverPlanner, rank_elems
 from segue.engine.lora.manifest import Projection
 from segue.engine.lora.points import POINT_PROJECTIONS
 from segue.engine.lora.store import AdapterStore
@@ -40,7 +41,9 @@ from segue.engine.progress import ReportProgress, log_lines
 from segue.engine.rate import RateMeter
 from segue.engine.runner import PassRunner
 from segue.engine.sampler import Sampler
-from segue.scheduler.handoff import DeviceWhenLanded, FixedHandover, HandoffPolicy, LoadFirst, StreamLayers
+from segue.scheduler.cost_model import CostProfile
+from segue.scheduler.handoff import FixedHandover, FollowPlan, HandoffPolicy, LoadFirst, StreamLayers
+from segue.scheduler.handoff_costs import HandoffCosts, assumed_profile
 from segue.scheduler.plan import SchedulerLimits
 
 _LOG = logging.getLogger(__name__)
@@ -52,8 +55,12 @@ _ASSUMED_PREFILL_TOKENS_PER_SECOND = 1000.0
 class EngineInstance:
     """An engine with its threads and processes. ``wake_fd`` becomes readable when something arrived from them."""
 
-    def __init__(self, config: EngineConfig, report: ReportProgress | None = None) -> None:
+    def __init__(
+        self, config: EngineConfig, report: ReportProgress | None = None, profile: CostProfile | None = None
+    ) -> None:
         """Load the model and start everything, telling ``report`` how far that is; by default the log.
+
+        ``profile`` is what steps, copies and the CPU's help were measured to take on this machine.
 
         Raises ConfigError, UnsupportedModelError, MemoryError, OSError, ValueError.
         """
@@ -76,6 +83,7 @@ class EngineInstance:
         self.workers = WorkerPool(cpu_config, self._memory, on_event=self._on_worker_event)
         self.workers.start()
         shapes = dict(self._model_config.projection_shapes())
+        costs = handoff_costs(config, self._model_config, dtype.itemsize, profile)
         chunk_elems = choose_chunk_elems(self._pool.page_elems, {width for shape in shapes.values() for width in shape})
         self.store = AdapterStore(
             memory=self._host_store,
@@ -85,6 +93,7 @@ class EngineInstance:
             ops=_transfer_ops(self._pool, chunk_elems),
             streams=streams,
             staging_bytes=config.max_lora_rank * dtype.itemsize * sum(sum(shape) for shape in shapes.values()),
+            expected_copy_bytes_per_second=costs.copy_bytes_per_second,
             wake=self._wake,
         )
         ring = JobRing(self.workers)
@@ -94,6 +103,7 @@ class EngineInstance:
             store=self.store,
             bridge=self.bridge,
             policy=handoff_policy(config.handoff),
+            planner=self._handover_planner(costs, shapes, dtype.itemsize),
             device_lora=backend.lora,
             shapes=shapes,
             dtype=dtype,
@@ -245,6 +255,20 @@ class EngineInstance:
             raise ConfigError(f"device: 'cuda' needs cuda-bindings and triton, and {error}") from error
         return StreamTransport(ring, DriverFlags(self._memory.address, device))
 
+    def _handover_planner(
+        self, costs: HandoffCosts, shapes: dict[Projection, tuple[int, int]], item_bytes: int
+    ) -> HandoverPlanner | None:
+        if HandoffMode(self.config.handoff.mode) not in (HandoffMode.AUTO, HandoffMode.PLANNER):
+            return None
+        return HandoverPlanner(
+            store=self.store,
+            bridge=self.bridge,
+            costs=costs,
+            shapes=shapes,
+            item_bytes=item_bytes,
+            clock=time.monotonic,
+        )
+
     def _engine(self, runner: PassRunner, sampler: Sampler) -> Engine:
         config = self.config
         return Engine(
@@ -298,14 +322,38 @@ def _not_installed(error: ImportError) -> ConfigError:
 def handoff_policy(config: HandoffConfig) -> HandoffPolicy:
     """The policy that the configuration names."""
     match HandoffMode(config.mode):
-        case HandoffMode.AUTO:
-            return DeviceWhenLanded()
+        case HandoffMode.AUTO | HandoffMode.PLANNER:
+            return FollowPlan()
         case HandoffMode.FIXED:
             return FixedHandover(config.cpu_layers)
         case HandoffMode.STREAM:
             return StreamLayers()
         case HandoffMode.LOAD_FIRST:
             return LoadFirst()
+
+
+def handoff_costs(
+    config: EngineConfig, model: ModelConfig, item_bytes: int, profile: CostProfile | None
+) -> HandoffCosts:
+    """What the planner begins with: the profile, or what is assumed of a machine without one.
+
+    Raises ConfigError for a profile of a model with another number of layers.
+    """
+    weight = config.handoff.harm_weight
+    if profile is not None:
+        require(
+            profile.layers == model.layers, "profile", f"is of {profile.layers} layers, the model has {model.layers}"
+        )
+        return HandoffCosts.measured(profile, weight)
+    shapes = dict(model.projection_shapes())
+    assumed = assumed_profile(
+        layers=model.layers,
+        parameters=model.layers * sum(wide * high for wide, high in shapes.values()),
+        item_bytes=item_bytes,
+        rank_elems=rank_elems(shapes),
+        device=config.device,
+    )
+    return HandoffCosts.assumed(assumed, weight)
 
 
 def _cpu_config(config: EngineConfig, model: ModelConfig, item_bytes: int) -> CpuLoraConfig:

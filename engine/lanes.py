@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -41,6 +42,10 @@ class Lane(Protocol):
         """Nothing more is enqueued."""
         ...
 
+    def layer_seconds(self) -> Sequence[float]:
+        """What each layer took on the device, once the lane is quiet; empty where the caller's clock tells."""
+        ...
+
     @property
     def is_quiet(self) -> bool:
         """After ``end``: whether the device has done all of it. A lane that is quiet may serve another pass."""
@@ -68,6 +73,9 @@ class LoopLane:
     def end(self) -> None:
         """What is enqueued later comes later."""
 
+    def layer_seconds(self) -> Sequence[float]:
+        return ()
+
 
 class StreamLane:
     """A CUDA stream."""
@@ -76,6 +84,7 @@ class StreamLane:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._ended: torch.cuda.Event | None = None
         self._layers: deque[torch.cuda.Event] = deque()
+        self._marks: list[torch.cuda.Event] = []
 
     def begin(self) -> None:
         self._ended = None
@@ -83,6 +92,7 @@ class StreamLane:
         behind = torch.cuda.Event()  # type: ignore[no-untyped-call]
         behind.record()
         self._stream.wait_event(behind)
+        self._marks = [self._timed_mark()]
 
     def enter(self) -> AbstractContextManager[object]:
         return torch.cuda.stream(self._stream)
@@ -91,8 +101,8 @@ class StreamLane:
         self._stream.wait_event(event)
 
     def mark(self) -> None:
-        layer = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        layer.record(self._stream)
+        layer = self._timed_mark()
+        self._marks.append(layer)
         self._layers.append(layer)
 
     @property
@@ -104,6 +114,14 @@ class StreamLane:
     def end(self) -> None:
         self._ended = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._ended.record(self._stream)
+
+    def layer_seconds(self) -> Sequence[float]:
+        return [before.elapsed_time(after) / 1e3 for before, after in pairwise(self._marks)]
+
+    def _timed_mark(self) -> torch.cuda.Event:
+        mark = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        mark.record(self._stream)
+        return mark
 
     @property
     def is_quiet(self) -> bool:

@@ -1,0 +1,235 @@
+"""Plans of cold passes: what is known of a pass's layers goes to the planner, and what happened corrects its costs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from segue.engine.lora.bridge import CpuBridge
+from segue.engine.lora.manifest import Projection
+from segue.engine.lora.points import POINT_PROJECTIONS
+from segue.engine.lora.store import AdapterStore
+from segue.engine.memory.adapter_layout import AdapterLayout
+from segue.engine.timeline import LayerRecord
+from segue.scheduler.handoff import LayerSource
+from segue.scheduler.handoff_costs import HandoffCosts
+from segue.scheduler.handoff_plan import HandoffPlan, LayerOutlook, PrefillOutlook, plan_handoff
+
+_LOG = logging.getLogger(__name__)
+# A plan is made again when a layer is reached, or lands, earlier or later by more than this and this share of the rest.
+_DRIFT_SECONDS = 100e-6
+_DRIFT_SHARE = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWork:
+    """What one layer's deltas on the CPU take: ``rank`` in ranks of q, k, v and o, and bytes of each row, out and
+    back."""
+
+    rank: int
+    row_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Entered:
+    """A layer that the pass has entered, and whether the device could begin it at once."""
+
+    source: LayerSource
+    at_once: bool
+
+
+def rank_elems(shapes: Mapping[Projection, tuple[int, int]]) -> int:
+    """Elements of one rank of a layer's q, k, v and o, in and out together."""
+    return sum(sum(shapes[projection]) for projection in (Projection.Q, Projection.K, Projection.V, Projection.O))
+
+
+class HandoverPlanner:
+    """Plans the passes of one engine, and learns from each that ends."""
+
+    def __init__(
+        self,
+        *,
+        store: AdapterStore,
+        bridge: CpuBridge,
+        costs: HandoffCosts,
+        shapes: Mapping[Projection, tuple[int, int]],
+        item_bytes: int,
+        clock: Callable[[], float],
+    ) -> None:
+        """``shapes`` has each projection's (in, out) features, ``item_bytes`` are those of an element."""
+        self.costs = costs
+        self.clock = clock
+        self._store = store
+        self._bridge = bridge
+        self._shapes = dict(shapes)
+        self._rank_elems = rank_elems(shapes)
+        self._item_bytes = item_bytes
+        self._on_cpu: set[PassHandover] = set()
+
+    def begin(self, version_id: int, rows: int, *, cpu_allowed: bool) -> PassHandover:
+        """The hand-over of a pass over so many rows of one adapter. It must be ended or given up."""
+        work = self._work(self._store.device_layout(version_id))
+        return PassHandover(self, version_id, rows, work, cpu_allowed=cpu_allowed)
+
+    @property
+    def ready_workers(self) -> int:
+        return self._bridge.ready_workers
+
+    def plan(self, handover: PassHandover, layer: int) -> HandoffPlan:
+        """The plan for the layers from ``layer`` on."""
+        plan = plan_handoff(self._outlook(handover, layer))
+        if plan.cpu_layers:
+            self._on_cpu.add(handover)
+        else:
+            self._on_cpu.discard(handover)
+        return plan
+
+    def landing_seconds(self, version_id: int, layer: int) -> float | None:
+        """When a layer is expected on the device, in seconds from now: see ``AdapterStore.landing_seconds``."""
+        return self._store.landing_seconds(version_id)[layer]
+
+    def forget(self, handover: PassHandover) -> None:
+        """The pass uses the workers no longer."""
+        self._on_cpu.discard(handover)
+
+    def _outlook(self, handover: PassHandover, first_layer: int) -> PrefillOutlook:
+        store, costs = self._store, self.costs
+        version_id, rows = handover.version_id, handover.rows
+        others_on_cpu = len(self._on_cpu - {handover})
+        cores = self._bridge.ready_workers if handover.cpu_allowed else 0
+        # Jobs of several passes share the workers.
+        cores = max(1, cores // (1 + others_on_cpu)) if cores else 0
+        base_seconds = costs.base_seconds(rows)
+        landing = store.landing_seconds(version_id)
+        layers = []
+        for layer in range(first_layer, len(landing)):
+            work = handover.work[layer]
+            layers.append(
+                LayerOutlook(
+                    landing_seconds=landing[layer],
+                    in_host=store.is_in_host(version_id, layer),
+                    base_seconds=base_seconds,
+                    cpu_seconds=costs.cpu_seconds(rows, work.rank, cores),
+                    row_seconds=store.link_seconds(rows * work.row_bytes),
+                )
+            )
+        cpu_seconds = max((item.cpu_seconds for item in layers if item.cpu_possible), default=0.0)
+        row_seconds = max((item.row_seconds for item in layers), default=0.0)
+        others_loading = store.copying_versions - (store.link_seconds_left(version_id) > 0)
+        harm_seconds = costs.harm_weight * (others_on_cpu * cpu_seconds + others_loading * row_seconds)
+        return PrefillOutlook(
+            first_layer=first_layer,
+            layers=tuple(layers),
+            link_busy_seconds=store.link_seconds_left(None),
+            harm_seconds=harm_seconds,
+        )
+
+    def _work(self, layout: AdapterLayout) -> tuple[LayerWork, ...]:
+        work = []
+        for modules in layout.layers:
+            elems = sum(module.rank * (module.in_features + module.out_features) for module in modules)
+            present = {module.projection for module in modules}
+            row_elems = 0
+            for projections in POINT_PROJECTIONS.values():
+                used = [projection for projection in projections if projection in present]
+                if used:
+                    row_elems += self._shapes[used[0]][0] + sum(self._shapes[projection][1] for projection in used)
+            work.append(LayerWork(-(-elems // self._rank_elems), row_elems * self._item_bytes))
+        return tuple(work)
+
+
+class PassHandover:
+    """The plan of one pass while it runs, and what became of it."""
+
+    def __init__(
+        self, planner: HandoverPlanner, version_id: int, rows: int, work: tuple[LayerWork, ...], *, cpu_allowed: bool
+    ) -> None:
+        self.version_id = version_id
+        self.rows = rows
+        self.work = work
+        self.cpu_allowed = cpu_allowed
+        self._planner = planner
+        self._plan: HandoffPlan | None = None
+        self._plan_seconds = 0.0
+        self._first: tuple[float, HandoffPlan] | None = None
+        self._entered: list[_Entered] = []
+        self._cores = 0
+        self._plans = 0
+
+    def planned(self, layer: int) -> LayerSource | None:
+        """What the plan says of a layer that is reached, and has not landed; None where nothing is known of it."""
+        now = self._planner.clock()
+        if self._plan is None or self._is_stale(self._plan, layer, now):
+            self._plan, self._plan_seconds = self._planner.plan(self, layer), now
+            self._cores = self._planner.ready_workers
+            self._plans += 1
+            if self._first is None and self._plan.layers:
+                self._first = now, self._plan
+        planned = self._plan.layer(layer)
+        return None if planned is None else planned.source
+
+    def enter(self, source: LayerSource, *, at_once: bool) -> None:
+        """The pass enters its next layer; ``at_once``: on the CPU, or its weights had landed."""
+        self._entered.append(_Entered(source, at_once))
+
+    def conclude(self, requests: Sequence[int], records: Sequence[LayerRecord], lane_seconds: Sequence[float]) -> None:
+        """The pass has ended well. ``lane_seconds`` are what its layers took on the device, where that is measured
+        there: else ``records`` tell."""
+        self._planner.forget(self)
+        if self._first is None:
+            return
+        seconds = list(lane_seconds) or [record.end_seconds - record.start_seconds for record in records]
+        # On the device's own clock a layer that was waited for took the wait as well.
+        known = [(layer, item) for layer, item in enumerate(self._entered) if item.at_once or not lane_seconds]
+        cpu = [(self.work[layer].rank, self._cores) for layer, item in known if item.source is LayerSource.CPU]
+        if known:
+            measured = sum(seconds[layer] for layer, _ in known)
+            self._planner.costs = self._planner.costs.learned(self.rows, len(known), cpu, measured)
+        self._log(requests, records, sum(seconds[layer] for layer, _ in known))
+
+    def give_up(self) -> None:
+        """The pass ends without a result, or has ended."""
+        self._planner.forget(self)
+
+    def _is_stale(self, plan: HandoffPlan, layer: int, now: float) -> bool:
+        planned = plan.layer(layer)
+        if planned is None:
+            return True
+        elapsed = now - self._plan_seconds
+        allowed = max(_DRIFT_SECONDS, _DRIFT_SHARE * (plan.finish_seconds - planned.reach_seconds))
+        if elapsed > planned.start_seconds + allowed or elapsed < planned.reach_seconds - allowed:
+            return True
+        if planned.source is not LayerSource.WAIT:
+            return False
+        landing = self._planner.landing_seconds(self.version_id, layer)
+        return landing is None or elapsed + landing > planned.start_seconds + allowed
+
+    def _log(self, requests: Sequence[int], records: Sequence[LayerRecord], layer_seconds: float) -> None:
+        assert self._first is not None
+        began, plan = self._first
+        elapsed = (records[-1].end_seconds if records else self._planner.clock()) - began
+        planned_layers = [item.source for item in plan.layers]
+        scales = self._planner.costs.compute.scales
+        _LOG.info(
+            "hand-over requests=%s version=%d rows=%d first_layer=%d planned=%s happened=%s planned_seconds=%.6f "
+            "seconds=%.6f layer_seconds=%.6f plans=%d base_scale=%.3f cpu_scale=%.3f",
+            ",".join(map(str, requests)),
+            self.version_id,
+            self.rows,
+            plan.first_layer,
+            _runs(planned_layers),
+            _runs([item.source for item in self._entered]),
+            plan.finish_seconds,
+            elapsed,
+            layer_seconds,
+            self._plans,
+            scales[0],
+            scales[1],
+        )
+
+
+def _runs(sources: Sequence[LayerSource]) -> str:
+    """The sources of layers in order: ``cpu:3,device:29``."""
+    return ",".join(f"{source.value}:{len(list(run))}" for source, run in groupby(sources))
