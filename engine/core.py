@@ -33,8 +33,6 @@ from segue.errors import AdapterRejectedError, InternalError, InvalidRequestErro
 from segue.scheduler.plan import Admission, PassPlan, PassRows, SchedulerLimits, StepPlan, pages_for
 from segue.types import FinishReason
 
-_MAX_LOST_PASSES = 3
-
 
 class Engine:
     """One base model, its pool and its adapters. ``step`` is called as long as there is work.
@@ -56,11 +54,12 @@ class Engine:
         sampler: Sampler,
         clock: Callable[[], float],
         runs_ahead: bool = False,
+        cpu_decode: bool = True,
         meter: DeviceMeter | None = None,
         check_invariants: bool = False,
     ) -> None:
         """``prefill_rate`` is in tokens per second. ``runs_ahead``: enqueue a step before the one before is read.
-        ``meter`` measures the batches."""
+        ``cpu_decode``: CPU workers serve adapters without pages. ``meter`` measures the batches."""
         self._runner = runner
         self._pool = pool
         self._store = store
@@ -72,7 +71,9 @@ class Engine:
         self._check_invariants = check_invariants
         self._requests = RequestTable()
         self._kv = KvPages(pool, self._requests, prefill_rate=prefill_rate, clock=clock, prefix_cache=prefix_cache)
-        self._residency = Residency(store, pool, self._requests)
+        self._residency = Residency(
+            store, pool, self._requests, cpu_workers=lambda: bridge.ready_workers if cpu_decode else 0
+        )
         self._versions = AdapterVersions(
             store, self._residency, self._requests, pool_pages=pool.pages, forget_kv=self._kv.drop_version
         )
@@ -158,6 +159,7 @@ class Engine:
         self._progressed = False
         self._apply_store_events()
         self._bridge.reap()
+        self._residency.keep_in_host()
         if any(flight.needs_reading for flight in self._flights):
             self._settle(len(self._flights))
         plan = self._planner.plan(len(self._passes))
@@ -203,6 +205,8 @@ class Engine:
         self._kv.reclaim(plan.reclaim_pages)
         for number in plan.grow:
             self._kv.allocate(self._known(number), 1)
+        for item in plan.adapters:
+            self._residency.start_copy(item.version_id, item.pages)
         for admission in plan.admit:
             self._admit(admission)
         for pass_plan in plan.passes:
@@ -268,7 +272,7 @@ class Engine:
 
     def _start_pass(self, plan: PassPlan) -> None:
         rows = self._rows(plan.rows)
-        cpu_allowed = all(item.request.lost_passes < _MAX_LOST_PASSES for item in rows)
+        cpu_allowed = all(item.request.cpu_allowed for item in rows)
         self._passes.append(self._runner.start(rows, plan.version_id, cpu_allowed=cpu_allowed))
         for item in rows:
             item.request.in_pass = True

@@ -289,6 +289,7 @@ class EngineInstance:
             prefill_rate=RateMeter(_ASSUMED_PREFILL_TOKENS_PER_SECOND),
             sampler=sampler,
             runs_ahead=config.device == "cuda" if config.runs_ahead is None else config.runs_ahead,
+            cpu_decode=config.cpu_decode and config.handoff.helps,
             meter=self._meter,
             clock=time.monotonic,
             check_invariants=config.check_invariants,

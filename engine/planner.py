@@ -45,8 +45,14 @@ class StepPlanner:
             sole_pages=self._kv.sole_pages(request),
             version_id=request.version_id,
             in_flight=request.is_busy,
+            cpu_allowed=request.cpu_allowed,
         )
 
 
 def _queued(request: Request) -> QueuedRequest:
-    return QueuedRequest(number=request.number, tokens=len(request.token_ids), version_id=request.version_id)
+    return QueuedRequest(
+        number=request.number,
+        tokens=len(request.token_ids),
+        version_id=request.version_id,
+        cpu_allowed=request.cpu_allowed,
+    )

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from segue.engine.lora.store import AdapterStore
 from segue.engine.memory.pool import PagePool
+from segue.engine.request import RequestState
 from segue.engine.requests import RequestTable
 from segue.scheduler.eviction import EvictionCandidate
 from segue.types import Tier
 
 
 class Residency:
-    """Satisfies segue.scheduler.plan.AdapterResidency. Versions in ``pinned`` are never to be evicted."""
+    """Satisfies segue.scheduler.plan.AdapterResidency. Versions in ``pinned`` are never to be evicted.
 
-    def __init__(self, store: AdapterStore, pool: PagePool, requests: RequestTable) -> None:
+    ``cpu_workers`` tells how many workers can serve adapters without pages now.
+    """
+
+    def __init__(
+        self, store: AdapterStore, pool: PagePool, requests: RequestTable, cpu_workers: Callable[[], int]
+    ) -> None:
         self._store = store
         self._pool = pool
         self._requests = requests
+        self._cpu_workers = cpu_workers
         self.pinned: set[int] = set()
 
     @property
@@ -33,6 +40,18 @@ class Residency:
     def is_warm(self, version_id: int) -> bool:
         """Whether all layers are on the device and the read that brought them was verified."""
         return self._store.is_landed(version_id) and self._store.is_verified(version_id)
+
+    def runs_on_cpu(self, version_id: int) -> bool:
+        """Whether CPU workers can compute all deltas of an adapter without pages now, or when it has been read."""
+        return self._cpu_workers() > 0 and self._store.is_coming_to_host(version_id)
+
+    def keep_in_host(self) -> None:
+        """Have adapters without pages that admitted requests use read again, where others needed their host bytes."""
+        for request in self._requests.admitted:
+            version_id = request.version_id
+            if version_id is None or request.state is not RequestState.ADMITTED or self._store.has_pages(version_id):
+                continue
+            self._store.start_load(version_id)
 
     def evictable(self) -> Sequence[EvictionCandidate]:
         """Adapters whose pages can be had at once. A request that only waits does not keep its adapter's pages."""

@@ -2,6 +2,8 @@
 
 First come, first served. Progress rests on two rules. A request is admitted only when the pool has room for its
 adapter, its prompt's KV and one page more; and the oldest admitted request is never preempted, so it always ends.
+Without room for its adapter it is admitted where CPU workers can serve it alone; its adapter gets pages as soon as
+there are some. Where the workers fail the oldest, they are taken from younger requests: those of all are enough.
 A request is overtaken only while one that arrived before it computes the greater part of its prompt.
 """
 
@@ -12,6 +14,7 @@ from dataclasses import dataclass, field
 
 from segue.scheduler.eviction import choose_victims
 from segue.scheduler.plan import (
+    AdapterPages,
     AdapterResidency,
     Admission,
     AdmittedRequest,
@@ -45,8 +48,10 @@ def plan_step(
     Of the queue no more is read than is needed.
     """
     draft = _Draft(free_pages=free_pages, residency=residency, prefixes=prefixes, limits=limits)
+    draft.serve_oldest(admitted)
     draft.plan_decodes(admitted)
     decodes = len(draft.batch)
+    draft.plan_adapters(admitted)
     # Whoever was preempted for lack of pages must not be outrun by a newcomer that takes them.
     if not draft.preempt and not draft.starved:
         draft.plan_admissions(queue, limits.max_running - len(admitted))
@@ -56,6 +61,7 @@ def plan_step(
         preempt=tuple(draft.preempt),
         reclaim_pages=draft.reclaim_pages,
         grow=tuple(draft.grow),
+        adapters=tuple(draft.adapters),
         admit=tuple(draft.admit),
         batch=tuple(draft.batch),
         passes=tuple(draft.passes),
@@ -68,7 +74,8 @@ class _Draft:
     """A plan in the making; ``free_pages`` counts what its decisions have left.
 
     ``prompt_tokens`` are those of each request in ``admit``. ``held`` are the idle pages that admissions share, and
-    ``released_pages`` counts those that preemptions make idle.
+    ``released_pages`` counts those that preemptions make idle. ``reserved`` adapters have been given pages, or are used
+    by admissions; ``on_cpu`` are without pages and used by requests that are, or are to be, admitted.
     """
 
     free_pages: int
@@ -79,12 +86,14 @@ class _Draft:
     preempt: list[int] = field(default_factory=list)
     reclaim_pages: int = 0
     grow: list[int] = field(default_factory=list)
+    adapters: list[AdapterPages] = field(default_factory=list)
     admit: list[Admission] = field(default_factory=list)
     prompt_tokens: dict[int, int] = field(default_factory=dict)
     batch: list[PassRows] = field(default_factory=list)
     passes: list[PassPlan] = field(default_factory=list)
     starved: bool = False
     reserved: set[int] = field(default_factory=set)
+    on_cpu: set[int] = field(default_factory=set)
     held: set[int] = field(default_factory=set)
     released_pages: int = 0
 
@@ -132,7 +141,14 @@ class _Draft:
 
     def _take_page(self, younger: Sequence[AdmittedRequest]) -> bool:
         """Take one page, preempting the youngest of these requests until there is one; False when there is none."""
-        while not self.make_room(1):
+        if not self._preempt_for(1, younger):
+            return False
+        self.free_pages -= 1
+        return True
+
+    def _preempt_for(self, pages: int, younger: Sequence[AdmittedRequest], needed_version: int | None = None) -> bool:
+        """Have so many pages, preempting the youngest of these requests until there are; False when that is in vain."""
+        while not self.make_room(pages, needed_version):
             victims = (item for item in reversed(younger) if not item.in_flight and item.number not in self.preempt)
             victim = next(victims, None)
             if victim is None:
@@ -140,8 +156,55 @@ class _Draft:
             self.preempt.append(victim.number)
             self.free_pages += victim.own_pages
             self.released_pages += victim.sole_pages
-        self.free_pages -= 1
         return True
+
+    def serve_oldest(self, admitted: Sequence[AdmittedRequest]) -> None:
+        """Where the oldest request's adapter has no pages and the workers do not serve it, take them from younger ones.
+
+        Before anything else is decided: who is preempted takes part in nothing.
+        """
+        if not admitted or admitted[0].in_flight or not self._lacks_pages(admitted[0].version_id):
+            return
+        oldest = admitted[0]
+        if oldest.version_id is not None and not self._runs_on_cpu(oldest):
+            pages = self.residency.pages_to_reserve(oldest.version_id)
+            if self._preempt_for(pages + 1, admitted[1:], oldest.version_id):
+                self._give_pages(oldest.version_id, pages)
+            else:
+                self.starved = True
+
+    def _lacks_pages(self, version_id: int | None) -> bool:
+        """Whether an adapter has no pages, and has not been given any by this plan."""
+        if version_id is None or version_id in self.reserved:
+            return False
+        return self.residency.pages_to_reserve(version_id) > 0
+
+    def _give_pages(self, version_id: int, pages: int) -> None:
+        self.free_pages -= pages
+        self.reserved.add(version_id)
+        self.adapters.append(AdapterPages(version_id, pages))
+
+    def plan_adapters(self, admitted: Sequence[AdmittedRequest]) -> None:
+        """Give adapters that the CPU alone has served their pages, those of the oldest requests first."""
+        for request in admitted:
+            version_id = request.version_id
+            if version_id is None or request.number in self.preempt or not self._lacks_pages(version_id):
+                continue
+            pages = self.residency.pages_to_reserve(version_id)
+            if not (self.preempt or self.starved) and self.make_room(pages + 1, version_id):
+                self._give_pages(version_id, pages)
+            else:
+                self.on_cpu.add(version_id)
+
+    def _runs_on_cpu(self, request: AdmittedRequest | QueuedRequest) -> bool:
+        """Whether the request, whose adapter has no pages, can be served without."""
+        return request.cpu_allowed and request.version_id is not None and self.residency.runs_on_cpu(request.version_id)
+
+    def _joins_on_cpu(self, request: QueuedRequest) -> bool:
+        """Whether the request may be admitted without pages for its adapter. Half of the passes are left to adapters
+        that load: those are done with them soon."""
+        others = len(self.on_cpu - {request.version_id})
+        return others < self.limits.max_passes // 2 and self._runs_on_cpu(request)
 
     def plan_admissions(self, queue: Iterable[QueuedRequest], most: int) -> None:
         """Admit at most so many from the head of the queue, until one does not fit."""
@@ -165,11 +228,16 @@ class _Draft:
                 return
             self.held |= held
             if not self.make_room(adapter_pages + reserve, request.version_id):
-                self.held -= held
-                return
-            self.free_pages -= adapter_pages + kv_pages
-            if request.version_id is not None:
+                on_cpu = adapter_pages > 0 and self._joins_on_cpu(request)
+                if request.version_id is None or not on_cpu or not self.make_room(reserve, request.version_id):
+                    self.held -= held
+                    return
+                adapter_pages = 0
+                self.on_cpu.add(request.version_id)
+            elif request.version_id is not None:
                 self.reserved.add(request.version_id)
+                self.on_cpu.discard(request.version_id)
+            self.free_pages -= adapter_pages + kv_pages
             self.prompt_tokens[request.number] = request.tokens
             self.admit.append(
                 Admission(
@@ -213,7 +281,8 @@ class _Draft:
         stalled = {*self.preempt, *(rows.number for rows in self.batch)}
         for request in admitted:
             needs_page = request.pages * page_tokens < request.tokens and request.number not in self.grow
-            if not (request.in_flight or request.number in stalled or needs_page):
+            needs_adapter = request.version_id in self.on_cpu and not self._runs_on_cpu(request)
+            if not (request.in_flight or request.number in stalled or needs_page or needs_adapter):
                 count = request.tokens - request.computed_tokens
                 yield request.version_id, PassRows(request.number, request.computed_tokens, count)
         for item in self.admit:

@@ -11,11 +11,15 @@ from segue.scheduler.eviction import EvictionCandidate
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueuedRequest:
-    """A request that holds no pages. ``tokens`` counts its prompt and what it had generated before a preemption."""
+    """A request that holds no pages. ``tokens`` counts its prompt and what it had generated before a preemption.
+
+    ``cpu_allowed`` is False after CPU workers failed it too often.
+    """
 
     number: int
     tokens: int
     version_id: int | None
+    cpu_allowed: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +28,7 @@ class AdmittedRequest:
 
     Of its ``pages``, ``own_pages`` come free when it is preempted, and ``sole_pages`` are shared prefixes that no other
     request uses: they become idle then. ``in_flight``: some of its rows are in a pass that has not ended, so it can
-    neither be given rows nor be preempted.
+    neither be given rows nor be preempted. ``cpu_allowed`` is False after CPU workers failed it too often.
     """
 
     number: int
@@ -35,6 +39,7 @@ class AdmittedRequest:
     sole_pages: int
     version_id: int | None
     in_flight: bool
+    cpu_allowed: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +64,10 @@ class AdapterResidency(Protocol):
 
     def is_warm(self, version_id: int) -> bool:
         """Whether all layers are on the device and known to be right."""
+        ...
+
+    def runs_on_cpu(self, version_id: int) -> bool:
+        """Whether CPU workers can compute all deltas of an adapter without pages now."""
         ...
 
     def evictable(self) -> Sequence[EvictionCandidate]:
@@ -98,13 +107,21 @@ class SchedulerLimits:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Admission:
     """A request to admit: the first pages of its KV that are there already, the KV pages to give it besides, and the
-    pages to give its adapter (0: it has them or needs none)."""
+    pages to give its adapter (0: it has them, needs none, or is served by the CPU until there are some)."""
 
     number: int
     version_id: int | None
     cached_pages: int
     kv_pages: int
     adapter_pages: int
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterPages:
+    """Pages to give an adapter that the CPU alone has served so far."""
+
+    version_id: int
+    pages: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +135,7 @@ class PassRows:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassPlan:
-    """A pass to start for rows of an adapter that is still loading."""
+    """A pass to start for rows of an adapter that is still loading, or has no pages."""
 
     rows: tuple[PassRows, ...]
     version_id: int
@@ -130,14 +147,16 @@ class StepPlan:
 
     Requests in ``preempt`` give their pages back, adapters in ``evict`` theirs, and ``reclaim_pages`` idle pages are
     given up, after the admitted requests have taken hold of those they share. ``grow`` names requests that get one
-    more page. ``batch`` runs to its end in this step: the rows that decode, then rows of prompts whose adapters are
-    warm. ``layers_per_pass`` is how far each pass advances, None for as far as it can.
+    more page. ``adapters`` go over from the CPU to the device. ``batch`` runs to its end in this step: the rows that
+    decode, then rows of prompts whose adapters are warm. ``layers_per_pass`` is how far each pass advances, None for
+    as far as it can.
     """
 
     evict: tuple[int, ...] = ()
     preempt: tuple[int, ...] = ()
     reclaim_pages: int = 0
     grow: tuple[int, ...] = ()
+    adapters: tuple[AdapterPages, ...] = ()
     admit: tuple[Admission, ...] = ()
     batch: tuple[PassRows, ...] = ()
     passes: tuple[PassPlan, ...] = ()

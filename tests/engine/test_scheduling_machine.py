@@ -25,7 +25,7 @@ from segue.scheduler.plan import AdmittedRequest, PassRows, QueuedRequest, StepP
 from tests.scheduler.fakes import LIMITS, FakeResidency
 
 PAGES = 24
-NEEDS = {0: 3, 1: 5, 2: 8}
+NEEDS = {0: 3, 1: 7, 2: 12}
 LANDING_STEPS = 3
 PASS_STEPS = 2
 FIRST_TOKENS = tuple(range(10, 22))
@@ -94,7 +94,12 @@ class World:
         self.residency.in_use = self.requests.versions_in_use()
         running = [item for item in self.requests.admitted if item.state is RequestState.ADMITTED]
         plan = plan_step(
-            [QueuedRequest(number=r.number, tokens=len(r.token_ids), version_id=r.version_id) for r in self.queue],
+            [
+                QueuedRequest(
+                    number=r.number, tokens=len(r.token_ids), version_id=r.version_id, cpu_allowed=r.cpu_allowed
+                )
+                for r in self.queue
+            ],
             [self._admitted(request) for request in running],
             free_pages=self.pool.free_pages,
             passes_in_flight=len(self.flying),
@@ -115,7 +120,10 @@ class World:
         for item in plan.batch:
             version_id = self.known(item.number).version_id
             assert version_id is None or version_id in self.residency.warm, "a batch would wait for weights"
-        assert all(group.version_id in self.residency.resident for group in plan.passes), "a pass has no weights"
+        for group in plan.passes:
+            members = [self.known(item.number) for item in group.rows]
+            on_cpu = group.version_id in self.residency.on_cpu and all(item.cpu_allowed for item in members)
+            assert on_cpu or group.version_id in self.residency.resident, "a pass has no weights"
         self._commit(plan.batch)
         self._end_passes()
         return plan
@@ -167,14 +175,21 @@ class World:
         self.kv.reclaim(plan.reclaim_pages)
         for number in plan.grow:
             self.kv.allocate(self.known(number), 1)
+        for given in plan.adapters:
+            assert given.version_id in self.requests.versions_in_use(), "nobody uses it"
+            self._give_adapter(given.version_id, given.pages)
         for item in plan.admit:
             if item.adapter_pages:
                 assert item.version_id is not None
-                self.adapter_pages[item.version_id] = self.pool.allocate(item.adapter_pages, "adapter")
-                self.residency.resident.add(item.version_id)
-                self.landing[item.version_id] = self.steps + LANDING_STEPS
+                self._give_adapter(item.version_id, item.adapter_pages)
             self.requests.admit(self.known(item.number))
             self.kv.allocate(self.known(item.number), item.kv_pages)
+
+    def _give_adapter(self, version_id: int, pages: int) -> None:
+        assert version_id not in self.residency.resident, "it has its pages"
+        self.adapter_pages[version_id] = self.pool.allocate(pages, "adapter")
+        self.residency.resident.add(version_id)
+        self.landing[version_id] = self.steps + LANDING_STEPS
 
     def _commit(self, rows: tuple[PassRows, ...]) -> None:
         for item in rows:
@@ -218,6 +233,7 @@ class World:
             sole_pages=self.kv.sole_pages(request),
             version_id=request.version_id,
             in_flight=request.in_pass,
+            cpu_allowed=request.cpu_allowed,
         )
 
 
@@ -229,6 +245,7 @@ class Scheduling(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.world = World()
+        self.world.residency.on_cpu = set(NEEDS)
         self.number = 0
 
     @rule(
@@ -258,6 +275,18 @@ class Scheduling(RuleBasedStateMachine):
         if live:
             self.world.cancel(live[place % len(live)])
 
+    @rule(versions=st.sets(st.sampled_from([0, 1, 2])))
+    def have_workers_for(self, versions: set[int]) -> None:
+        """From now on CPU workers can serve these adapters without pages, and no others."""
+        self.world.residency.on_cpu = versions
+
+    @rule(place=st.integers(0, 30))
+    def lose_passes(self, place: int) -> None:
+        """The workers have failed a request too often."""
+        live = list(self.world.requests)
+        if live:
+            live[place % len(live)].lost_passes = 3
+
     @rule(version_id=st.sampled_from([0, 1, 2]))
     def close(self, version_id: int) -> None:
         if all(request.version_id != version_id for request in self.world.requests):
@@ -270,8 +299,9 @@ class Scheduling(RuleBasedStateMachine):
         self.world.check()
 
     def teardown(self) -> None:
-        """Every request ends, and then every page is free, idle or an adapter's."""
+        """Every request ends, also without workers, and then every page is free, idle or an adapter's."""
         world = self.world
+        world.residency.on_cpu = set()
         work = sum(len(r.submit.prompt_token_ids) + r.submit.max_tokens + 8 for r in world.requests)
         for _ in range(2 * work * (1 + len(world.requests))):
             if not len(world.requests):

@@ -22,12 +22,16 @@ class FakeResidency:
     resident: set[int] = field(default_factory=set)
     warm: set[int] = field(default_factory=set)
     in_use: set[int] = field(default_factory=set)
+    on_cpu: set[int] = field(default_factory=set)
 
     def pages_to_reserve(self, version_id: int) -> int:
         return 0 if version_id in self.resident else self.needs[version_id]
 
     def is_warm(self, version_id: int) -> bool:
         return version_id in self.warm
+
+    def runs_on_cpu(self, version_id: int) -> bool:
+        return version_id in self.on_cpu
 
     def evictable(self) -> Sequence[EvictionCandidate]:
         return [
