@@ -30,7 +30,7 @@ from segue.engine.sampling import SampledToken
 from segue.engine.timeline import LayerRecord
 from segue.engine.versions import AdapterVersions
 from segue.errors import AdapterRejectedError, InternalError, InvalidRequestError, OverloadedError, SegueError
-from segue.scheduler.plan import Admission, PassPlan, PassRows, SchedulerLimits, StepPlan, pages_for
+from segue.scheduler.plan import Admission, CpuService, PassPlan, PassRows, SchedulerLimits, StepPlan, pages_for
 from segue.types import FinishReason
 
 
@@ -54,12 +54,12 @@ class Engine:
         sampler: Sampler,
         clock: Callable[[], float],
         runs_ahead: bool = False,
-        cpu_decode: bool = True,
+        cpu_service: CpuService | None = None,
         meter: DeviceMeter | None = None,
         check_invariants: bool = False,
     ) -> None:
         """``prefill_rate`` is in tokens per second. ``runs_ahead``: enqueue a step before the one before is read.
-        ``cpu_decode``: CPU workers serve adapters without pages. ``meter`` measures the batches."""
+        ``cpu_service`` serves adapters without pages, if given. ``meter`` measures the batches."""
         self._runner = runner
         self._pool = pool
         self._store = store
@@ -71,13 +71,11 @@ class Engine:
         self._check_invariants = check_invariants
         self._requests = RequestTable()
         self._kv = KvPages(pool, self._requests, prefill_rate=prefill_rate, clock=clock, prefix_cache=prefix_cache)
-        self._residency = Residency(
-            store, pool, self._requests, cpu_workers=lambda: bridge.ready_workers if cpu_decode else 0
-        )
+        self._residency = Residency(store, pool, self._requests)
         self._versions = AdapterVersions(
             store, self._residency, self._requests, pool_pages=pool.pages, forget_kv=self._kv.drop_version
         )
-        self._planner = StepPlanner(self._requests, self._kv, self._residency, pool, limits)
+        self._planner = StepPlanner(self._requests, self._kv, self._residency, pool, limits, cpu_service)
         self._passes: list[ForwardPass] = []
         self._flights = Flights(sampler, clock)
         self._runs_ahead = runs_ahead

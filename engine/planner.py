@@ -8,20 +8,27 @@ from segue.engine.request import Request, RequestState
 from segue.engine.requests import RequestTable
 from segue.engine.residency import Residency
 from segue.scheduler.batch import plan_step
-from segue.scheduler.plan import AdmittedRequest, QueuedRequest, SchedulerLimits, StepPlan
+from segue.scheduler.plan import AdmittedRequest, CpuService, QueuedRequest, SchedulerLimits, StepPlan
 
 
 class StepPlanner:
     """Asks the scheduler for a plan, with what is under way taken as done."""
 
     def __init__(
-        self, requests: RequestTable, kv: KvPages, residency: Residency, pool: PagePool, limits: SchedulerLimits
+        self,
+        requests: RequestTable,
+        kv: KvPages,
+        residency: Residency,
+        pool: PagePool,
+        limits: SchedulerLimits,
+        cpu: CpuService | None,
     ) -> None:
         self._requests = requests
         self._kv = kv
         self._residency = residency
         self._pool = pool
         self._limits = limits
+        self._cpu = cpu
 
     def plan(self, passes_in_flight: int) -> StepPlan:
         """The next step, while ``passes_in_flight`` passes have not ended."""
@@ -33,6 +40,7 @@ class StepPlanner:
             residency=self._residency,
             prefixes=self._kv,
             limits=self._limits,
+            cpu=self._cpu,
         )
 
     def _admitted(self, request: Request) -> AdmittedRequest:
@@ -46,6 +54,7 @@ class StepPlanner:
             version_id=request.version_id,
             in_flight=request.is_busy,
             cpu_allowed=request.cpu_allowed,
+            remaining_tokens=request.submit.max_tokens - request.generated_tokens - request.ahead_tokens,
         )
 
 

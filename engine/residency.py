@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from segue.engine.lora.store import AdapterStore
@@ -14,18 +14,12 @@ from segue.types import Tier
 
 
 class Residency:
-    """Satisfies segue.scheduler.plan.AdapterResidency. Versions in ``pinned`` are never to be evicted.
+    """Satisfies segue.scheduler.plan.AdapterResidency. Versions in ``pinned`` are never to be evicted."""
 
-    ``cpu_workers`` tells how many workers can serve adapters without pages now.
-    """
-
-    def __init__(
-        self, store: AdapterStore, pool: PagePool, requests: RequestTable, cpu_workers: Callable[[], int]
-    ) -> None:
+    def __init__(self, store: AdapterStore, pool: PagePool, requests: RequestTable) -> None:
         self._store = store
         self._pool = pool
         self._requests = requests
-        self._cpu_workers = cpu_workers
         self.pinned: set[int] = set()
 
     @property
@@ -40,10 +34,6 @@ class Residency:
     def is_warm(self, version_id: int) -> bool:
         """Whether all layers are on the device and the read that brought them was verified."""
         return self._store.is_landed(version_id) and self._store.is_verified(version_id)
-
-    def runs_on_cpu(self, version_id: int) -> bool:
-        """Whether CPU workers can compute all deltas of an adapter without pages now, or when it has been read."""
-        return self._cpu_workers() > 0 and self._store.is_coming_to_host(version_id)
 
     def keep_in_host(self) -> None:
         """Have adapters without pages that admitted requests use read again, where others needed their host bytes."""

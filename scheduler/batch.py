@@ -2,14 +2,17 @@
 
 First come, first served. Progress rests on two rules. A request is admitted only when the pool has room for its
 adapter, its prompt's KV and one page more; and the oldest admitted request is never preempted, so it always ends.
-Without room for its adapter it is admitted where CPU workers can serve it alone; its adapter gets pages as soon as
-there are some. Where the workers fail the oldest, they are taken from younger requests: those of all are enough.
+Without room for its adapter it is admitted where CPU workers can serve it alone, and sooner than pages come free; its
+adapter gets pages as soon as there are some. Where the workers fail the oldest, they are taken from younger requests:
+those of all are enough.
 A request is overtaken only while one that arrived before it computes the greater part of its prompt.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from segue.scheduler.eviction import choose_victims
@@ -18,6 +21,7 @@ from segue.scheduler.plan import (
     AdapterResidency,
     Admission,
     AdmittedRequest,
+    CpuService,
     PassPlan,
     PassRows,
     PrefixMatch,
@@ -42,19 +46,20 @@ def plan_step(
     residency: AdapterResidency,
     prefixes: PrefixPages,
     limits: SchedulerLimits,
+    cpu: CpuService | None = None,
 ) -> StepPlan:
     """Plan one step. ``queue`` is in the order of arrival, ``admitted`` in the order of admission.
 
-    Of the queue no more is read than is needed.
+    Of the queue no more is read than is needed. Without ``cpu`` no adapter is served that has no pages.
     """
-    draft = _Draft(free_pages=free_pages, residency=residency, prefixes=prefixes, limits=limits)
+    draft = _Draft(free_pages=free_pages, residency=residency, prefixes=prefixes, limits=limits, cpu=cpu)
     draft.serve_oldest(admitted)
     draft.plan_decodes(admitted)
     decodes = len(draft.batch)
     draft.plan_adapters(admitted)
     # Whoever was preempted for lack of pages must not be outrun by a newcomer that takes them.
     if not draft.preempt and not draft.starved:
-        draft.plan_admissions(queue, limits.max_running - len(admitted))
+        draft.plan_admissions(queue, admitted)
     draft.plan_prompts(admitted, limits.max_passes - passes_in_flight)
     return StepPlan(
         evict=tuple(draft.evict),
@@ -82,6 +87,7 @@ class _Draft:
     residency: AdapterResidency
     prefixes: PrefixPages
     limits: SchedulerLimits
+    cpu: CpuService | None
     evict: list[int] = field(default_factory=list)
     preempt: list[int] = field(default_factory=list)
     reclaim_pages: int = 0
@@ -198,16 +204,30 @@ class _Draft:
 
     def _runs_on_cpu(self, request: AdmittedRequest | QueuedRequest) -> bool:
         """Whether the request, whose adapter has no pages, can be served without."""
-        return request.cpu_allowed and request.version_id is not None and self.residency.runs_on_cpu(request.version_id)
+        if self.cpu is None or request.version_id is None or not request.cpu_allowed:
+            return False
+        return self.cpu.pass_seconds(request.version_id, 1, 0.0) < math.inf
 
-    def _joins_on_cpu(self, request: QueuedRequest) -> bool:
-        """Whether the request may be admitted without pages for its adapter. Half of the passes are left to adapters
-        that load: those are done with them soon."""
+    def _joins_on_cpu(
+        self, request: QueuedRequest, rows: int, missing_pages: int, admitted: Sequence[AdmittedRequest]
+    ) -> bool:
+        """Whether the request, with so many rows to compute, is to be admitted without pages for its adapter.
+
+        Half of the passes are left to adapters that load: those are done with them soon.
+        """
         others = len(self.on_cpu - {request.version_id})
-        return others < self.limits.max_passes // 2 and self._runs_on_cpu(request)
+        if self.cpu is None or others >= self.limits.max_passes // 2 or not self._runs_on_cpu(request):
+            return False
+        step_seconds = self.cpu.step_seconds(len(admitted))
+        steps = steps_to_pages(admitted, missing_pages, self.cpu.held_pages)
+        wait_seconds = step_seconds * steps if steps < math.inf else math.inf
+        assert request.version_id is not None
+        passes = -(-rows // self.limits.budget_tokens)
+        return passes * self.cpu.pass_seconds(request.version_id, -(-rows // passes), step_seconds) <= wait_seconds
 
-    def plan_admissions(self, queue: Iterable[QueuedRequest], most: int) -> None:
-        """Admit at most so many from the head of the queue, until one does not fit."""
+    def plan_admissions(self, queue: Iterable[QueuedRequest], admitted: Sequence[AdmittedRequest]) -> None:
+        """Admit requests from the head of the queue beside those that are, until one does not fit."""
+        most = self.limits.max_running - len(admitted)
         passed_over = 0
         waiting = iter(queue)
         while len(self.admit) < most and passed_over < MOST_PASSED_OVER:
@@ -228,7 +248,9 @@ class _Draft:
                 return
             self.held |= held
             if not self.make_room(adapter_pages + reserve, request.version_id):
-                on_cpu = adapter_pages > 0 and self._joins_on_cpu(request)
+                rows = request.tokens - match.pages * self.limits.page_tokens
+                missing = adapter_pages + reserve - self.free_pages
+                on_cpu = adapter_pages > 0 and self._joins_on_cpu(request, rows, missing, admitted)
                 if request.version_id is None or not on_cpu or not self.make_room(reserve, request.version_id):
                     self.held -= held
                     return
@@ -288,6 +310,24 @@ class _Draft:
         for item in self.admit:
             start = item.cached_pages * page_tokens
             yield item.version_id, PassRows(item.number, start, self.prompt_tokens[item.number] - start)
+
+
+def steps_to_pages(admitted: Sequence[AdmittedRequest], missing_pages: int, held_pages: Callable[[int], int]) -> float:
+    """Steps until so many pages are expected to come free; infinite where they never do.
+
+    They do when requests end, and with the last user of an adapter the adapter's. A request ends after at most
+    ``remaining_tokens`` steps. When is not known; half of them is the mean where all numbers are as likely.
+    """
+    users = Counter(request.version_id for request in admitted)
+    freed = 0
+    for request in sorted(admitted, key=lambda item: item.remaining_tokens):
+        freed += request.own_pages + request.sole_pages
+        users[request.version_id] -= 1
+        if request.version_id is not None and users[request.version_id] == 0:
+            freed += held_pages(request.version_id)
+        if freed >= missing_pages:
+            return request.remaining_tokens / 2
+    return math.inf
 
 
 def _within(budget_tokens: int, members: Sequence[PassRows]) -> tuple[PassRows, ...]:

@@ -20,6 +20,7 @@ _COPY_BYTES_PER_SECOND = 10e9
 _CORE_OPERATIONS_PER_SECOND = 10e9
 _CORE_BYTES_PER_SECOND = 5e9
 _ROUND_TRIP_SECONDS = 100e-6
+_LAYER_SECONDS = 50e-6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +54,10 @@ class HandoffCosts:
         """Seconds of one layer of a prefill of so many rows, without deltas from the CPU."""
         return self.compute.scales[0] * self._base_seconds(tokens)
 
+    def step_seconds(self, requests: int) -> float:
+        """Seconds of a step in which so many requests decode."""
+        return self.compute.scales[0] * self.profile.decode_seconds(StepLoad(tokens=requests))
+
     def cpu_seconds(self, tokens: int, rank: int, cores: int) -> float:
         """Seconds that deltas of this rank from so many cores add to a layer. Infinite where there is no help."""
         return self.compute.scales[1] * self._cpu_seconds(tokens, rank, cores)
@@ -82,7 +87,7 @@ def assumed_profile(*, layers: int, parameters: int, item_bytes: int, rank_elems
     ``rank_elems``: elements of one rank of one layer's q, k, v and o, in and out together.
     """
     step = StepCoefficients(
-        fixed_seconds=parameters * item_bytes / _DEVICE_BYTES_PER_SECOND[device],
+        fixed_seconds=layers * _LAYER_SECONDS + parameters * item_bytes / _DEVICE_BYTES_PER_SECOND[device],
         seconds_per_token=2 * parameters / _DEVICE_OPERATIONS_PER_SECOND[device],
     )
     return CostProfile(

@@ -28,7 +28,8 @@ class AdmittedRequest:
 
     Of its ``pages``, ``own_pages`` come free when it is preempted, and ``sole_pages`` are shared prefixes that no other
     request uses: they become idle then. ``in_flight``: some of its rows are in a pass that has not ended, so it can
-    neither be given rows nor be preempted. ``cpu_allowed`` is False after CPU workers failed it too often.
+    neither be given rows nor be preempted. ``cpu_allowed`` is False after CPU workers failed it too often. It generates
+    at most ``remaining_tokens`` more.
     """
 
     number: int
@@ -40,6 +41,7 @@ class AdmittedRequest:
     version_id: int | None
     in_flight: bool
     cpu_allowed: bool = True
+    remaining_tokens: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,12 +68,25 @@ class AdapterResidency(Protocol):
         """Whether all layers are on the device and known to be right."""
         ...
 
-    def runs_on_cpu(self, version_id: int) -> bool:
-        """Whether CPU workers can compute all deltas of an adapter without pages now."""
-        ...
-
     def evictable(self) -> Sequence[EvictionCandidate]:
         """Adapters whose pages no admitted request, copy or step refers to."""
+        ...
+
+
+class CpuService(Protocol):
+    """CPU workers that serve adapters without pages, and what that takes."""
+
+    def pass_seconds(self, version_id: int, tokens: int, step_seconds: float) -> float:
+        """Seconds of a pass of so many rows of which they compute all deltas, between steps that take
+        ``step_seconds``; infinite where they cannot, now or when the adapter has been read."""
+        ...
+
+    def step_seconds(self, requests: int) -> float:
+        """Seconds of a step in which so many requests decode."""
+        ...
+
+    def held_pages(self, version_id: int) -> int:
+        """Pages that the adapter has."""
         ...
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 
 from segue.engine.lora.bridge import CpuBridge
 from segue.engine.lora.manifest import Projection
 from segue.engine.lora.points import POINT_PROJECTIONS
 from segue.engine.lora.store import AdapterStore
-from segue.engine.memory.adapter_layout import AdapterLayout
 from segue.engine.timeline import LayerRecord
 from segue.scheduler.handoff import LayerSource
 from segue.scheduler.handoff_costs import HandoffCosts
@@ -21,6 +21,8 @@ _LOG = logging.getLogger(__name__)
 # A plan is made again when a layer is reached, or lands, earlier or later by more than this and this share of the rest.
 _DRIFT_SECONDS = 100e-6
 _DRIFT_SHARE = 0.1
+# Versions of which it is kept what their layers take.
+_REMEMBERED = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +69,26 @@ class HandoverPlanner:
         self._rank_elems = rank_elems(shapes)
         self._item_bytes = item_bytes
         self._on_cpu: set[PassHandover] = set()
+        self._work = lru_cache(_REMEMBERED)(self._work_of)
 
     def begin(self, version_id: int, rows: int, *, cpu_allowed: bool) -> PassHandover:
         """The hand-over of a pass over so many rows of one adapter. It must be ended or given up."""
-        work = self._work(self._store.device_layout(version_id))
-        return PassHandover(self, version_id, rows, work, cpu_allowed=cpu_allowed)
+        return PassHandover(self, version_id, rows, self._work(version_id), cpu_allowed=cpu_allowed)
+
+    def cpu_layer_seconds(self, version_id: int, tokens: int) -> list[float]:
+        """What each layer of a pass of so many rows takes whose deltas all come from the CPU."""
+        cores = self._shared_cores(len(self._on_cpu))
+        base_seconds = self.costs.base_seconds(tokens)
+        return [
+            base_seconds
+            + max(self.costs.cpu_seconds(tokens, work.rank, cores), self._store.link_seconds(tokens * work.row_bytes))
+            for work in self._work(version_id)
+        ]
+
+    def _shared_cores(self, other_passes: int) -> int:
+        """Workers that a pass has when jobs of others share them; 0 where there are none."""
+        ready = self._bridge.ready_workers
+        return max(1, ready // (1 + other_passes)) if ready else 0
 
     @property
     def ready_workers(self) -> int:
@@ -98,9 +115,7 @@ class HandoverPlanner:
         store, costs = self._store, self.costs
         version_id, rows = handover.version_id, handover.rows
         others_on_cpu = len(self._on_cpu - {handover})
-        cores = self._bridge.ready_workers if handover.cpu_allowed else 0
-        # Jobs of several passes share the workers.
-        cores = max(1, cores // (1 + others_on_cpu)) if cores else 0
+        cores = self._shared_cores(others_on_cpu) if handover.cpu_allowed else 0
         base_seconds = costs.base_seconds(rows)
         landing = store.landing_seconds(version_id)
         layers = []
@@ -126,9 +141,9 @@ class HandoverPlanner:
             harm_seconds=harm_seconds,
         )
 
-    def _work(self, layout: AdapterLayout) -> tuple[LayerWork, ...]:
+    def _work_of(self, version_id: int) -> tuple[LayerWork, ...]:
         work = []
-        for modules in layout.layers:
+        for modules in self._store.device_layout(version_id).layers:
             elems = sum(module.rank * (module.in_features + module.out_features) for module in modules)
             present = {module.projection for module in modules}
             row_elems = 0

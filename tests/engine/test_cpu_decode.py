@@ -34,8 +34,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def small_pool(world: World, **config: object) -> EngineHarness:
-    """Room for two of the four adapters, and for the KV of four requests."""
-    settings: dict[str, object] = {"page_tokens": PAGE_TOKENS, "handoff": HandoffConfig(), **config}
+    """Room for two of the four adapters, and for the KV of four requests.
+
+    Without a planner, which would have some wait where that is sooner on this machine.
+    """
+    handoff = HandoffConfig(mode="fixed")
+    settings: dict[str, object] = {"page_tokens": PAGE_TOKENS, "handoff": handoff, **config}
     with EngineHarness(world.model_dir, world.adapters_dir, cpu_workers=0, page_tokens=PAGE_TOKENS) as harness:
         adapter_pages = harness.instance.store.device_pages(harness.open("a"))
     assert adapter_pages > KV_PAGES, "the KV's pages would hold a third adapter"

@@ -22,7 +22,7 @@ from segue.engine.requests import RequestTable
 from segue.engine.sampling_params import SamplingParams
 from segue.scheduler.batch import plan_step
 from segue.scheduler.plan import AdmittedRequest, PassRows, QueuedRequest, StepPlan, pages_for
-from tests.scheduler.fakes import LIMITS, FakeResidency
+from tests.scheduler.fakes import LIMITS, FakeCpuService, FakeResidency
 
 PAGES = 24
 NEEDS = {0: 3, 1: 7, 2: 12}
@@ -55,6 +55,7 @@ class World:
     """What an engine does with plans, one pass of each loading adapter ending ``PASS_STEPS`` steps after its start."""
 
     residency: FakeResidency = field(default_factory=lambda: FakeResidency(needs=NEEDS))
+    cpu: FakeCpuService = field(default_factory=FakeCpuService)
     landing: dict[int, int] = field(default_factory=dict)
     adapter_pages: dict[int, tuple[int, ...]] = field(default_factory=dict)
     flying: list[tuple[int, PassRows]] = field(default_factory=list)
@@ -106,6 +107,7 @@ class World:
             residency=self.residency,
             prefixes=self.kv,
             limits=LIMITS,
+            cpu=self.cpu,
         )
         if running:
             assert running[0].number not in plan.preempt, "the oldest was preempted"
@@ -122,7 +124,7 @@ class World:
             assert version_id is None or version_id in self.residency.warm, "a batch would wait for weights"
         for group in plan.passes:
             members = [self.known(item.number) for item in group.rows]
-            on_cpu = group.version_id in self.residency.on_cpu and all(item.cpu_allowed for item in members)
+            on_cpu = group.version_id in self.cpu.versions and all(item.cpu_allowed for item in members)
             assert on_cpu or group.version_id in self.residency.resident, "a pass has no weights"
         self._commit(plan.batch)
         self._end_passes()
@@ -245,7 +247,7 @@ class Scheduling(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.world = World()
-        self.world.residency.on_cpu = set(NEEDS)
+        self.world.cpu.versions = set(NEEDS)
         self.number = 0
 
     @rule(
@@ -278,7 +280,7 @@ class Scheduling(RuleBasedStateMachine):
     @rule(versions=st.sets(st.sampled_from([0, 1, 2])))
     def have_workers_for(self, versions: set[int]) -> None:
         """From now on CPU workers can serve these adapters without pages, and no others."""
-        self.world.residency.on_cpu = versions
+        self.world.cpu.versions = versions
 
     @rule(place=st.integers(0, 30))
     def lose_passes(self, place: int) -> None:
@@ -301,7 +303,7 @@ class Scheduling(RuleBasedStateMachine):
     def teardown(self) -> None:
         """Every request ends, also without workers, and then every page is free, idle or an adapter's."""
         world = self.world
-        world.residency.on_cpu = set()
+        world.cpu.versions = set()
         work = sum(len(r.submit.prompt_token_ids) + r.submit.max_tokens + 8 for r in world.requests)
         for _ in range(2 * work * (1 + len(world.requests))):
             if not len(world.requests):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -22,16 +23,12 @@ class FakeResidency:
     resident: set[int] = field(default_factory=set)
     warm: set[int] = field(default_factory=set)
     in_use: set[int] = field(default_factory=set)
-    on_cpu: set[int] = field(default_factory=set)
 
     def pages_to_reserve(self, version_id: int) -> int:
         return 0 if version_id in self.resident else self.needs[version_id]
 
     def is_warm(self, version_id: int) -> bool:
         return version_id in self.warm
-
-    def runs_on_cpu(self, version_id: int) -> bool:
-        return version_id in self.on_cpu
 
     def evictable(self) -> Sequence[EvictionCandidate]:
         return [
@@ -44,6 +41,27 @@ class FakeResidency:
             )
             for version_id in sorted(self.warm - self.in_use)
         ]
+
+
+@dataclass
+class FakeCpuService:
+    """Workers that serve these adapters, all passes in the same time, beside steps of one second."""
+
+    versions: set[int] = field(default_factory=set)
+    seconds: float = 0.0
+    held: dict[int, int] = field(default_factory=dict)
+
+    def pass_seconds(self, version_id: int, tokens: int, step_seconds: float) -> float:
+        assert tokens > 0
+        assert step_seconds in (0.0, 1.0)
+        return self.seconds if version_id in self.versions else math.inf
+
+    def step_seconds(self, requests: int) -> float:
+        assert requests >= 0
+        return 1.0
+
+    def held_pages(self, version_id: int) -> int:
+        return self.held.get(version_id, 0)
 
 
 @dataclass
@@ -106,6 +124,7 @@ def plan(
     residency: FakeResidency | None = None,
     prefixes: FakePrefixes | None = None,
     passes_in_flight: int = 0,
+    cpu: FakeCpuService | None = None,
 ) -> StepPlan:
     return plan_step(
         queue,
@@ -115,4 +134,5 @@ def plan(
         residency=residency or FakeResidency(),
         prefixes=prefixes or FakePrefixes(),
         limits=LIMITS,
+        cpu=cpu,
     )

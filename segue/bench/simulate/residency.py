@@ -58,10 +58,6 @@ class SimulatedResidency:
         resident = self._resident.get(version_id)
         return resident is not None and resident.warm
 
-    def runs_on_cpu(self, version_id: int) -> bool:  # noqa: ARG002
-        """There is no CPU help in the simulation."""
-        return False
-
     def evictable(self) -> Sequence[EvictionCandidate]:
         return [
             EvictionCandidate(
