@@ -150,7 +150,8 @@ class ForwardPass:
             end_state = PassState.LOST if is_lost else self._end_state
             self._move_to(end_state)
             if end_state is PassState.DONE:
-                self._applier.conclude([item.request.number for item in self.rows], self._lane.layer_seconds())
+                waiting = [item.request.number for item in self.rows if item.request.generated_tokens == 0]
+                self._applier.conclude(waiting, self._lane.layer_seconds())
             self._end()
         return self.state
 

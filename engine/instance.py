@@ -100,12 +100,12 @@ class EngineInstance:
         ring = JobRing(self.workers)
         self.bridge = CpuBridge(self.workers, ring, self._transport(ring, streams.device), self.store.link, self.store)
         backend = self._backend(model, chunk_elems)
-        planner = self._handover_planner(costs, shapes, dtype.itemsize)
+        self.planner = self._handover_planner(costs, shapes, dtype.itemsize)
         resources = LoraResources(
             store=self.store,
             bridge=self.bridge,
             policy=handoff_policy(config.handoff),
-            planner=planner,
+            planner=self.planner,
             device_lora=backend.lora,
             shapes=shapes,
             dtype=dtype,
@@ -113,7 +113,7 @@ class EngineInstance:
         )
         runner = PassRunner(model, self._pool, backend.attention, resources, backend.batches)
         self._meter = device_meter(config.device) if config.measure_device_time else None
-        self.engine = self._engine(runner, backend.sampler, planner)
+        self.engine = self._engine(runner, backend.sampler)
         self._host_store.wait_until_ready(min(self._host_store.extent_bytes, config.host_store_bytes))
 
     @classmethod
@@ -271,13 +271,13 @@ class EngineInstance:
             clock=time.monotonic,
         )
 
-    def _cpu_service(self, planner: HandoverPlanner | None) -> WorkerService | None:
+    def _cpu_service(self) -> WorkerService | None:
         config = self.config
         if not (config.cpu_decode and config.handoff.helps):
             return None
-        return WorkerService(self.store, self.bridge, planner, layers_per_step=config.layers_per_step)
+        return WorkerService(self.store, self.bridge, self.planner, layers_per_step=config.layers_per_step)
 
-    def _engine(self, runner: PassRunner, sampler: Sampler, planner: HandoverPlanner | None) -> Engine:
+    def _engine(self, runner: PassRunner, sampler: Sampler) -> Engine:
         config = self.config
         return Engine(
             runner=runner,
@@ -297,7 +297,7 @@ class EngineInstance:
             prefill_rate=RateMeter(_ASSUMED_PREFILL_TOKENS_PER_SECOND),
             sampler=sampler,
             runs_ahead=config.device == "cuda" if config.runs_ahead is None else config.runs_ahead,
-            cpu_service=self._cpu_service(planner),
+            cpu_service=self._cpu_service(),
             meter=self._meter,
             clock=time.monotonic,
             check_invariants=config.check_invariants,

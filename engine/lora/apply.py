@@ -190,7 +190,8 @@ class LoraApplier:
         self._lane.mark()
 
     def conclude(self, requests: Sequence[int], lane_seconds: Sequence[float]) -> None:
-        """The pass has ended well: what its layers took corrects the costs. ``lane_seconds``: see ``Lane``."""
+        """The pass, for which ``requests`` wait for their first token, has ended well: what its layers took corrects
+        the costs. ``lane_seconds``: see ``Lane.layer_seconds``."""
         for version_id, handover in self._handovers.items():
             handover.conclude(requests, self.records.get(version_id, ()), lane_seconds)
 

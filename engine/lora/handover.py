@@ -190,8 +190,10 @@ class PassHandover:
         self._entered.append(_Entered(source, at_once))
 
     def conclude(self, requests: Sequence[int], records: Sequence[LayerRecord], lane_seconds: Sequence[float]) -> None:
-        """The pass has ended well. ``lane_seconds`` are what its layers took on the device, where that is measured
-        there: else ``records`` tell."""
+        """The pass has ended well; ``requests`` wait for their first token.
+
+        ``lane_seconds`` are what its layers took on the device, where that is measured there: else ``records`` tell.
+        """
         self._planner.forget(self)
         if self._first is None:
             return
@@ -227,7 +229,8 @@ class PassHandover:
         elapsed = (records[-1].end_seconds if records else self._planner.clock()) - began
         planned_layers = [item.source for item in plan.layers]
         scales = self._planner.costs.compute.scales
-        _LOG.info(
+        _LOG.log(
+            logging.INFO if requests else logging.DEBUG,
             "hand-over requests=%s version=%d rows=%d first_layer=%d planned=%s happened=%s planned_seconds=%.6f "
             "seconds=%.6f layer_seconds=%.6f plans=%d base_scale=%.3f cpu_scale=%.3f",
             ",".join(map(str, requests)),

@@ -37,6 +37,8 @@ class EngineHarness:
     """Runs an engine step by step, with every invariant checked after every step and freed pages poisoned."""
 
     def __init__(self, model_dir: Path, adapters_dir: Path, **config: Any) -> None:
+        """``config`` are fields of EngineConfig, and ``profile``, a CostProfile, if the engine is to have one."""
+        profile = config.pop("profile", None)
         settings = {
             "model_dir": str(model_dir),
             "pages": 512,
@@ -47,7 +49,7 @@ class EngineHarness:
         }
         self.config = EngineConfig(**{**settings, **config})
         self.catalog = AdapterCatalog(adapters_dir, ModelConfig.load(model_dir), self.config.max_lora_rank)
-        self.instance = EngineInstance(self.config)
+        self.instance = EngineInstance(self.config, profile=profile)
         self.engine = self.instance.engine
         self.answers: dict[int, Answer] = {}
         self.version_failures: dict[int, str] = {}
