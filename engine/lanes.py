@@ -34,6 +34,11 @@ class Lane(Protocol):
         ...
 
     @property
+    def layers_ahead(self) -> int:
+        """Layers that were enqueued, and that the device has not done, when it was last looked."""
+        ...
+
+    @property
     def is_close(self) -> bool:
         """Whether the device has got so far that the next layer is at most two layers ahead of it."""
         ...
@@ -57,6 +62,7 @@ class LoopLane:
 
     is_quiet = True
     is_close = True
+    layers_ahead = 0
 
     def begin(self) -> None:
         """It is behind everything already."""
@@ -104,6 +110,10 @@ class StreamLane:
         layer = self._timed_mark()
         self._marks.append(layer)
         self._layers.append(layer)
+
+    @property
+    def layers_ahead(self) -> int:
+        return len(self._layers)
 
     @property
     def is_close(self) -> bool:

@@ -46,7 +46,7 @@ class LayerOutlook:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefillOutlook:
-    """The layers from ``first_layer`` on that a prefill has before it.
+    """The layers from ``first_layer`` on that a prefill has before it, the first of them in ``start_seconds``.
 
     The link is busy with copies for ``link_busy_seconds``. Each layer on the CPU costs other requests ``harm_seconds``
     together, already weighted: they count like the prefill's own.
@@ -56,6 +56,7 @@ class PrefillOutlook:
     layers: tuple[LayerOutlook, ...]
     link_busy_seconds: float
     harm_seconds: float = 0.0
+    start_seconds: float = 0.0
 
     @property
     def known_layers(self) -> tuple[LayerOutlook, ...]:
@@ -136,7 +137,7 @@ def follow(outlook: PrefillOutlook, on_cpu: Sequence[bool]) -> HandoffPlan:
     Its times are infinite from a layer on that cannot be served so.
     """
     planned = []
-    now = delay = harm = 0.0
+    now, delay, harm = outlook.start_seconds, 0.0, 0.0
     for layer, cpu in zip(outlook.known_layers, on_cpu, strict=True):
         reach = now
         if cpu:
@@ -193,7 +194,7 @@ class _Way:
 
 def _best_way(outlook: PrefillOutlook, layers: Sequence[LayerOutlook]) -> tuple[bool, ...]:
     """By dynamic programming over the layers: what comes later depends on the time, the delay and the CPU layers."""
-    ways = [_Way(0.0, 0.0, 0)]
+    ways = [_Way(outlook.start_seconds, 0.0, 0)]
     for layer in layers:
         best: dict[tuple[int, float], _Way] = {}
         for way in ways:

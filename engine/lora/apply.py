@@ -216,7 +216,7 @@ class LoraApplier:
         state = self._layer_state(version_id, layer)
         landed = state is LayerState.LANDED
         in_host = store.is_in_host(version_id, layer)
-        handover = self._handovers.get(version_id)
+        handover = None if landed or not in_host else self._handovers.get(version_id)
         view = LayerView(
             layer=layer,
             landed=landed,
@@ -225,7 +225,7 @@ class LoraApplier:
             in_host=in_host,
             ready_workers=self._resources.bridge.ready_workers,
             cpu_allowed=self._cpu_allowed,
-            planned=handover.planned(layer) if handover is not None and in_host and not landed else None,
+            planned=None if handover is None else handover.planned(layer, self._lane.layers_ahead),
         )
         if version_id in self.without_pages:
             return self._choose_without_pages(version_id, view)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,7 +19,7 @@ from segue.scheduler.handoff_costs import HandoffCosts
 from segue.scheduler.handoff_plan import HandoffPlan, LayerOutlook, PrefillOutlook, plan_handoff
 
 _LOG = logging.getLogger(__name__)
-# A plan is made again when a layer is reached, or lands, earlier or later by more than this and this share of the rest.
+# A plan is made again when a layer is reached, or begun, earlier or later by more than this and this share of the rest.
 _DRIFT_SECONDS = 100e-6
 _DRIFT_SHARE = 0.1
 # Versions of which it is kept what their layers take.
@@ -94,24 +95,20 @@ class HandoverPlanner:
     def ready_workers(self) -> int:
         return self._bridge.ready_workers
 
-    def plan(self, handover: PassHandover, layer: int) -> HandoffPlan:
-        """The plan for the layers from ``layer`` on."""
-        plan = plan_handoff(self._outlook(handover, layer))
+    def plan(self, handover: PassHandover, layer: int, start_seconds: float) -> HandoffPlan:
+        """The plan for the layers from ``layer`` on, which begins in ``start_seconds``."""
+        plan = plan_handoff(self._outlook(handover, layer, start_seconds))
         if plan.cpu_layers:
             self._on_cpu.add(handover)
         else:
             self._on_cpu.discard(handover)
         return plan
 
-    def landing_seconds(self, version_id: int, layer: int) -> float | None:
-        """When a layer is expected on the device, in seconds from now: see ``AdapterStore.landing_seconds``."""
-        return self._store.landing_seconds(version_id)[layer]
-
     def forget(self, handover: PassHandover) -> None:
         """The pass uses the workers no longer."""
         self._on_cpu.discard(handover)
 
-    def _outlook(self, handover: PassHandover, first_layer: int) -> PrefillOutlook:
+    def _outlook(self, handover: PassHandover, first_layer: int, start_seconds: float) -> PrefillOutlook:
         store, costs = self._store, self.costs
         version_id, rows = handover.version_id, handover.rows
         others_on_cpu = len(self._on_cpu - {handover})
@@ -132,13 +129,15 @@ class HandoverPlanner:
             )
         cpu_seconds = max((item.cpu_seconds for item in layers if item.cpu_possible), default=0.0)
         row_seconds = max((item.row_seconds for item in layers), default=0.0)
-        others_loading = store.copying_versions - (store.link_seconds_left(version_id) > 0)
+        own_load = any(seconds is not None and 0 < seconds < math.inf for seconds in landing)
+        others_loading = store.loads - own_load
         harm_seconds = costs.harm_weight * (others_on_cpu * cpu_seconds + others_loading * row_seconds)
         return PrefillOutlook(
             first_layer=first_layer,
             layers=tuple(layers),
-            link_busy_seconds=store.link_seconds_left(None),
+            link_busy_seconds=store.link_busy_seconds,
             harm_seconds=harm_seconds,
+            start_seconds=start_seconds,
         )
 
     def _work_of(self, version_id: int) -> tuple[LayerWork, ...]:
@@ -173,11 +172,15 @@ class PassHandover:
         self._cores = 0
         self._plans = 0
 
-    def planned(self, layer: int) -> LayerSource | None:
-        """What the plan says of a layer that is reached, and has not landed; None where nothing is known of it."""
+    def planned(self, layer: int, layers_ahead: int) -> LayerSource | None:
+        """What the plan says of a layer that is reached, and has not landed; None where nothing is known of it.
+
+        The device has not done the last ``layers_ahead`` layers before it.
+        """
         now = self._planner.clock()
-        if self._plan is None or self._is_stale(self._plan, layer, now):
-            self._plan, self._plan_seconds = self._planner.plan(self, layer), now
+        start_seconds = self._lead_seconds(layer, layers_ahead)
+        if self._plan is None or self._is_stale(self._plan, layer, now + start_seconds):
+            self._plan, self._plan_seconds = self._planner.plan(self, layer, start_seconds), now
             self._cores = self._planner.ready_workers
             self._plans += 1
             if self._first is None and self._plan.layers:
@@ -210,18 +213,27 @@ class PassHandover:
         """The pass ends without a result, or has ended."""
         self._planner.forget(self)
 
-    def _is_stale(self, plan: HandoffPlan, layer: int, now: float) -> bool:
+    def _lead_seconds(self, layer: int, layers_ahead: int) -> float:
+        """How long the device will take for what it has not done, of whose first layer half is taken as done."""
+        seconds = 0.0
+        for index, before in enumerate(range(layer - layers_ahead, layer)):
+            planned = None if self._plan is None else self._plan.layer(before)
+            whole = (
+                self._planner.costs.base_seconds(self.rows)
+                if planned is None
+                else planned.end_seconds - planned.start_seconds
+            )
+            seconds += whole if index else whole / 2
+        return seconds
+
+    def _is_stale(self, plan: HandoffPlan, layer: int, reach_seconds: float) -> bool:
+        """Whether the layer is reached at another time than was planned, by the clock."""
         planned = plan.layer(layer)
         if planned is None:
             return True
-        elapsed = now - self._plan_seconds
+        elapsed = reach_seconds - self._plan_seconds
         allowed = max(_DRIFT_SECONDS, _DRIFT_SHARE * (plan.finish_seconds - planned.reach_seconds))
-        if elapsed > planned.start_seconds + allowed or elapsed < planned.reach_seconds - allowed:
-            return True
-        if planned.source is not LayerSource.WAIT:
-            return False
-        landing = self._planner.landing_seconds(self.version_id, layer)
-        return landing is None or elapsed + landing > planned.start_seconds + allowed
+        return elapsed > planned.start_seconds + allowed or elapsed < planned.reach_seconds - allowed
 
     def _log(self, requests: Sequence[int], records: Sequence[LayerRecord], layer_seconds: float) -> None:
         assert self._first is not None

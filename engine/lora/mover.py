@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import time
 from collections.abc import Callable, Sequence
 from queue import Empty, SimpleQueue
 from typing import Protocol
@@ -19,6 +18,7 @@ import numpy.typing as npt
 import torch
 
 from segue.engine.device import DeviceStreams
+from segue.engine.lora.backlog import CopyBacklog
 from segue.engine.lora.copier import CopierThread
 from segue.engine.lora.events import LayerEnqueued, LayerHost, LayerLanded, LoadFailed, StoreEvent, Verified
 from segue.engine.lora.host_memory import HostExtents
@@ -41,9 +41,6 @@ from segue.engine.rate import RateMeter
 
 # Until the first transfers have been measured.
 _ASSUMED_READ_BYTES_PER_SECOND = 1e9
-_ASSUMED_COPY_BYTES_PER_SECOND = 10e9
-# What is late may come at any time, but it has not.
-_SOON_SECONDS = 1e-6
 
 
 class HostStore(Protocol):
@@ -74,7 +71,7 @@ class WeightMover:
         wake: Callable[[], None],
         ops: TransferOps,
         staging_bytes: int,
-        copy_bytes_per_second: float = _ASSUMED_COPY_BYTES_PER_SECOND,
+        copy_bytes_per_second: float,
     ) -> None:
         """``copy_bytes_per_second`` is what is expected of the link until copies have been measured."""
         self.extents = HostExtents(len(memory.store))
@@ -87,7 +84,7 @@ class WeightMover:
         self._events: list[StoreEvent] = []
         self._read_rate = RateMeter(_ASSUMED_READ_BYTES_PER_SECOND)
         self._copy_rate = RateMeter(min(link.bytes_per_second or copy_bytes_per_second, copy_bytes_per_second))
-        self._copying_since = 0.0
+        self._backlog = CopyBacklog(self._copy_rate)
         self._completions: SimpleQueue[Completion] = SimpleQueue()
         host = torch.from_numpy(memory.store)
         self._reader = ReaderThread(
@@ -173,8 +170,7 @@ class WeightMover:
             device.started += 1
             device.copies += 1
             host.copies += 1
-            if not self._copies:
-                self._copying_since = time.monotonic()
+            self._backlog.put(device, job.planned.host_bytes)
             self._copies[job] = (adapter, host, device)
             self._copier.put(job)
 
@@ -223,42 +219,28 @@ class WeightMover:
         """How long the link takes for so many bytes, at the rate measured so far."""
         return self._copy_rate.seconds_for(link_bytes)
 
-    def link_seconds_left(self, adapter: Adapter | None) -> float:
-        """How long the link will be busy with the copies of an adapter and all before them, or with all (None)."""
-        total = ahead = 0
-        for job, (user, _, _) in self._copies.items():
-            total += job.planned.host_bytes
-            if adapter is None or user is adapter:
-                ahead = total
-        return self._left(ahead)
-
     @property
-    def copying_versions(self) -> int:
+    def loads(self) -> int:
         """Adapters with copies under way."""
-        return len({job.version_id for job in self._copies})
+        return self._backlog.loads
 
-    def landing_seconds(self, adapter: Adapter) -> tuple[float | None, ...]:
+    def busy_seconds(self) -> float:
+        """For how long the link has copies to do."""
+        return self._backlog.busy_seconds()
+
+    def landing_seconds(self, adapter: Adapter) -> list[float | None]:
         """When each layer is expected to land, in seconds from now, behind the copies before it.
 
         0 where it has, infinite where the adapter has no pages, and None where it is not in host memory yet.
         """
         device = adapter.device
         if device is None:
-            return (math.inf,) * len(adapter.layers)
-        expected: list[float | None] = [0.0 if state is LayerState.LANDED else None for state in adapter.layers]
-        ahead = 0
-        for job, (_, _, target) in self._copies.items():
-            ahead += job.planned.host_bytes
-            if target is device:
-                expected[job.layer] = self._left(ahead)
-        return tuple(expected)
-
-    def _left(self, ahead_bytes: int) -> float:
-        """Seconds until so many bytes of the copies under way are through; those that are late come at once."""
-        if not ahead_bytes:
-            return 0.0
-        under_way_seconds = time.monotonic() - self._copying_since
-        return max(self._copy_rate.seconds_for(ahead_bytes) - under_way_seconds, _SOON_SECONDS)
+            return [math.inf] * len(adapter.layers)
+        expected = iter(self._backlog.landing_seconds(device))
+        return [
+            0.0 if state is LayerState.LANDED else next(expected) if state in UNDER_WAY else None
+            for state in adapter.layers
+        ]
 
     def close(self, adapters: Sequence[Adapter]) -> None:
         """Stop the threads and give back every page and descriptor of ``adapters``, which are all there are."""
@@ -275,6 +257,7 @@ class WeightMover:
     def check(self, adapters: Sequence[Adapter]) -> None:
         """Raise AssertionError unless jobs, host bytes, pages and the copies of ``adapters``, all there are, agree."""
         self.extents.check()
+        self._backlog.check()
         hosts = [adapter.host for adapter in adapters if adapter.host is not None]
         for host in self._leaving_hosts:
             assert host not in hosts, f"the host copy at {host.offset} is both used and dropped"
@@ -342,7 +325,7 @@ class WeightMover:
 
     def _on_copy_ended(self, done: CopyEnded) -> Adapter:
         adapter, host, device = self._copies.pop(done.job)
-        self._copying_since = done.monotonic_seconds
+        self._backlog.end(device, done.job.planned.host_bytes, done.monotonic_seconds)
         layer = done.job.layer
         host.copies -= 1
         device.copies -= 1

@@ -65,7 +65,7 @@ class AdapterStore:
         ops: TransferOps | None = None,
         streams: DeviceStreams | None = None,
         staging_bytes: int = 0,
-        expected_copy_bytes_per_second: float | None = None,
+        expected_copy_bytes_per_second: float = 10e9,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """``expected_copy_bytes_per_second`` is taken for the link's rate until copies have been measured."""
@@ -85,11 +85,7 @@ class AdapterStore:
             wake=wake,
             ops=ops or TransferOps(),
             staging_bytes=staging_bytes,
-            **(
-                {}
-                if expected_copy_bytes_per_second is None
-                else {"copy_bytes_per_second": expected_copy_bytes_per_second}
-            ),
+            copy_bytes_per_second=expected_copy_bytes_per_second,
         )
 
     # -- versions and their users ------------------------------------------------------------------------------------
@@ -228,7 +224,7 @@ class AdapterStore:
         device = self._adapters[version_id].device
         return None if device is None else device.landing_events[layer]
 
-    def landing_seconds(self, version_id: int) -> tuple[float | None, ...]:
+    def landing_seconds(self, version_id: int) -> list[float | None]:
         """When each layer is expected to land, in seconds from now, behind the copies before it.
 
         0 where it has, infinite where the version has no pages, and None where it is not in host memory yet.
@@ -239,14 +235,15 @@ class AdapterStore:
         """How long the link to the device takes for so many bytes, at the rate measured so far."""
         return self._mover.link_seconds(link_bytes)
 
-    def link_seconds_left(self, version_id: int | None) -> float:
-        """How long the link will be busy with the copies of a version and all before them, or with all (None)."""
-        return self._mover.link_seconds_left(None if version_id is None else self._adapters[version_id])
+    @property
+    def link_busy_seconds(self) -> float:
+        """For how long the link has copies to do."""
+        return self._mover.busy_seconds()
 
     @property
-    def copying_versions(self) -> int:
+    def loads(self) -> int:
         """Versions with copies under way."""
-        return self._mover.copying_versions
+        return self._mover.loads
 
     def is_coming_to_host(self, version_id: int) -> bool:
         """Whether all layers are in host memory, or are being read."""

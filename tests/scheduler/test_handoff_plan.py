@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -86,6 +87,7 @@ def outlooks(draw: st.DrawFn, max_layers: int) -> PrefillOutlook:
         layers=tuple(layers),
         link_busy_seconds=now + draw(st.floats(0, 3e-3)),
         harm_seconds=draw(st.sampled_from((0.0, 1e-4, 2e-3))),
+        start_seconds=draw(st.sampled_from((0.0, 1e-3))),
     )
 
 
@@ -110,7 +112,8 @@ def test_never_worse_than_one_source_for_all(item: PrefillOutlook) -> None:
     landing = [layer.landing_seconds for layer in layers]
     if landing and all(seconds is not None for seconds in landing):
         whole = max(seconds for seconds in landing if seconds is not None)
-        assert plan.cost_seconds <= whole + sum(layer.base_seconds for layer in layers) + ROUNDING
+        base_seconds = sum(layer.base_seconds for layer in layers)
+        assert plan.cost_seconds <= max(whole, item.start_seconds) + base_seconds + ROUNDING
 
 
 @settings(max_examples=200, deadline=None)
@@ -119,7 +122,7 @@ def test_a_plan_is_what_it_says(item: PrefillOutlook) -> None:
     """Its layers follow one another, start when they may, and are those that something is known of."""
     plan = plan_handoff(item)
     assert len(plan.layers) == len(item.known_layers)
-    reach = 0.0
+    reach = item.start_seconds
     for index, (layer, planned) in enumerate(zip(item.known_layers, plan.layers, strict=True)):
         assert plan.layer(item.first_layer + index) is planned
         assert planned.reach_seconds == reach
@@ -169,6 +172,13 @@ def test_harm_to_others_counts() -> None:
     plan = plan_handoff(outlook(landing, base=50 * MICRO, cpu=100 * MICRO, harm=400 * MICRO))
     assert plan.cpu_layers == 0
     assert plan.harm_seconds == 0
+
+
+def test_what_the_device_still_does_hides_a_landing() -> None:
+    """The host reaches a layer 500 us before the device does: one that lands meanwhile is not waited for."""
+    item = outlook([300 * MICRO] * 2, cpu=50 * MICRO)
+    assert sources(plan_handoff(item))[0] is LayerSource.CPU
+    assert sources(plan_handoff(replace(item, start_seconds=500 * MICRO))) == [LayerSource.DEVICE] * 2
 
 
 def test_without_pages_all_is_on_the_cpu() -> None:
