@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import os
 import resource
@@ -68,6 +69,9 @@ def _run(channel: Channel[ToEngine]) -> int:
         channel.send(StartFailed(f"{type(error).__name__}: {error}"))
         return 1
     with instance:
+        # What there is now stays: collecting over it again and again would hold steps up.
+        gc.collect()
+        gc.freeze()
         channel.send(instance.ready())
         serve(instance, channel)
     return 0

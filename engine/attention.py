@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from segue.engine.batch import RowBatch, SequenceRows
 from segue.engine.memory.pool import PagePool
+from segue.engine.models.rope import RotaryEmbedding, apply_rotary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +91,11 @@ class AttentionStep(Protocol):
     """Attention of one batch, through all layers."""
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store keys and values [rows, kv_heads, head_dim] and attend with ``q`` [rows, heads, head_dim]: the same."""
+        """Rotate queries [rows, heads, head_dim] and keys [rows, kv_heads, head_dim] at the rows' positions, store keys
+        and values, and attend: [rows, heads, head_dim].
+
+        ``q`` and ``k`` may be overwritten.
+        """
         ...
 
     def close(self) -> None:
@@ -109,9 +114,10 @@ class AttentionBackend(Protocol):
 class TorchAttention:
     """In torch, on any device, in any dtype and for any shape. ``windows`` has each layer's, as in AttentionPlan."""
 
-    def __init__(self, pool: PagePool, windows: Sequence[int | None]) -> None:
+    def __init__(self, pool: PagePool, windows: Sequence[int | None], rotary: RotaryEmbedding) -> None:
         self._pool = pool
         self._windows = tuple(windows)
+        self._rotary = rotary
 
     def begin(self, batch: RowBatch) -> TorchAttentionStep:
         device = self._pool.data.device
@@ -120,25 +126,35 @@ class TorchAttention:
         }
         on_device = batch.to(device)
         return TorchAttentionStep(
-            self._pool, [plans[window] for window in self._windows], on_device.slot_pages, on_device.slot_offsets
+            self._pool,
+            [plans[window] for window in self._windows],
+            self._rotary.cos_sin(on_device.positions, self._pool.dtype),
+            on_device.slot_pages,
+            on_device.slot_offsets,
         )
 
 
 class TorchAttentionStep:
-    """See AttentionStep. ``plans`` has one for each layer."""
+    """See AttentionStep. ``plans`` has one for each layer, ``cos_sin`` [rows, head_dim] each."""
 
     def __init__(
-        self, pool: PagePool, plans: Sequence[AttentionPlan], slot_pages: Tensor, slot_offsets: Tensor
+        self,
+        pool: PagePool,
+        plans: Sequence[AttentionPlan],
+        cos_sin: tuple[Tensor, Tensor],
+        slot_pages: Tensor,
+        slot_offsets: Tensor,
     ) -> None:
         self._pool = pool
         self._plans = plans
+        self._cos_sin = cos_sin
         self._slot_pages = slot_pages
         self._slot_offsets = slot_offsets
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         kv = self._pool.kv(layer)
-        write_kv(kv, self._slot_pages, self._slot_offsets, k, v)
-        return paged_attention(q, kv, self._plans[layer])
+        write_kv(kv, self._slot_pages, self._slot_offsets, apply_rotary(k, *self._cos_sin), v)
+        return paged_attention(apply_rotary(q, *self._cos_sin), kv, self._plans[layer])
 
     def close(self) -> None:
         """It holds nothing."""

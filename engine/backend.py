@@ -6,15 +6,16 @@ from dataclasses import dataclass, field
 
 from segue.engine.attention import AttentionBackend
 from segue.engine.lora.device_lora import DeviceLora
-from segue.engine.runner import BatchRunner
+from segue.engine.runner import BatchRunner, PassPreparer
 from segue.engine.sampler import Sampler, TorchSampler
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backend:
-    """``batches`` is None where a batch runs as any other pass."""
+    """``batches`` and ``passes`` are None where batches, and passes of loading adapters, run operation by operation."""
 
     lora: DeviceLora
     attention: AttentionBackend
     batches: BatchRunner | None = None
+    passes: PassPreparer | None = None
     sampler: Sampler = field(default_factory=TorchSampler)

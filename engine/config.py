@@ -72,9 +72,10 @@ class EngineConfig:
 
     ``budget_tokens`` bounds the rows of one pass, and ``chunk_tokens`` the rows of prompts that ride in a step with
     requests that decode. ``max_passes`` bounds the passes of loading adapters under way, and ``layers_per_step`` how
-    many layers each of them advances between two steps with decodes. ``runs_ahead`` enqueues a step before the tokens
-    of the one before are read; None does where the device computes beside the engine. ``measure_device_time`` has the
-    state tell how long the device computes and waits.
+    many layers each of them advances between two steps with decodes. Adapters in host memory that begin to land
+    together share a pass of ``merged_rows`` rows; None does where the device computes beside the engine, 0 is a pass
+    for each. ``runs_ahead`` enqueues a step before the tokens of the one before are read; None does where the device
+    computes beside the engine. ``measure_device_time`` has the state tell how long the device computes and waits.
 
     ``cpu_workers`` may be 0: then every adapter is served by streaming; worker i is pinned to ``cpu_cores[i]`` where
     given, and is replaced after ``cpu_stall_seconds`` without progress on a job. ``cpu_decode``: a request whose
@@ -107,6 +108,7 @@ class EngineConfig:
     cpu_decode: bool = True
     max_passes: int = 16
     layers_per_step: int = 2
+    merged_rows: int | None = None
     runs_ahead: bool | None = None
     record_ahead: bool = True
     measure_device_time: bool = False
@@ -138,6 +140,7 @@ class EngineConfig:
             "max_passes",
             "layers_per_step",
         )
+        require((self.merged_rows or 0) >= 0, "merged_rows", f"must not be negative, is {self.merged_rows}")
         require(self.cpu_workers >= 0, "cpu_workers", f"must not be negative, is {self.cpu_workers}")
         require(self.memory_fraction <= 1, "memory_fraction", f"must be at most 1, is {self.memory_fraction}")
         if self.pages is not None:

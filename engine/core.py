@@ -251,6 +251,10 @@ class Engine:
         for request in self._requests:
             if request.version_id == version_id and request.state is not RequestState.ENDING:
                 self._fail(request, AdapterRejectedError(message))
+        for item in self._passes:
+            if any(rows.request.version_id == version_id for rows in item.rows):
+                # It would wait for weights that never come. Rows of other adapters in it are computed again.
+                item.close()
 
     def _preempt(self, request: Request) -> None:
         self._kv.release(request)
@@ -271,7 +275,7 @@ class Engine:
     def _start_pass(self, plan: PassPlan) -> None:
         rows = self._rows(plan.rows)
         cpu_allowed = all(item.request.cpu_allowed for item in rows)
-        self._passes.append(self._runner.start(rows, plan.version_id, cpu_allowed=cpu_allowed))
+        self._passes.append(self._runner.start(rows, cpu_allowed=cpu_allowed))
         for item in rows:
             item.request.in_pass = True
 

@@ -86,23 +86,20 @@ class ForwardPass:
     """Rows of one or more requests on their way through the layers. Drive it inside ``torch.inference_mode()``.
 
     ``run`` is the model's generator; it yields between layers and whenever ``applier`` is blocked, and returns logits
-    [len(rows), vocab], one row for the last token of each request's rows. ``attention`` is closed with the pass. Its
-    pages may not change hands before it is DONE, LOST or CLOSED; then ``end`` is called once.
+    [len(rows), vocab], one row for the last token of each request's rows. ``attention`` is closed with the pass, if
+    it is given. Its pages may not change hands before it is DONE, LOST or CLOSED; then ``end`` is called once.
     """
 
     def __init__(
         self,
         rows: tuple[RequestRows, ...],
-        version_id: int | None,
         applier: LoraApplier,
-        attention: AttentionStep,
+        attention: AttentionStep | None,
         run: Generator[None, None, Tensor],
         lane: Lane,
         end: Callable[[], None],
     ) -> None:
-        """``version_id`` is the adapter that was still loading at the start, None for a warm pass."""
         self.rows = rows
-        self.version_id = version_id
         self.state = PassState.RESTING
         self._applier = applier
         self._attention = attention
@@ -185,7 +182,8 @@ class ForwardPass:
 
     def _drain(self, end_state: PassState) -> None:
         self._applier.close()
-        self._attention.close()
+        if self._attention is not None:
+            self._attention.close()
         self._lane.end()
         self._end_state = end_state
         self._move_to(PassState.DRAINING)

@@ -37,6 +37,7 @@ from segue.engine.memory.prepared_store import PreparedStore
 from segue.engine.messages import Ready, StartProgress, State
 from segue.engine.models.config import ModelConfig
 from segue.engine.models.decoder import DecoderModel
+from segue.engine.models.rope import RotaryEmbedding
 from segue.engine.pool_size import PageNeeds, cpu_pages, cuda_pages
 from segue.engine.progress import ReportProgress, log_lines
 from segue.engine.rate import RateMeter
@@ -51,6 +52,8 @@ _LOG = logging.getLogger(__name__)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Until the first prompts have been measured.
 _ASSUMED_PREFILL_TOKENS_PER_SECOND = 1000.0
+# Up to about so many rows a pass takes the time in which the device reads the model's weights.
+_MERGED_ROWS = 128
 
 
 class EngineInstance:
@@ -111,7 +114,7 @@ class EngineInstance:
             dtype=dtype,
             clock=time.monotonic,
         )
-        runner = PassRunner(model, self._pool, backend.attention, resources, backend.batches)
+        runner = PassRunner(model, self._pool, backend.attention, resources, backend.batches, backend.passes)
         self._meter = device_meter(config.device) if config.measure_device_time else None
         self.engine = self._engine(runner, backend.sampler)
         self._host_store.wait_until_ready(min(self._host_store.extent_bytes, config.host_store_bytes))
@@ -244,7 +247,11 @@ class EngineInstance:
                 dict(self._model_config.projection_shapes()),
                 chunk_elems,
             ),
-            attention=TorchAttention(self._pool, self._model_config.sliding_windows),
+            attention=TorchAttention(
+                self._pool,
+                self._model_config.sliding_windows,
+                RotaryEmbedding(self._model_config.rope, self._model_config.head_dim),
+            ),
         )
 
     def _transport(self, ring: JobRing, device: torch.device) -> RowTransport:
@@ -291,6 +298,7 @@ class EngineInstance:
                 budget_tokens=config.budget_tokens,
                 chunk_tokens=config.chunk_tokens,
                 layers_per_step=config.layers_per_step,
+                merged_rows=_merged_rows(config),
             ),
             max_waiting=config.max_waiting,
             prefix_cache=config.prefix_cache,
@@ -339,6 +347,12 @@ def handoff_policy(config: HandoffConfig) -> HandoffPolicy:
             return StreamLayers()
         case HandoffMode.LOAD_FIRST:
             return LoadFirst()
+
+
+def _merged_rows(config: EngineConfig) -> int:
+    if config.merged_rows is not None:
+        return config.merged_rows
+    return _MERGED_ROWS if config.device == "cuda" else 0
 
 
 def handoff_costs(

@@ -35,6 +35,10 @@ class Residency:
         """Whether all layers are on the device and the read that brought them was verified."""
         return self._store.is_landed(version_id) and self._store.is_verified(version_id)
 
+    def is_in_host(self, version_id: int) -> bool:
+        """Whether nothing is left to read from disk, and what was read was verified."""
+        return self._store.tier(version_id) is not Tier.DISK and self._store.is_verified(version_id)
+
     def keep_in_host(self) -> None:
         """Have adapters without pages that admitted requests use read again, where others needed their host bytes."""
         for request in self._requests.admitted:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Protocol
 
 import torch
@@ -27,6 +27,29 @@ class BatchRunner(Protocol):
         ...
 
 
+class PreparedPass(Protocol):
+    """A pass that finds all that the host must bring for it. Nothing of it runs before ``forward`` is advanced."""
+
+    def forward(self, lora: LoraApplier) -> Generator[None, None, Tensor]:
+        """See ``DecoderModel.forward``. The logits are valid until another pass begins."""
+        ...
+
+    def end(self) -> None:
+        """The pass has ended, on the device as well."""
+        ...
+
+
+class PassPreparer(Protocol):
+    """Prepares passes that run faster than operation by operation."""
+
+    def begin(self, rows: Sequence[RequestRows], segments: Sequence[LoraSegment]) -> PreparedPass | None:
+        """A pass over these rows, behind all that the loop thread has enqueued; None for one that it does not run.
+
+        The adapters have been given their pages.
+        """
+        ...
+
+
 class PassRunner:
     """Starts passes. It decides nothing: which rows, and when they advance, comes from the scheduler's plan."""
 
@@ -37,60 +60,79 @@ class PassRunner:
         attention: AttentionBackend,
         resources: LoraResources,
         batches: BatchRunner | None = None,
+        passes: PassPreparer | None = None,
     ) -> None:
-        """Batches that ``batches`` does not run are passes like all others."""
+        """What ``batches`` and ``passes`` do not run is run operation by operation."""
         self._batches = batches
+        self._passes = passes
         self._model = model
         self._pool = pool
         self._attention = attention
         self._resources = resources
         self._lanes = Lanes.on(model.device)
 
-    def start(self, rows: Sequence[RequestRows], version_id: int, *, cpu_allowed: bool) -> ForwardPass:
-        """A pass over these rows that has not run yet, beside the loop's work; the adapter is still loading."""
+    def start(self, rows: Sequence[RequestRows], *, cpu_allowed: bool) -> ForwardPass:
+        """A pass over these rows that has not run yet, beside the loop's work; their adapters are still loading."""
         lane = self._lanes.take()
-        return self._pass(rows, version_id, lane, lambda: self._lanes.give_back(lane), cpu_allowed=cpu_allowed)
+        ordered = _by_version(rows)
+        segments = _segments(ordered)
+        # What it writes to tables that batches read as well belongs to the loop's own order.
+        applier = LoraApplier(segments, self._resources, lane, cpu_allowed=cpu_allowed)
+        prepared = self._prepared(ordered, segments)
+        lane.begin()
+        if prepared is None:
+            return self._pass(ordered, applier, lane, lambda: self._lanes.give_back(lane))
+
+        def end() -> None:
+            prepared.end()
+            self._lanes.give_back(lane)
+
+        return ForwardPass(ordered, applier, None, prepared.forward(applier), lane, end)
 
     @torch.inference_mode()
     def run(self, rows: Sequence[RequestRows]) -> PassResult:
         """Run these rows, whose adapters have all landed, to the end."""
+        ordered = _by_version(rows)
+        segments = _segments(ordered)
         if self._batches is not None:
-            ordered = _by_version(rows)
-            logits = self._batches.run(ordered, _segments(ordered))
+            logits = self._batches.run(ordered, segments)
             if logits is not None:
                 return PassResult(ordered, logits, {})
-        forward_pass = self._pass(rows, None, LoopLane(), lambda: None, cpu_allowed=False)
+        lane = LoopLane()
+        applier = LoraApplier(segments, self._resources, lane, cpu_allowed=False)
+        forward_pass = self._pass(ordered, applier, lane, lambda: None)
         state = forward_pass.advance(None)
         if state is not PassState.DONE:
             raise RuntimeError(f"a batch is {state.value}: it must never wait")
         return forward_pass.result
 
+    def _prepared(self, rows: Sequence[RequestRows], segments: Sequence[LoraSegment]) -> PreparedPass | None:
+        has_pages = self._resources.store.has_pages
+        if self._passes is None or not all(has_pages(segment.version_id) for segment in segments):
+            return None
+        return self._passes.begin(rows, segments)
+
     def _pass(
         self,
-        rows: Sequence[RequestRows],
-        version_id: int | None,
+        rows: tuple[RequestRows, ...],
+        applier: LoraApplier,
         lane: Lane,
         end: Callable[[], None],
-        *,
-        cpu_allowed: bool,
     ) -> ForwardPass:
-        ordered = _by_version(rows)
+        """One that runs operation by operation, in a lane that has begun."""
         batch = build_batch(
             [
                 SequenceInput(token_ids=item.token_ids, context_tokens=item.start, pages=item.request.pages)
-                for item in ordered
+                for item in rows
             ],
             page_tokens=self._pool.page_tokens,
         )
-        # What it writes to tables that batches read as well belongs to the loop's own order.
-        applier = LoraApplier(_segments(ordered), self._resources, lane, cpu_allowed=cpu_allowed)
-        lane.begin()
         with lane.enter():
             attention = self._attention.begin(batch)
             on_device = batch.to(self._model.device)
-            fill_pending(on_device.token_ids, pending_rows(ordered))
+            fill_pending(on_device.token_ids, pending_rows(rows))
         run = self._model.forward(on_device, attention, applier)
-        return ForwardPass(ordered, version_id, applier, attention, run, lane, end)
+        return ForwardPass(rows, applier, attention, run, lane, end)
 
 
 def _by_version(rows: Sequence[RequestRows]) -> tuple[RequestRows, ...]:

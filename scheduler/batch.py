@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from segue.scheduler.eviction import choose_victims
@@ -282,7 +282,7 @@ class _Draft:
         return self.residency.pages_to_reserve(version_id)
 
     def plan_prompts(self, admitted: Sequence[AdmittedRequest], max_new_passes: int) -> None:
-        """Rows of warm adapters join the batch, oldest first; the others go in a pass for each adapter."""
+        """Rows of warm adapters join the batch, oldest first; the others go in passes."""
         budget_tokens = self.limits.chunk_tokens if self.batch else self.limits.budget_tokens
         warm: list[PassRows] = []
         cold: dict[int, list[PassRows]] = {}
@@ -292,10 +292,26 @@ class _Draft:
             else:
                 cold.setdefault(version_id, []).append(rows)
         self.batch.extend(_within(budget_tokens, warm))
+        self.passes.extend(self._passes(cold)[:max_new_passes])
+
+    def _passes(self, cold: Mapping[int, Sequence[PassRows]]) -> list[PassPlan]:
+        """A pass for each adapter; adapters in host memory, which no disk holds up, share one of ``merged_rows``."""
+        budget_tokens = self.limits.budget_tokens
+        passes: list[PassPlan] = []
+        shared, left = -1, 0
         for version_id, members in cold.items():
-            if len(self.passes) >= max_new_passes:
-                return
-            self.passes.append(PassPlan(rows=_within(self.limits.budget_tokens, members), version_id=version_id))
+            count = sum(rows.count for rows in members)
+            can_share = version_id not in self.on_cpu and self.residency.is_in_host(version_id)
+            if can_share and count <= left:
+                before = passes[shared]
+                passes[shared] = PassPlan(rows=(*before.rows, *members), version_ids=(*before.version_ids, version_id))
+                left -= count
+                continue
+            passes.append(PassPlan(rows=_within(budget_tokens, members), version_ids=(version_id,)))
+            own_left = min(self.limits.merged_rows, budget_tokens) - count
+            if can_share and own_left > left:
+                shared, left = len(passes) - 1, own_left
+        return passes
 
     def _uncomputed(self, admitted: Sequence[AdmittedRequest]) -> Iterator[tuple[int | None, PassRows]]:
         """All rows that could run now and do not decode in this step's batch, those of newcomers last."""

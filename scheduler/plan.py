@@ -68,6 +68,10 @@ class AdapterResidency(Protocol):
         """Whether all layers are on the device and known to be right."""
         ...
 
+    def is_in_host(self, version_id: int) -> bool:
+        """Whether all layers can be copied to the device now, and are known to be right."""
+        ...
+
     def evictable(self) -> Sequence[EvictionCandidate]:
         """Adapters whose pages no admitted request, copy or step refers to."""
         ...
@@ -117,6 +121,7 @@ class SchedulerLimits:
     budget_tokens: int
     chunk_tokens: int
     layers_per_step: int
+    merged_rows: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,10 +155,10 @@ class PassRows:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassPlan:
-    """A pass to start for rows of an adapter that is still loading, or has no pages."""
+    """A pass to start for rows of adapters that are still loading, or of one that has no pages."""
 
     rows: tuple[PassRows, ...]
-    version_id: int
+    version_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
-from flashinfer.page import append_paged_kv_cache
 from flashinfer.prefill import BatchPrefillWithPagedKVCacheWrapper
 from torch import Tensor
 
@@ -15,6 +14,7 @@ from segue.engine.batch import RowBatch
 from segue.engine.cuda.batch_shapes import ATTENTION_BYTES
 from segue.engine.cuda.graph_attention import window_left
 from segue.engine.memory.pool import PagePool
+from segue.gpu_kernels.rope_kv import rotate_and_store
 
 SERVED_HEAD_DIMS = (64, 128, 256)
 SERVED_DTYPES = (torch.float16, torch.bfloat16)
@@ -42,14 +42,6 @@ class PageIndices:
             last_page_tokens=torch.tensor([(tokens - 1) % page_tokens + 1 for tokens in total_tokens]).int(),
         )
 
-    def to(self, device: torch.device) -> PageIndices:
-        """The same on ``device``."""
-        return PageIndices(
-            indptr=self.indptr.to(device),
-            indices=self.indices.to(device),
-            last_page_tokens=self.last_page_tokens.to(device),
-        )
-
 
 class FlashInferAttention:
     """See AttentionBackend. Serves 16-bit dtypes and head dims of 64, 128 or 256.
@@ -57,15 +49,16 @@ class FlashInferAttention:
     A batch that is under way keeps its plan in wrappers of its own, which serve a later batch when it is closed.
     """
 
-    def __init__(self, pool: PagePool, windows: Sequence[int | None], heads: int) -> None:
+    def __init__(self, pool: PagePool, windows: Sequence[int | None], heads: int, table: Tensor) -> None:
+        """``windows`` has each layer's, ``table`` the cosines and sines of all positions."""
         self._pool = pool
         self._heads = heads
+        self._table = table
         self._windows = tuple(windows)
         self._idle: list[tuple[torch.cuda.Event, _Wrappers]] = []
 
     def begin(self, batch: RowBatch) -> FlashInferStep:
         """Plan a batch of any rows."""
-        device = self._pool.data.device
         wrappers = self._take_wrappers()
         pages = PageIndices.of(
             [item.page_table for item in batch.sequences],
@@ -92,11 +85,14 @@ class FlashInferAttention:
         return FlashInferStep(
             pool=self._pool,
             wrappers=[wrappers[window] for window in self._windows],
-            pages=pages.to(device),
-            sequence_of_row=torch.repeat_interleave(torch.arange(len(rows)), rows).int().to(device),
-            positions=batch.positions.int().to(device),
+            positions=self._to_device(batch.positions),
+            slots=self._to_device(batch.slot_pages * self._pool.page_tokens + batch.slot_offsets),
+            table=self._table,
             give_back=lambda: self._give_back(wrappers),
         )
+
+    def _to_device(self, values: Tensor) -> Tensor:
+        return values.int().pin_memory().to(self._pool.data.device, non_blocking=True)
 
     def _take_wrappers(self) -> _Wrappers:
         """Some that no work on the device refers to: a plan's way there is through pinned memory of its wrapper."""
@@ -125,25 +121,22 @@ class FlashInferStep:
         *,
         pool: PagePool,
         wrappers: Sequence[BatchPrefillWithPagedKVCacheWrapper],
-        pages: PageIndices,
-        sequence_of_row: Tensor,
         positions: Tensor,
+        slots: Tensor,
+        table: Tensor,
         give_back: Callable[[], None],
     ) -> None:
-        """``wrappers`` has one for each layer, planned. ``sequence_of_row`` and ``positions`` are int32 [rows]."""
+        """``wrappers`` has one for each layer, planned. ``positions`` and ``slots`` are int32 [rows]."""
         self._pool = pool
         self._wrappers = wrappers
-        self._pages = pages
-        self._sequence_of_row = sequence_of_row
         self._positions = positions
+        self._slots = slots
+        self._table = table
         self._give_back = give_back
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         kv = self._pool.kv(layer)
-        pages = self._pages
-        append_paged_kv_cache(
-            k, v, self._sequence_of_row, self._positions, kv, pages.indices, pages.indptr, pages.last_page_tokens
-        )
+        rotate_and_store(q, k, v, self._positions, self._slots, self._table, kv)
         out: Tensor = self._wrappers[layer].run(q, kv)
         return out
 

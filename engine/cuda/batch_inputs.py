@@ -23,14 +23,15 @@ _ALIGN_ELEMS = 4
 class BatchBuffers:
     """Views of one int32 buffer.
 
-    ``token_ids``, ``positions`` and ``sequence_of_row`` are [rows]; ``last_page_tokens`` and ``logit_rows`` are
-    [sequences]. Sequence i has the rows ``row_indptr[i]`` to ``row_indptr[i + 1]`` and the pages
+    ``token_ids``, ``positions`` and ``slots`` are [rows]: a slot is the place of a row's KV, page * page_tokens + the
+    token of the page. ``last_page_tokens`` and ``logit_rows`` are [sequences]. Sequence i has the rows
+    ``row_indptr[i]`` to ``row_indptr[i + 1]`` and the pages
     ``indices[indptr[i] : indptr[i + 1]]``.
     """
 
     token_ids: Tensor
     positions: Tensor
-    sequence_of_row: Tensor
+    slots: Tensor
     row_indptr: Tensor
     indptr: Tensor
     last_page_tokens: Tensor
@@ -110,19 +111,23 @@ class BatchInputs:
         pages = chain.from_iterable(
             item.request.pages[:table] for item, table in zip(rows, tables.tolist(), strict=True)
         )
+        ends = np.concatenate((tables, np.ones(unused, dtype=np.int64))).cumsum()
+        all_pages = int(ends[-1])
+        indices = np.fromiter(pages, np.int32, all_pages - unused)
+        positions = first_of_row + np.arange(used, dtype=np.int32)
+        place, offsets = np.divmod(positions, self._page_tokens)
+        slots = indices[np.repeat(ends[: len(rows)] - tables, counts) + place] * self._page_tokens + offsets
         _write(host.token_ids, np.fromiter(chain.from_iterable(item.token_ids for item in rows), np.int32, used), 0)
-        _write(host.positions, first_of_row + np.arange(used, dtype=np.int32), 0)
-        _write(host.sequence_of_row, np.repeat(np.arange(len(rows)), counts), self.shape.sequences - 1)
+        _write(host.positions, positions, 0)
+        _write(host.slots, slots, self._padding_page * self._page_tokens)
         # Other shapes have other things at these places.
         host.row_indptr[0] = host.indptr[0] = 0
         _write(host.row_indptr[1:], stops, used)
         _write(host.logit_rows, stops - 1, 0)
         _write(host.last_page_tokens, (totals - 1) % self._page_tokens + 1, 1)
         _write(self.total_tokens, totals, 1)
-        ends = np.concatenate((tables, np.ones(unused, dtype=np.int64))).cumsum()
         host.indptr[1:] = torch.from_numpy(ends)
-        all_pages = int(ends[-1])
-        _write(host.indices[:all_pages], np.fromiter(pages, np.int32, all_pages - unused), self._padding_page)
+        _write(host.indices[:all_pages], indices, self._padding_page)
         buffer = self._memory.buffers[self._memory.turn]
         size = len(buffer) - len(host.indices) + all_pages
         self._memory.device[:size].copy_(buffer[:size], non_blocking=True)

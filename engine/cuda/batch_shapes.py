@@ -82,6 +82,18 @@ def batch_shapes(max_rows: int, max_sequences: int) -> tuple[BatchShape, ...]:
     )
 
 
+# Passes of loading adapters that have memory of their own for graphs of their layers.
+PASS_SETS = 2
+# Beyond the last, a layer takes the device longer than it takes the host to enqueue it operation by operation.
+_PASS_ROWS = (16, 32, 64, 96, 128, 192, 256, 384, 512)
+
+
+def pass_shapes(max_rows: int, max_sequences: int) -> tuple[BatchShape, ...]:
+    """The shapes of passes whose layers are recorded, in the order in which they are tried."""
+    rows = [*(count for count in _PASS_ROWS if count < max_rows), min(max_rows, _PASS_ROWS[-1])]
+    return tuple(BatchShape(count, _mixed_sequences(count, max_sequences)) for count in dict.fromkeys(rows))
+
+
 def _mixed_sequences(rows: int, max_sequences: int) -> int:
     return rows if rows <= _SMALL_TILE_ROWS else min(max_sequences + 1, 3 * rows // 4)
 

@@ -20,15 +20,18 @@ from typing import Protocol, TypeAlias
 
 import torch
 from filelock import FileLock
+from torch import Tensor
 
 from segue.config import ConfigError
 from segue.engine.cuda.lora import KernelLora
 from segue.engine.lora.points import LoraPoint
+from segue.engine.memory.pool import PagePool
 from segue.engine.sampler import Sampler
 from segue.engine.sampling import SamplingRow
 from segue.engine.sampling_params import SamplingParams
 from segue.gpu_kernels.host_rows import add_rows, pack_rows
 from segue.gpu_kernels.lora_tiles import Regime
+from segue.gpu_kernels.rope_kv import rotate_and_store
 
 _LOG = logging.getLogger(__name__)
 
@@ -72,17 +75,13 @@ class Module:
 
 def flashinfer_modules(dtype: torch.dtype, head_dim: int, windows: Iterable[int | None]) -> list[Module]:
     """What ``attention``, ``graph_attention`` and ``ops`` call, for a model whose layers have these ``windows``."""
-    from flashinfer import activation, decode, norm, page, prefill, rope
+    from flashinfer import activation, decode, norm, prefill
     from flashinfer.jit.activation import gen_act_and_mul_module
     from flashinfer.jit.attention import gen_batch_decode_module, gen_batch_prefill_module
     from flashinfer.jit.norm import gen_norm_module
-    from flashinfer.jit.page import gen_page_module
-    from flashinfer.jit.rope import gen_rope_module
 
     modules = [
         Module(spec=gen_norm_module(), load=norm.get_norm_module),
-        Module(spec=gen_rope_module(), load=rope.get_rope_module),
-        Module(spec=gen_page_module(), load=page.get_page_module),
         Module(spec=gen_act_and_mul_module("silu"), load=partial(activation.get_act_and_mul_module, "silu")),
     ]
     for windowed in sorted({window is not None for window in windows}):
@@ -146,6 +145,17 @@ def compile_host_rows(report: Report, dtype: torch.dtype, device: torch.device) 
     # The buffer may not serve anybody else before.
     rows.cpu()
     report("compile kernels of CPU rows", 1, 1)
+
+
+def compile_rotation(report: Report, pool: PagePool, heads: int, table: Tensor) -> None:
+    """Rotate and store a row that nobody asked for."""
+    report("compile the kernel of rotary embedding", 0, 1)
+    row = torch.zeros(1, heads + 2 * pool.kv_heads, pool.head_dim, dtype=pool.dtype, device=table.device)
+    q, k, v = torch.split(row, [heads, pool.kv_heads, pool.kv_heads], dim=1)
+    places = (0, pool.padding_page * pool.page_tokens)
+    position, slot = (torch.full((1,), place, dtype=torch.int32, device=table.device) for place in places)
+    rotate_and_store(q, k, v, position, slot, table, pool.kv(0))
+    report("compile the kernel of rotary embedding", 1, 1)
 
 
 def compile_sampler(sampler: Sampler, report: Report, vocab: int, dtype: torch.dtype, device: torch.device) -> None:

@@ -8,13 +8,13 @@ from typing import TypeAlias
 
 import torch
 from flashinfer.decode import BatchDecodeWithPagedKVCacheWrapper
-from flashinfer.page import append_paged_kv_cache
 from flashinfer.prefill import BatchPrefillWithPagedKVCacheWrapper
 from torch import Tensor
 
 from segue.engine.cuda.batch_inputs import BatchInputs
 from segue.engine.cuda.batch_shapes import PLAN_BYTES, AttentionKind, BatchShape, prompt_tiles, workspace_bytes
 from segue.engine.memory.pool import PagePool
+from segue.gpu_kernels.rope_kv import rotate_and_store
 
 # Of FlashInfer; both have `run`, and what `plan` leaves behind.
 _Wrapper: TypeAlias = BatchPrefillWithPagedKVCacheWrapper | BatchDecodeWithPagedKVCacheWrapper
@@ -49,14 +49,17 @@ class GraphAttention(ABC):
         pool: PagePool,
         windows: Sequence[int | None],
         heads: int,
+        table: Tensor,
         workspace: Tensor,
         plans: Mapping[int | None, PlanMemory],
         inputs: BatchInputs,
     ) -> None:
-        """``windows`` has each layer's. ``workspace`` uint8 is for partial results, of one launch after the other."""
+        """``windows`` has each layer's, ``table`` the cosines and sines of all positions. ``workspace`` uint8 is for
+        partial results, of one launch after the other."""
         self._pool = pool
         self._windows = tuple(windows)
         self._heads = heads
+        self._table = table
         self._plans = plans
         self._inputs = inputs
         self._wrappers = {window: self._planned(window, workspace) for window in set(windows)}
@@ -75,7 +78,7 @@ class GraphAttention(ABC):
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         kv, at = self._pool.kv(layer), self._inputs.on_device
-        append_paged_kv_cache(k, v, at.sequence_of_row, at.positions, kv, at.indices, at.indptr, at.last_page_tokens)
+        rotate_and_store(q, k, v, at.positions, at.slots, self._table, kv)
         out: Tensor = self._wrappers[self._windows[layer]].run(q, kv, out=torch.empty_like(q))
         return out
 
@@ -112,6 +115,7 @@ class PromptAttention(GraphAttention):
         pool: PagePool,
         windows: Sequence[int | None],
         heads: int,
+        table: Tensor,
         workspace: Tensor,
         plans: Mapping[int | None, PlanMemory],
         inputs: BatchInputs,
@@ -119,7 +123,7 @@ class PromptAttention(GraphAttention):
         splits: bool,
     ) -> None:
         self._splits = splits
-        super().__init__(pool, windows, heads, workspace, plans, inputs)
+        super().__init__(pool, windows, heads, table, workspace, plans, inputs)
 
     def _wrapper(self, window: int | None, workspace: Tensor) -> _Wrapper:
         at, shape, pool = self._inputs.on_device, self._inputs.shape, self._pool
@@ -236,20 +240,28 @@ class DecodeAttention(GraphAttention):
 class RecordedAttention:
     """Attention of recorded batches of these shapes, which share all memory, since one runs after the other."""
 
-    def __init__(self, pool: PagePool, windows: Sequence[int | None], heads: int, shapes: Iterable[BatchShape]) -> None:
-        """``windows`` has each layer's."""
+    def __init__(
+        self,
+        pool: PagePool,
+        windows: Sequence[int | None],
+        heads: int,
+        table: Tensor,
+        shapes: Iterable[BatchShape],
+    ) -> None:
+        """``windows`` has each layer's, ``table`` the cosines and sines of all positions."""
         device = pool.data.device
         processors = torch.cuda.get_device_properties(device).multi_processor_count
         size_bytes = max(workspace_bytes(shape, heads, pool.kv_heads, pool.head_dim, processors) for shape in shapes)
         self._pool = pool
         self._windows = tuple(windows)
         self._heads = heads
+        self._table = table
         self._workspace = torch.zeros(size_bytes, dtype=torch.uint8, device=device)
         self._plans = {window: PlanMemory(device) for window in set(windows)}
 
     def begin(self, inputs: BatchInputs, kind: AttentionKind) -> GraphAttention:
         """The attention of the batches that these inputs bring."""
-        parts = self._pool, self._windows, self._heads, self._workspace, self._plans, inputs
+        parts = self._pool, self._windows, self._heads, self._table, self._workspace, self._plans, inputs
         if kind is AttentionKind.ROWS:
             return DecodeAttention(*parts)
         return PromptAttention(*parts, splits=kind is AttentionKind.SPLIT)

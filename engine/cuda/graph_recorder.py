@@ -12,19 +12,27 @@ _LT_ROWS = range(17, 257)
 
 
 class GraphRecorder:
-    """See Recorder. Graphs share one pool of memory, since they never run at once."""
+    """See Recorder. Graphs of one recorder share a pool of memory and cuBLAS's workspace, since one runs after the
+    other; those of another may run beside them."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._memory = torch.cuda.graph_pool_handle()
+        # torch gives cuBLAS a workspace for each stream, and graphs keep that of the stream that they were recorded on.
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def record(self, run: Callable[[], None], rows: int) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
         with _blas_for(rows):
             run()
             torch.cuda.synchronize()
-            # Other threads go on copying meanwhile.
-            with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
-                run()
+            # Not by torch.cuda.graph, which gives all unused memory back first: for each layer that takes longer than
+            # recording it. Other threads go on copying meanwhile.
+            with torch.cuda.stream(self._stream):
+                graph.capture_begin(pool=self._memory, capture_error_mode="thread_local")
+                try:
+                    run()
+                finally:
+                    graph.capture_end()
         return graph.replay
 
 

@@ -74,8 +74,9 @@ class LoraApplier:
     """The LoraHook of one pass. ``blocked`` says what it waits for whenever its generators have yielded.
 
     ``cpu_allowed`` is False for a pass that lost its CPU workers too often. A pass of which every adapter has landed
-    never waits. Another keeps close to the device in its ``lane``: what is not enqueued yet can still choose weights
-    that land meanwhile. ``close`` must be called when the pass is given up before its end.
+    never waits. Another keeps close to the device in its ``lane`` with layers that it would not take from the device:
+    what is not enqueued yet can still choose weights that land meanwhile. ``close`` must be called when the pass is
+    given up before its end.
 
     An adapter that has no pages at the beginning is served by the CPU alone to the pass's end, whatever the policy.
     """
@@ -114,12 +115,17 @@ class LoraApplier:
         self._added = [posted for posted in self._added if posted.poll() is not JobState.DONE]
         return any(posted.poll() is JobState.FAILED for posted in self._added)
 
+    @property
+    def is_on_device(self) -> bool:
+        """Whether all deltas of the layer that was entered last come from the device's pages."""
+        return all(source is LayerSource.DEVICE for source in self._sources.values())
+
     def enter_layer(self, layer: int) -> Iterator[None]:
         """Choose each adapter's source; yield while one of them can be served by neither device nor CPU.
 
         Raises WorkerLostError when a worker was lost.
         """
-        while self._is_loading and not self._lane.is_close:
+        while self._is_loading and not self._lane.is_close and not self._is_settled(layer):
             self.blocked = Blocked.DEVICE
             yield
         self.blocked = Blocked.NOTHING
@@ -209,6 +215,10 @@ class LoraApplier:
         store = self._resources.store
         return any(not store.is_landed(version) for version in self._versions if version not in self._landed)
 
+    def _is_settled(self, layer: int) -> bool:
+        """Whether nothing that lands meanwhile can change where the layer's deltas come from."""
+        return all(self._choose(version_id, layer) is LayerSource.DEVICE for version_id in self._versions)
+
     def _choose(self, version_id: int, layer: int) -> LayerSource:
         if version_id in self._landed:
             return LayerSource.DEVICE
@@ -251,7 +261,7 @@ class LoraApplier:
         for segment in self._segments:
             rows[segment.version_id] += segment.row_stop - segment.row_start
         return {
-            version_id: planner.begin(version_id, count, cpu_allowed=self._cpu_allowed)
+            version_id: planner.begin(version_id, count, sum(rows.values()), cpu_allowed=self._cpu_allowed)
             for version_id, count in rows.items()
             if version_id not in self._landed and version_id not in self.without_pages
         }

@@ -72,9 +72,9 @@ class HandoverPlanner:
         self._on_cpu: set[PassHandover] = set()
         self._work = lru_cache(_REMEMBERED)(self._work_of)
 
-    def begin(self, version_id: int, rows: int, *, cpu_allowed: bool) -> PassHandover:
-        """The hand-over of a pass over so many rows of one adapter. It must be ended or given up."""
-        return PassHandover(self, version_id, rows, self._work(version_id), cpu_allowed=cpu_allowed)
+    def begin(self, version_id: int, rows: int, pass_rows: int, *, cpu_allowed: bool) -> PassHandover:
+        """The hand-over of one adapter's ``rows`` in a pass of ``pass_rows``. It must be ended or given up."""
+        return PassHandover(self, version_id, rows, pass_rows, self._work(version_id), cpu_allowed=cpu_allowed)
 
     def cpu_layer_seconds(self, version_id: int, tokens: int) -> list[float]:
         """What each layer of a pass of so many rows takes whose deltas all come from the CPU."""
@@ -113,7 +113,7 @@ class HandoverPlanner:
         version_id, rows = handover.version_id, handover.rows
         others_on_cpu = len(self._on_cpu - {handover})
         cores = self._shared_cores(others_on_cpu) if handover.cpu_allowed else 0
-        base_seconds = costs.base_seconds(rows)
+        base_seconds = costs.base_seconds(handover.pass_rows)
         landing = store.landing_seconds(version_id)
         layers = []
         for layer in range(first_layer, len(landing)):
@@ -155,13 +155,21 @@ class HandoverPlanner:
 
 
 class PassHandover:
-    """The plan of one pass while it runs, and what became of it."""
+    """The plan of one adapter's rows in a pass while it runs, and what became of it."""
 
     def __init__(
-        self, planner: HandoverPlanner, version_id: int, rows: int, work: tuple[LayerWork, ...], *, cpu_allowed: bool
+        self,
+        planner: HandoverPlanner,
+        version_id: int,
+        rows: int,
+        pass_rows: int,
+        work: tuple[LayerWork, ...],
+        *,
+        cpu_allowed: bool,
     ) -> None:
         self.version_id = version_id
         self.rows = rows
+        self.pass_rows = pass_rows
         self.work = work
         self.cpu_allowed = cpu_allowed
         self._planner = planner
@@ -204,7 +212,8 @@ class PassHandover:
         # On the device's own clock a layer that was waited for took the wait as well.
         known = [(layer, item) for layer, item in enumerate(self._entered) if item.at_once or not lane_seconds]
         cpu = [(self.work[layer].rank, self._cores) for layer, item in known if item.source is LayerSource.CPU]
-        if known:
+        if known and self.rows == self.pass_rows:
+            # In a pass of several adapters a layer's time is not of one of them.
             measured = sum(seconds[layer] for layer, _ in known)
             self._planner.costs = self._planner.costs.learned(self.rows, len(known), cpu, measured)
         self._log(requests, records, sum(seconds[layer] for layer, _ in known))
@@ -219,7 +228,7 @@ class PassHandover:
         for index, before in enumerate(range(layer - layers_ahead, layer)):
             planned = None if self._plan is None else self._plan.layer(before)
             whole = (
-                self._planner.costs.base_seconds(self.rows)
+                self._planner.costs.base_seconds(self.pass_rows)
                 if planned is None
                 else planned.end_seconds - planned.start_seconds
             )

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from segue.engine.models.config import ModelConfig
-from segue.engine.models.rope import RotaryEmbedding, apply_rotary
 
 
 class ModelOps(Protocol):
@@ -23,8 +22,9 @@ class ModelOps(Protocol):
         """The norm of ``x + residual`` [rows, hidden], and that sum. Either argument may be overwritten."""
         ...
 
-    def rotate(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotary embedding of [rows, heads, head_dim] at ``positions`` [rows] int64; may overwrite its arguments."""
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | None = None) -> Tensor:
+        """``x`` [rows, in] times ``weight`` [out, in] transposed, plus ``bias`` [out]: [rows, out], in ``target`` if
+        given."""
         ...
 
     def swiglu(self, gate_up: Tensor) -> Tensor:
@@ -35,9 +35,8 @@ class ModelOps(Protocol):
 class TorchOps:
     """In torch, on any device and in any dtype."""
 
-    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         self._eps = config.rms_norm_eps
-        self._rotary = RotaryEmbedding(config.rope, config.head_dim, device)
 
     def norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """As in Zhang and Sennrich, 2019, arXiv:1910.07467, the mean in float32."""
@@ -49,10 +48,17 @@ class TorchOps:
         total = residual + x
         return self.norm(total, weight), total
 
-    def rotate(self, q: Tensor, k: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        cos, sin = self._rotary.cos_sin(positions, q.dtype)
-        return apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | None = None) -> Tensor:
+        return library_linear(x, weight, bias, target)
 
     def swiglu(self, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
         return functional.silu(gate) * up
+
+
+def library_linear(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor | None) -> Tensor:
+    """See ``ModelOps.linear``: through the library that torch calls."""
+    if target is None:
+        return functional.linear(x, weight, bias)
+    transposed = weight.t()
+    return torch.mm(x, transposed, out=target) if bias is None else torch.addmm(bias, x, transposed, out=target)

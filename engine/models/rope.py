@@ -23,6 +23,13 @@ class RotaryEmbedding:
         angles = torch.cat((angles, angles), dim=-1)
         return (angles.cos() * self.scale).to(dtype), (angles.sin() * self.scale).to(dtype)
 
+    def table(self, context_tokens: int) -> Tensor:
+        """The cosines, then the sines of positions below ``context_tokens``: float32 [context_tokens, head_dim]."""
+        positions = torch.arange(context_tokens, device=self.inverse_frequencies.device)
+        cos, sin = self.cos_sin(positions, torch.float32)
+        half = len(self.inverse_frequencies)
+        return torch.cat((cos[:, :half], sin[:, :half]), dim=-1).contiguous()
+
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate ``x`` [rows, heads, head_dim]; cos and sin are [rows, head_dim]. Halves are paired, as in transformers."""

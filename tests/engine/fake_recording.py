@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from segue.engine.attention import write_kv
 from segue.engine.cuda.batch_inputs import BatchInputs
 from segue.engine.cuda.batch_shapes import AttentionKind
 from segue.engine.memory.pool import PagePool
+from segue.engine.models.rope import RotaryEmbedding, apply_rotary
 
 
 class FakeRecorder:
@@ -33,22 +35,29 @@ class FakeRecorder:
 class FakeBatchAttention:
     """See BatchAttention; ``windows`` has each layer's."""
 
-    def __init__(self, pool: PagePool, windows: Sequence[int | None]) -> None:
+    def __init__(self, pool: PagePool, windows: Sequence[int | None], rotary: RotaryEmbedding) -> None:
         self._pool = pool
         self._windows = tuple(windows)
+        self._rotary = rotary
 
     def begin(self, inputs: BatchInputs, kind: AttentionKind) -> FakeRecordedAttention:
-        return FakeRecordedAttention(self._pool, self._windows, inputs, kind)
+        return FakeRecordedAttention(self._pool, self._windows, self._rotary, inputs, kind)
 
 
 class FakeRecordedAttention:
     """Reads what FlashInfer's kernels read: the inputs' buffers on the device. Rows that are not used get NaN."""
 
     def __init__(
-        self, pool: PagePool, windows: tuple[int | None, ...], inputs: BatchInputs, kind: AttentionKind
+        self,
+        pool: PagePool,
+        windows: tuple[int | None, ...],
+        rotary: RotaryEmbedding,
+        inputs: BatchInputs,
+        kind: AttentionKind,
     ) -> None:
         self._pool = pool
         self._windows = windows
+        self._rotary = rotary
         self._inputs = inputs
         self._kind = kind
         self._planned: list[int] = []
@@ -61,10 +70,9 @@ class FakeRecordedAttention:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         at, kv, page_tokens = self._inputs.on_device, self._pool.kv(layer), self._pool.page_tokens
         assert at.row_indptr.tolist() == self._planned, "planned for another batch"
-        sequence, place = at.sequence_of_row.long(), at.positions.long()
-        page = at.indices[at.indptr[sequence].long() + place // page_tokens].long()
-        kv[page, 0, place % page_tokens] = k
-        kv[page, 1, place % page_tokens] = v
+        cos, sin = self._rotary.cos_sin(at.positions.long(), q.dtype)
+        q, k = apply_rotary(q, cos, sin), apply_rotary(k, cos, sin)
+        write_kv(kv, at.slots.long() // page_tokens, at.slots.long() % page_tokens, k, v)
         out = torch.full_like(q, torch.nan)
         bounds = zip(self._planned, self._planned[1:], strict=False)
         for index, (start, stop) in enumerate(bounds):

@@ -147,3 +147,11 @@ class EngineHarness:
         version_id = self.open(adapter)
         self.engine.versions.preload(version_id)
         self.run_until(lambda: self.instance.store.is_landed(version_id))
+
+    def bring_to_host(self, adapters: Iterable[str]) -> None:
+        """Have adapters, which no request uses, in host memory and not on the device."""
+        for adapter in adapters:
+            self.warm(adapter)
+            version_id = self.open(adapter)
+            self.run_until(lambda: self.instance.store.is_verified(version_id))  # noqa: B023
+            self.instance.store.evict_device(version_id)

@@ -64,12 +64,13 @@ def test_rows_are_found_again(seed: int) -> None:
             for place in range(item.count):
                 assert int(at.token_ids[row]) == item.request.token_ids[item.start + place]
                 assert int(at.positions[row]) == item.start + place
-                assert int(at.sequence_of_row[row]) == sequence
+                page, offset = divmod(item.start + place, PAGE_TOKENS)
+                assert int(at.slots[row]) == item.request.pages[page] * PAGE_TOKENS + offset
                 row += 1
             assert int(at.logit_rows[sequence]) == row - 1
         unused = slice(len(rows), None)
         assert at.row_indptr[len(rows) :].tolist() == [row] * (9 - len(rows) + 1)
-        assert set(at.sequence_of_row[row:].tolist()) == {8}
+        assert set(at.slots[row:].tolist()) == {PADDING_PAGE * PAGE_TOKENS}
         assert set(at.positions[row:].tolist()) == {0}
         for sequence in range(len(rows), 9):
             assert at.indices[int(at.indptr[sequence]) : int(at.indptr[sequence + 1])].tolist() == [PADDING_PAGE]
@@ -79,7 +80,7 @@ def test_rows_are_found_again(seed: int) -> None:
 def test_a_full_shape_and_none_at_all() -> None:
     made = inputs(BatchShape(3, 3, decodes=True))
     made.fill([RequestRows(request(number, 5, [number, number + 10]), 4, 1) for number in (1, 2, 3)])
-    assert made.on_device.sequence_of_row.tolist() == [0, 1, 2]
+    assert made.on_device.slots.tolist() == [page * PAGE_TOKENS for page in (11, 12, 13)]
     assert made.on_device.logit_rows.tolist() == [0, 1, 2]
     made.fill([])
     assert made.on_device.row_indptr.tolist() == [0, 0, 0, 0]

@@ -124,8 +124,8 @@ class World:
             assert version_id is None or version_id in self.residency.warm, "a batch would wait for weights"
         for group in plan.passes:
             members = [self.known(item.number) for item in group.rows]
-            on_cpu = group.version_id in self.cpu.versions and all(item.cpu_allowed for item in members)
-            assert on_cpu or group.version_id in self.residency.resident, "a pass has no weights"
+            on_cpu = {*group.version_ids} <= self.cpu.versions and all(item.cpu_allowed for item in members)
+            assert on_cpu or {*group.version_ids} <= self.residency.resident, "a pass has no weights"
         self._commit(plan.batch)
         self._end_passes()
         return plan

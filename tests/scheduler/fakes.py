@@ -23,12 +23,16 @@ class FakeResidency:
     resident: set[int] = field(default_factory=set)
     warm: set[int] = field(default_factory=set)
     in_use: set[int] = field(default_factory=set)
+    in_host: set[int] = field(default_factory=set)
 
     def pages_to_reserve(self, version_id: int) -> int:
         return 0 if version_id in self.resident else self.needs[version_id]
 
     def is_warm(self, version_id: int) -> bool:
         return version_id in self.warm
+
+    def is_in_host(self, version_id: int) -> bool:
+        return version_id in self.in_host
 
     def evictable(self) -> Sequence[EvictionCandidate]:
         return [
@@ -125,6 +129,7 @@ def plan(
     prefixes: FakePrefixes | None = None,
     passes_in_flight: int = 0,
     cpu: FakeCpuService | None = None,
+    limits: SchedulerLimits = LIMITS,
 ) -> StepPlan:
     return plan_step(
         queue,
@@ -133,6 +138,6 @@ def plan(
         passes_in_flight=passes_in_flight,
         residency=residency or FakeResidency(),
         prefixes=prefixes or FakePrefixes(),
-        limits=LIMITS,
+        limits=limits,
         cpu=cpu,
     )

@@ -25,7 +25,7 @@ def test_one_joins_on_the_cpu_where_its_adapter_finds_no_room() -> None:
     step = plan([queued(1, version_id=0)], free_pages=9, residency=residency(), cpu=workers_for(0))
     (admission,) = step.admit
     assert (admission.number, admission.adapter_pages) == (1, 0)
-    assert step.passes == (PassPlan(rows=(PassRows(1, 0, 4),), version_id=0),)
+    assert step.passes == (PassPlan(rows=(PassRows(1, 0, 4),), version_ids=(0,)),)
 
 
 def test_with_room_the_adapter_gets_its_pages() -> None:
@@ -59,7 +59,7 @@ def test_it_decodes_in_passes_of_its_own() -> None:
         [], [warm, decoding(2, 6, pages=2, version_id=0)], free_pages=9, residency=residency(1), cpu=workers_for(0)
     )
     assert step.batch == (PassRows(1, 5, 1),)
-    assert step.passes == (PassPlan(rows=(PassRows(2, 5, 1),), version_id=0),)
+    assert step.passes == (PassPlan(rows=(PassRows(2, 5, 1),), version_ids=(0,)),)
 
 
 def test_it_goes_over_before_newcomers_are_admitted() -> None:
@@ -90,7 +90,7 @@ def test_the_oldest_without_workers_takes_pages_from_the_youngest() -> None:
     assert step.preempt == (3,)
     assert step.adapters == (AdapterPages(0, 10),)
     assert step.admit == ()
-    assert [item.version_id for item in step.passes] == [0]
+    assert [item.version_ids for item in step.passes] == [(0,)]
     assert all(rows.number != 3 for rows in step.batch)
 
 

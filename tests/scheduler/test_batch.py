@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from segue.scheduler.batch import MOST_PASSED_OVER
@@ -71,8 +73,22 @@ def test_cold_rows_are_grouped_by_adapter_and_warm_rows_run_together() -> None:
     ]
     decided = plan(queue, residency=residency)
     assert [rows.number for rows in decided.batch] == [1, 2]
-    groups = {item.version_id: [rows.number for rows in item.rows] for item in decided.passes}
-    assert groups == {2: [3, 5], 3: [4]}
+    groups = {item.version_ids: [rows.number for rows in item.rows] for item in decided.passes}
+    assert groups == {(2,): [3, 5], (3,): [4]}
+
+
+def test_adapters_in_host_memory_share_passes_of_few_rows() -> None:
+    """One that comes from disk goes alone, and so does one with more rows than are left; limits are kept."""
+    limits = replace(LIMITS, merged_rows=10)
+    residency = FakeResidency(needs=dict.fromkeys(range(1, 9), 1), in_host={1, 2, 4, 5, 6, 7})
+    tokens = {1: 4, 2: 5, 3: 1, 4: 2, 5: 1, 6: 11, 7: 1}
+    queue = [queued(number, count, version_id=number) for number, count in tokens.items()]
+    decided = plan(queue, residency=residency, limits=limits)
+    assert [item.version_ids for item in decided.passes] == [(1, 2), (3,), (4, 5, 7), (6,)]
+    assert all(rows.count == tokens[rows.number] for item in decided.passes for rows in item.rows)
+    decided = plan(queue, residency=residency, limits=limits, passes_in_flight=LIMITS.max_passes - 1)
+    assert [item.version_ids for item in decided.passes] == [(1, 2)]
+    assert all(len(item.version_ids) == 1 for item in plan(queue, residency=residency).passes)
 
 
 def test_a_long_prompt_is_cut_to_the_budget_warm_or_cold() -> None:
@@ -98,7 +114,7 @@ def test_a_cold_request_decodes_in_a_pass_of_its_own() -> None:
     running = [decoding(1, tokens=6, pages=2, version_id=1), decoding(2, tokens=6, pages=2)]
     decided = plan((), running, residency=residency)
     assert decided.batch == (PassRows(2, 5, 1),)
-    assert [(item.version_id, item.rows) for item in decided.passes] == [(1, (PassRows(1, 5, 1),))]
+    assert [(item.version_ids, item.rows) for item in decided.passes] == [((1,), (PassRows(1, 5, 1),))]
 
 
 def test_passes_are_bounded() -> None:

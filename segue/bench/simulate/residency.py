@@ -71,6 +71,10 @@ class SimulatedResidency:
             if item.users == 0 and item.warm
         ]
 
+    def is_in_host(self, version_id: int) -> bool:
+        """Every adapter is: disks are not simulated."""
+        return version_id in self._costs
+
     def is_resident(self, version_id: int) -> bool:
         """Whether the adapter has its pages."""
         return version_id in self._resident

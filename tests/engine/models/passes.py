@@ -16,6 +16,7 @@ from segue.engine.lora.points import LoraHook, NullLora
 from segue.engine.memory.pool import PagePool
 from segue.engine.models.config import ModelConfig
 from segue.engine.models.decoder import DecoderModel
+from segue.engine.models.rope import RotaryEmbedding
 
 
 @dataclass
@@ -63,7 +64,11 @@ class Runner:
     def forward(self, inputs: Sequence[SequenceInput], lora: LoraHook | None = None) -> Generator[None, None, Tensor]:
         """A pass over these rows that has not begun."""
         batch = build_batch(inputs, self.pool.page_tokens)
-        attention = TorchAttention(self.pool, self.model.config.sliding_windows).begin(batch)
+        attention = TorchAttention(
+            self.pool,
+            self.model.config.sliding_windows,
+            RotaryEmbedding(self.model.config.rope, self.model.config.head_dim),
+        ).begin(batch)
         return self.model.forward(batch, attention, lora or NullLora())
 
     def drive(self, forward: Generator[None, None, Tensor]) -> Tensor:
