@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import logging
 import os
 import resource
@@ -54,6 +53,7 @@ def _run(channel: Channel[ToEngine]) -> int:
         raise ValueError(f"the first message must be Start, is {type(start).__name__}")
     from segue.config import ConfigError
     from segue.engine.instance import EngineInstance
+    from segue.engine.interpreter import settle_interpreter
     from segue.engine.loop import serve
     from segue.engine.progress import Throttle
 
@@ -69,9 +69,7 @@ def _run(channel: Channel[ToEngine]) -> int:
         channel.send(StartFailed(f"{type(error).__name__}: {error}"))
         return 1
     with instance:
-        # What there is now stays: collecting over it again and again would hold steps up.
-        gc.collect()
-        gc.freeze()
+        settle_interpreter()
         channel.send(instance.ready())
         serve(instance, channel)
     return 0

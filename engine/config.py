@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from segue.config import require, require_positive
+from segue.scheduler.policy import PolicyName
 
 
 class LoadFormat(Enum):
@@ -68,7 +69,9 @@ class EngineConfig:
     with; on the CPU a quarter of the available memory, 4 GiB at most. ``prefix_cache`` keeps
     the KV of ended requests for those that begin with the same tokens, until its pages are needed. ``host_store_bytes``
     bounds the adapter weights kept in host memory. ``copy_bytes_per_second`` throttles copies to the device (None: as
-    fast as it goes); the rows that CPU workers exchange are charged to the same budget.
+    fast as it goes); the rows that CPU workers exchange are charged to the same budget. ``read_threads`` read adapters'
+    files; None: 4, or as many as there are cores beside the workers' and two more. A version whose file has not
+    answered a read for ``read_stall_seconds`` fails.
 
     ``budget_tokens`` bounds the rows of one pass, and ``chunk_tokens`` the rows of prompts that ride in a step with
     requests that decode. ``max_passes`` bounds the passes of loading adapters under way, and ``layers_per_step`` how
@@ -76,6 +79,11 @@ class EngineConfig:
     together share a pass of ``merged_rows`` rows; None does where the device computes beside the engine, 0 is a pass
     for each. ``runs_ahead`` enqueues a step before the tokens of the one before are read; None does where the device
     computes beside the engine. ``measure_device_time`` has the state tell how long the device computes and waits.
+
+    ``policy`` says who goes first: "slo" goes by targets, slack and tenants' shares, "fcfs" by arrival; for requests
+    without targets of one tenant they are the same. Of ``max_waiting`` one tenant may have ``tenant_queue_share``, and
+    beyond it all together those tenants still may queue that have less than an equal part. With ``max_adapters`` the
+    policy "slo" admits requests for so many adapters at a time, as long as nobody waits for long.
 
     ``cpu_workers`` may be 0: then every adapter is served by streaming; worker i is pinned to ``cpu_cores[i]`` where
     given, and is replaced after ``cpu_stall_seconds`` without progress on a job. ``cpu_decode``: a request whose
@@ -97,9 +105,14 @@ class EngineConfig:
     prefix_cache: bool = True
     max_running: int = 64
     max_waiting: int = 1024
+    policy: str = PolicyName.SLO.value
+    tenant_queue_share: float = 1.0
+    max_adapters: int | None = None
     max_lora_rank: int = 256
     host_store_bytes: int = 256 << 20
     copy_bytes_per_second: float | None = None
+    read_threads: int | None = None
+    read_stall_seconds: float = 10.0
     torch_threads: int = 1
     cpu_workers: int = 2
     cpu_cores: tuple[int, ...] = ()
@@ -134,6 +147,7 @@ class EngineConfig:
             "max_waiting",
             "max_lora_rank",
             "host_store_bytes",
+            "read_stall_seconds",
             "torch_threads",
             "cpu_slots",
             "cpu_stall_seconds",
@@ -143,9 +157,17 @@ class EngineConfig:
         require((self.merged_rows or 0) >= 0, "merged_rows", f"must not be negative, is {self.merged_rows}")
         require(self.cpu_workers >= 0, "cpu_workers", f"must not be negative, is {self.cpu_workers}")
         require(self.memory_fraction <= 1, "memory_fraction", f"must be at most 1, is {self.memory_fraction}")
+        policies = tuple(PolicyName)
+        require(self.policy in policies, "policy", f"must be one of {', '.join(policies)}, is {self.policy!r}")
+        share = self.tenant_queue_share
+        require(0 < share <= 1, "tenant_queue_share", f"must be above 0 and at most 1, is {share}")
+        if self.max_adapters is not None:
+            require_positive(self, "max_adapters")
         if self.pages is not None:
             require_positive(self, "pages")
         if self.max_context_tokens is not None:
             require_positive(self, "max_context_tokens")
         if self.copy_bytes_per_second is not None:
             require_positive(self, "copy_bytes_per_second")
+        if self.read_threads is not None:
+            require_positive(self, "read_threads")

@@ -5,11 +5,14 @@ All of it runs on one thread. Copies, disk reads and CPU LoRA jobs run elsewhere
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
 
+from segue.engine.admission import AdmissionControl
+from segue.engine.costs import EngineCosts
 from segue.engine.device_time import DeviceMeter
 from segue.engine.flights import Flight, Flights
 from segue.engine.forward_pass import ForwardPass, PassState, RequestRows
@@ -20,7 +23,6 @@ from segue.engine.lora.store import AdapterStore, LoadFailed
 from segue.engine.memory.pool import PagePool
 from segue.engine.messages import Failed, Finished, NewTokens, StepOutput, Submit, VersionFailed
 from segue.engine.planner import StepPlanner
-from segue.engine.rate import RateMeter
 from segue.engine.request import Request, RequestState
 from segue.engine.requests import RequestTable
 from segue.engine.residency import Residency
@@ -29,15 +31,17 @@ from segue.engine.sampler import Sampler
 from segue.engine.sampling import SampledToken
 from segue.engine.timeline import LayerRecord
 from segue.engine.versions import AdapterVersions
-from segue.errors import AdapterRejectedError, InternalError, InvalidRequestError, OverloadedError, SegueError
-from segue.scheduler.plan import Admission, CpuService, PassPlan, PassRows, SchedulerLimits, StepPlan, pages_for
+from segue.errors import AdapterRejectedError, EngineUnavailableError, InternalError, SegueError
+from segue.scheduler.plan import Admission, CpuService, PassPlan, PassRows, SchedulerLimits, StepPlan
+from segue.scheduler.policy import PolicyName
 from segue.types import FinishReason
 
 
 class Engine:
     """One base model, its pool and its adapters. ``step`` is called as long as there is work.
 
-    ``max_waiting`` bounds the queue. With ``check_invariants`` every manager is verified after every step.
+    ``max_waiting`` bounds the queue, of which a tenant may have ``tenant_queue_share``. ``policy`` is a PolicyName.
+    With ``check_invariants`` every manager is verified after every step.
     """
 
     def __init__(
@@ -50,32 +54,45 @@ class Engine:
         limits: SchedulerLimits,
         max_waiting: int,
         prefix_cache: bool,
-        prefill_rate: RateMeter,
+        costs: EngineCosts,
         sampler: Sampler,
         clock: Callable[[], float],
+        policy: str = PolicyName.SLO.value,
+        tenant_queue_share: float = 1.0,
+        max_adapters: int | None = None,
         runs_ahead: bool = False,
         cpu_service: CpuService | None = None,
         meter: DeviceMeter | None = None,
         check_invariants: bool = False,
     ) -> None:
-        """``prefill_rate`` is in tokens per second. ``runs_ahead``: enqueue a step before the one before is read.
-        ``cpu_service`` serves adapters without pages, if given. ``meter`` measures the batches."""
+        """``runs_ahead``: enqueue a step before the one before is read. ``cpu_service`` serves adapters without pages,
+        if given. ``meter`` measures the batches."""
         self._runner = runner
         self._pool = pool
         self._store = store
         self._bridge = bridge
         self._limits = limits
-        self._max_waiting = max_waiting
-        self._prefill_rate = prefill_rate
+        self._costs = costs
         self._clock = clock
         self._check_invariants = check_invariants
-        self._requests = RequestTable()
-        self._kv = KvPages(pool, self._requests, prefill_rate=prefill_rate, clock=clock, prefix_cache=prefix_cache)
+        self._requests = RequestTable(costs.start_by)
+        self._kv = KvPages(
+            pool, self._requests, prefill_rate=costs.prefill_rate, clock=clock, prefix_cache=prefix_cache
+        )
         self._residency = Residency(store, pool, self._requests)
         self._versions = AdapterVersions(
-            store, self._residency, self._requests, pool_pages=pool.pages, forget_kv=self._kv.drop_version
-        )
-        self._planner = StepPlanner(self._requests, self._kv, self._residency, pool, limits, cpu_service)
+            store, self._residency, self._requests,
+            pool_pages=pool.pages, item_bytes=pool.dtype.itemsize, forget_kv=self._kv.drop_version,
+        )  # fmt: skip
+        self._planner = StepPlanner(
+            requests=self._requests, kv=self._kv, residency=self._residency, pool=pool, limits=limits,
+            policy=PolicyName(policy), costs=costs, most_adapters=max_adapters, clock=clock,
+            cpu=cpu_service,
+        )  # fmt: skip
+        self._admission = AdmissionControl(
+            requests=self._requests, versions=self._versions, residency=self._residency, kv=self._kv, pool=pool,
+            limits=limits, costs=costs, max_waiting=max_waiting, tenant_share=tenant_queue_share, clock=clock,
+        )  # fmt: skip
         self._passes: list[ForwardPass] = []
         self._flights = Flights(sampler, clock)
         self._runs_ahead = runs_ahead
@@ -85,6 +102,7 @@ class Engine:
         self._unreported: list[VersionFailed] = []
         self._progressed = False
         self.steps = 0
+        self.refusals: Counter[str] = Counter()
 
     @property
     def requests(self) -> RequestTable:
@@ -120,11 +138,11 @@ class Engine:
 
     def submit(self, submit: Submit) -> None:
         """Queue a request, or report why it cannot be served."""
-        error = self._refusal(submit)
-        if error is not None:
-            self._output.failed.append(Failed(submit.number, error.reason, error.message))
+        request = self._admission.request(submit)
+        if isinstance(request, SegueError):
+            self.refusals[request.reason] += 1
+            self._output.failed.append(Failed.of(submit.number, request))
             return
-        request = Request.of(submit)
         self._requests.add(request)
         self._kv.announce(request)
         if submit.adapter_version_id is not None:
@@ -139,11 +157,11 @@ class Engine:
 
     def open_version(self, manifest: AdapterManifest, descriptor: int, *, pinned: bool = False) -> None:
         """Make an adapter version known; the engine owns ``descriptor`` from now on."""
-        needs = (self._pages_needed(request.submit) for request in self._requests)
+        needs = (self._admission.pages_needed(request.submit) for request in self._requests)
         try:
             self._versions.open(manifest, descriptor, pinned=pinned, largest_need_pages=max(needs, default=0))
         except AdapterRejectedError as error:
-            self._fail_version(manifest.version_id, error.message)
+            self._fail_version(manifest.version_id, error)
 
     # -- one step ----------------------------------------------------------------------------------------------------
 
@@ -213,26 +231,6 @@ class Engine:
             self._run_batch(plan.batch)
         self._advance_passes(plan.layers_per_pass)
 
-    def _refusal(self, submit: Submit) -> SegueError | None:
-        version_id = submit.adapter_version_id
-        error = None if version_id is None else self._versions.refusal(version_id)
-        if error is not None:
-            return error
-        needed = self._pages_needed(submit)
-        room = self._pool.pages - self._versions.pinned_pages
-        if needed > room:
-            return InvalidRequestError(
-                f"the request needs {needed} pages for its KV and its adapter; the pool has {room} for all but the "
-                f"pinned adapters"
-            )
-        if len(self._requests.queue) >= self._max_waiting:
-            return OverloadedError(f"{self._max_waiting} requests are waiting already")
-        return None
-
-    def _pages_needed(self, submit: Submit) -> int:
-        tokens = len(submit.prompt_token_ids) + submit.max_tokens
-        return self._versions.pages_needed(submit.adapter_version_id, pages_for(tokens, self._limits.page_tokens) + 1)
-
     def _known(self, number: int) -> Request:
         request = self._requests.get(number)
         if request is None:
@@ -243,14 +241,16 @@ class Engine:
         for event in self._store.drain():
             self._progressed = True
             if isinstance(event, LoadFailed):
-                self._fail_version(event.version_id, event.message)
+                kind = EngineUnavailableError if event.may_pass else AdapterRejectedError
+                self._fail_version(event.version_id, kind(event.message))
 
-    def _fail_version(self, version_id: int, message: str) -> None:
-        self._versions.fail(version_id, message)
-        self._unreported.append(VersionFailed(version_id, message))
+    def _fail_version(self, version_id: int, error: SegueError) -> None:
+        self._versions.fail(version_id, error)
+        may_pass = isinstance(error, EngineUnavailableError)
+        self._unreported.append(VersionFailed(version_id, error.message, may_pass))
         for request in self._requests:
             if request.version_id == version_id and request.state is not RequestState.ENDING:
-                self._fail(request, AdapterRejectedError(message))
+                self._fail(request, error)
         for item in self._passes:
             if any(rows.request.version_id == version_id for rows in item.rows):
                 # It would wait for weights that never come. Rows of other adapters in it are computed again.
@@ -337,8 +337,8 @@ class Engine:
 
     def _observe(self, flight: Flight) -> None:
         now = self._clock()
-        if flight.row_count > len(flight.result.rows):
-            self._prefill_rate.observe(flight.row_count, now - max(flight.start_seconds, self._settled_seconds))
+        seconds = now - max(flight.start_seconds, self._settled_seconds)
+        self._costs.observe(flight.row_count, len(flight.result.rows), seconds)
         self._settled_seconds = now
 
     def _commit(self, rows: RequestRows, records: Mapping[int, list[LayerRecord]]) -> None:
@@ -363,6 +363,7 @@ class Engine:
         if request.timeline.first_token_seconds is None:
             request.timeline.first_token_seconds = self._clock()
         request.append(token.token_id)
+        self._requests.waiting.shares.charge(request.level.tenant, answer_tokens=1)
         logprobs = [] if token.logprob is None else [token.logprob]
         self._output.tokens.append(NewTokens(request.number, [token.token_id], logprobs))
         if token.token_id in request.submit.sampling.stop_token_ids:
@@ -371,6 +372,8 @@ class Engine:
             self._finish(request, FinishReason.LENGTH)
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
+        if reason is not FinishReason.CANCELLED:
+            self._costs.observe_answer(request.generated_tokens, request.submit.max_tokens)
         landed = () if request.version_id is None else self._store.landed_seconds(request.version_id)
         self._output.finished.append(
             Finished(
@@ -385,7 +388,7 @@ class Engine:
         self._end(request)
 
     def _fail(self, request: Request, error: SegueError) -> None:
-        self._output.failed.append(Failed(request.number, error.reason, error.message))
+        self._output.failed.append(Failed.of(request.number, error))
         self._end(request)
 
     def _end(self, request: Request) -> None:

@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -19,6 +20,7 @@ from segue.engine.attention import TorchAttention
 from segue.engine.backend import Backend
 from segue.engine.config import EngineConfig, HandoffConfig, HandoffMode, LoadFormat
 from segue.engine.core import Engine
+from segue.engine.costs import EngineCosts
 from segue.engine.cuda.toolchain import prepare_cuda
 from segue.engine.device import device_streams
 from segue.engine.device_time import device_meter
@@ -29,7 +31,7 @@ from segue.engine.lora.device_lora import TorchDeviceLora
 from segue.engine.lora.handover import HandoverPlanner, rank_elems
 from segue.engine.lora.manifest import Projection
 from segue.engine.lora.points import POINT_PROJECTIONS
-from segue.engine.lora.store import AdapterStore
+from segue.engine.lora.store import AdapterStore, ReadLimits
 from segue.engine.lora.transfer import TransferOps
 from segue.engine.memory.adapter_layout import choose_chunk_elems
 from segue.engine.memory.pool import PagePool
@@ -38,9 +40,8 @@ from segue.engine.messages import Ready, StartProgress, State
 from segue.engine.models.config import ModelConfig
 from segue.engine.models.decoder import DecoderModel
 from segue.engine.models.rope import RotaryEmbedding
-from segue.engine.pool_size import PageNeeds, cpu_pages, cuda_pages
+from segue.engine.pool_size import PageNeeds, cpu_pages, cuda_pages, staging_bytes
 from segue.engine.progress import ReportProgress, log_lines
-from segue.engine.rate import RateMeter
 from segue.engine.runner import PassRunner
 from segue.engine.sampler import Sampler
 from segue.scheduler.cost_model import CostProfile
@@ -50,21 +51,21 @@ from segue.scheduler.plan import SchedulerLimits
 
 _LOG = logging.getLogger(__name__)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Until the first prompts have been measured.
-_ASSUMED_PREFILL_TOKENS_PER_SECOND = 1000.0
 # Up to about so many rows a pass takes the time in which the device reads the model's weights.
 _MERGED_ROWS = 128
+_MOST_READ_THREADS = 4
+# The engine's loop and the front end.
+_BUSY_CORES = 2
 
 
 class EngineInstance:
     """An engine with its threads and processes. ``wake_fd`` becomes readable when something arrived from them."""
 
     def __init__(
-        self, config: EngineConfig, report: ReportProgress | None = None, profile: CostProfile | None = None
+        self, config: EngineConfig, report: ReportProgress | None = None, *, profile: CostProfile | None = None
     ) -> None:
-        """Load the model and start everything, telling ``report`` how far that is; by default the log.
-
-        ``profile`` is what steps, copies and the CPU's help were measured to take on this machine.
+        """Load the model and start everything, telling ``report`` how far that is; by default the log. ``profile`` is
+        what steps, copies and the CPU's help were measured to take on this machine.
 
         Raises ConfigError, UnsupportedModelError, MemoryError, OSError, ValueError.
         """
@@ -96,15 +97,23 @@ class EngineInstance:
             copy_bytes_per_second=config.copy_bytes_per_second,
             ops=_transfer_ops(self._pool, chunk_elems),
             streams=streams,
-            staging_bytes=config.max_lora_rank * dtype.itemsize * sum(sum(shape) for shape in shapes.values()),
+            staging_bytes=staging_bytes(config, self._model_config, dtype.itemsize),
+            read_limits=_read_limits(config),
             expected_copy_bytes_per_second=costs.copy_bytes_per_second,
             wake=self._wake,
         )
         ring = JobRing(self.workers)
         self.bridge = CpuBridge(self.workers, ring, self._transport(ring, streams.device), self.store.link, self.store)
         backend = self._backend(model, chunk_elems)
-        self.planner = self._handover_planner(costs, shapes, dtype.itemsize)
-        resources = LoraResources(
+        self.planner = HandoverPlanner(
+            store=self.store,
+            bridge=self.bridge,
+            costs=costs,
+            shapes=shapes,
+            item_bytes=dtype.itemsize,
+            clock=time.monotonic,
+        )
+        self._lora = LoraResources(
             store=self.store,
             bridge=self.bridge,
             policy=handoff_policy(config.handoff),
@@ -114,9 +123,9 @@ class EngineInstance:
             dtype=dtype,
             clock=time.monotonic,
         )
-        runner = PassRunner(model, self._pool, backend.attention, resources, backend.batches, backend.passes)
+        runner = PassRunner(model, self._pool, backend.attention, self._lora, backend.batches, backend.passes)
         self._meter = device_meter(config.device) if config.measure_device_time else None
-        self.engine = self._engine(runner, backend.sampler)
+        self.engine = self._engine(runner, backend.sampler, profile)
         self._host_store.wait_until_ready(min(self._host_store.extent_bytes, config.host_store_bytes))
 
     @classmethod
@@ -176,7 +185,20 @@ class EngineInstance:
             steps=self.engine.steps,
             versions=self.engine.versions.states(),
             device_time=None if self._meter is None else self._meter.read(),
+            refusals=dict(self.engine.refusals),
         )
+
+    def set_handoff(self, handoff: HandoffConfig) -> None:
+        """Choose the sources of cold layers in this way from now on: for benchmarks that compare ways on one engine."""
+        self._lora.policy = handoff_policy(handoff)
+        self.planner.costs = replace(self.planner.costs, harm_weight=handoff.harm_weight)
+
+    def wait_for_host_store(self) -> None:
+        """Wait until all of the host store can be used; the engine itself waits for no more than a request needs.
+
+        Raises MemoryError when it never will.
+        """
+        self._host_store.wait_until_ready(self.config.host_store_bytes)
 
     def _page_pool(self, dtype: torch.dtype, device: torch.device) -> PagePool:
         pages = self.config.pages or self._automatic_pages(dtype, device)
@@ -264,27 +286,14 @@ class EngineInstance:
             raise ConfigError(f"device: 'cuda' needs cuda-bindings and triton, and {error}") from error
         return StreamTransport(ring, DriverFlags(self._memory.address, device))
 
-    def _handover_planner(
-        self, costs: HandoffCosts, shapes: dict[Projection, tuple[int, int]], item_bytes: int
-    ) -> HandoverPlanner | None:
-        if HandoffMode(self.config.handoff.mode) not in (HandoffMode.AUTO, HandoffMode.PLANNER):
-            return None
-        return HandoverPlanner(
-            store=self.store,
-            bridge=self.bridge,
-            costs=costs,
-            shapes=shapes,
-            item_bytes=item_bytes,
-            clock=time.monotonic,
-        )
-
     def _cpu_service(self) -> WorkerService | None:
         config = self.config
         if not (config.cpu_decode and config.handoff.helps):
             return None
-        return WorkerService(self.store, self.bridge, self.planner, layers_per_step=config.layers_per_step)
+        planner = self.planner if handoff_policy(config.handoff).follows_plan else None
+        return WorkerService(self.store, self.bridge, planner, layers_per_step=config.layers_per_step)
 
-    def _engine(self, runner: PassRunner, sampler: Sampler) -> Engine:
+    def _engine(self, runner: PassRunner, sampler: Sampler, profile: CostProfile | None) -> Engine:
         config = self.config
         return Engine(
             runner=runner,
@@ -301,8 +310,11 @@ class EngineInstance:
                 merged_rows=_merged_rows(config),
             ),
             max_waiting=config.max_waiting,
+            policy=config.policy,
+            tenant_queue_share=config.tenant_queue_share,
+            max_adapters=config.max_adapters,
             prefix_cache=config.prefix_cache,
-            prefill_rate=RateMeter(_ASSUMED_PREFILL_TOKENS_PER_SECOND),
+            costs=EngineCosts(layers=self._model_config.layers, measured=profile),
             sampler=sampler,
             runs_ahead=config.device == "cuda" if config.runs_ahead is None else config.runs_ahead,
             cpu_service=self._cpu_service(),
@@ -334,6 +346,17 @@ def _transfer_ops(pool: PagePool, chunk_elems: int) -> TransferOps:
 
 def _not_installed(error: ImportError) -> ConfigError:
     return ConfigError(f"device: 'cuda' needs flashinfer-python and triton, and {error}")
+
+
+def _read_limits(config: EngineConfig) -> ReadLimits:
+    threads = config.read_threads or default_read_threads(len(os.sched_getaffinity(0)), config.cpu_workers)
+    return ReadLimits(threads=threads, stall_seconds=config.read_stall_seconds)
+
+
+def default_read_threads(cores: int, cpu_workers: int) -> int:
+    """Threads that read adapters' files: as many as memory keeps busy, if the workers, the engine's loop and the front
+    end leave so many cores; they copy, and compute nothing."""
+    return max(1, min(_MOST_READ_THREADS, cores - cpu_workers - _BUSY_CORES))
 
 
 def handoff_policy(config: HandoffConfig) -> HandoffPolicy:

@@ -72,8 +72,14 @@ def _take(instance: EngineInstance, channel: Channel[ToEngine], message: ToEngin
 
 
 def _sleep(instance: EngineInstance, channel: Channel[ToEngine], poller: select.poll) -> None:
-    """Until a message, a landing, a worker's reply or a worker's change of state; only for a moment if the device is
-    waited for, which wakes nobody."""
+    poller.register(channel.fileno(), select.POLLIN | (select.POLLOUT if channel.has_unsent else 0))
+    wait_for_work(instance, poller, _IDLE_MILLISECONDS)
+
+
+def wait_for_work(instance: EngineInstance, poller: select.poll, idle_milliseconds: int) -> None:
+    """Sleep until a landing, a worker's reply or change of state, or what else ``poller`` watches besides ``wake_fd``;
+    only for a moment if the device is waited for, which wakes nobody. With nothing to do ``idle_milliseconds`` at most.
+    """
     engine: Engine = instance.engine
     jobs = [job for job in (item.job for item in engine.passes) if job is not None]
     if jobs and instance.bridge.wait(jobs, _JOB_WAIT_SECONDS):
@@ -86,8 +92,7 @@ def _sleep(instance: EngineInstance, channel: Channel[ToEngine], poller: select.
     elif engine.passes or instance.bridge.orphans:
         timeout = _RETRY_MILLISECONDS
     else:
-        timeout = _IDLE_MILLISECONDS
-    poller.register(channel.fileno(), select.POLLIN | (select.POLLOUT if channel.has_unsent else 0))
+        timeout = idle_milliseconds
     for fileno, _ in poller.poll(timeout):
         if fileno == instance.wake_fd:
             os.eventfd_read(instance.wake_fd)

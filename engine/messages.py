@@ -11,6 +11,7 @@ import msgspec
 from segue.engine.config import EngineConfig
 from segue.engine.lora.manifest import AdapterManifest
 from segue.engine.sampling_params import SamplingParams
+from segue.errors import SegueError
 from segue.types import FinishReason, Tier, Timing, TokenLogprob
 
 
@@ -25,6 +26,9 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
 
     ``adapter_version_id`` names a version sent before in OpenVersion; None is the base model. Generation ends after
     any of the sampling's ``stop_token_ids``, which is not part of the answer's text.
+
+    ``ttft_seconds`` from ``arrival_seconds`` on and ``tpot_seconds`` are targets; with ``reject_on_miss`` a request
+    that would miss one is refused at once. Nobody waits for the answer after ``deadline_seconds``.
     """
 
     number: int
@@ -33,6 +37,12 @@ class Submit(msgspec.Struct, frozen=True, tag=True):
     arrival_seconds: float
     sampling: SamplingParams
     adapter_version_id: int | None = None
+    tenant: str = ""
+    priority: int = 0
+    ttft_seconds: float | None = None
+    tpot_seconds: float | None = None
+    reject_on_miss: bool = False
+    deadline_seconds: float | None = None
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):
@@ -135,11 +145,17 @@ class Finished(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Failed(msgspec.Struct, frozen=True, array_like=True):
-    """A request ended in an error: ``reason`` is a SegueError's reason."""
+    """A request ended in an error: ``reason`` is a SegueError's reason. ``retry_after_seconds`` is there where the
+    engine knows when to come again."""
 
     number: int
     reason: str
     message: str
+    retry_after_seconds: float | None = None
+
+    @classmethod
+    def of(cls, number: int, error: SegueError) -> Failed:
+        return cls(number, error.reason, error.message, error.retry_after_seconds)
 
 
 class StepOutput(msgspec.Struct, frozen=True, tag=True):
@@ -171,7 +187,8 @@ class State(msgspec.Struct, frozen=True, tag=True):
     """A snapshot of the engine, in answer to GetState.
 
     ``kv_pages`` are in use by requests; ``cached_pages`` keep prefixes that no request uses, until pages are needed.
-    ``device_time`` is there where the configuration has it measured.
+    ``device_time`` is there where the configuration has it measured. ``refusals`` counts requests that were refused
+    when they arrived, by their SegueError's reason.
     """
 
     number: int
@@ -188,13 +205,18 @@ class State(msgspec.Struct, frozen=True, tag=True):
     steps: int
     versions: list[VersionState]
     device_time: DeviceTime | None = None
+    refusals: dict[str, int] = {}
 
 
 class VersionFailed(msgspec.Struct, frozen=True, tag=True):
-    """A version turned out not to be servable (truncated, NaN, changed while read); its users were failed."""
+    """A version turned out not to be servable (truncated, NaN, changed while read); its users were failed.
+
+    ``may_pass``: what it was made of is not to blame (a disk that does not answer).
+    """
 
     version_id: int
     message: str
+    may_pass: bool = False
 
 
 ToEngine = Start | Submit | Cancel | OpenVersion | CloseVersion | Evict | Preload | GetState | Shutdown

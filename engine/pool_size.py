@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from segue.config import ConfigError
 from segue.engine.config import EngineConfig
+from segue.engine.lora.copier import GROUP_BYTES
 from segue.engine.models.config import ModelConfig
 from segue.scheduler.plan import pages_for
 
@@ -77,3 +78,9 @@ def _checked(needs: PageNeeds, where: str, budget_bytes: int, terms: Mapping[str
 
 def _gib(size_bytes: int) -> str:
     return f"{size_bytes / _GIB:.3g} GiB"
+
+
+def staging_bytes(config: EngineConfig, model: ModelConfig, item_bytes: int) -> int:
+    """What one copy of weights brings at most: a group of layers, or one with every projection in the largest rank."""
+    layer = config.max_lora_rank * item_bytes * sum(sum(shape) for shape in model.projection_shapes().values())
+    return max(layer, GROUP_BYTES if config.device == "cuda" else 0)

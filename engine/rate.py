@@ -12,10 +12,13 @@ class RateMeter:
 
     def __init__(self, assumed_per_second: float) -> None:
         self._per_second = assumed_per_second
+        self.is_measured = False
+        """Whether anything was observed."""
 
     def observe(self, amount: int, seconds: float) -> None:
         """Take one piece of work into account; one that took no measurable time says nothing."""
         if amount > 0 and seconds > 0:
+            self.is_measured = True
             observed = min(max(amount / seconds, self._per_second / _MOST_CHANGE), self._per_second * _MOST_CHANGE)
             self._per_second += _SMOOTHING * (observed - self._per_second)
 

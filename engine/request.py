@@ -11,6 +11,7 @@ from segue.engine.pending import PendingToken
 from segue.engine.sampling import SamplingRow
 from segue.engine.timeline import Timeline
 from segue.engine.token_counts import TokenCounts
+from segue.scheduler.plan import NO_LEVEL, QueuedRequest, ServiceLevel
 
 _MAX_LOST_PASSES = 3
 
@@ -40,8 +41,8 @@ class Request:
     ``pages`` hold that KV in order; the first are those of ``path``, which the request shares. ``page_keys`` are
     hashes of its prefixes of whole pages; it has claims on those from ``claimed_from`` on, which it is to compute.
     ``cached_prompt_tokens`` of the prompt were there when it was first admitted. ``in_pass`` says that some rows are
-    in a pass that has not ended, ``lost_passes`` how many of its passes lost a CPU worker. ``counts`` is there when
-    penalties need it.
+    in a pass that has not ended, ``preemptions`` how often it was preempted, ``lost_passes`` how many of its passes
+    lost a CPU worker. ``counts`` is there when penalties need it.
 
     ``flights`` counts the enqueued batches and passes that have rows of it and have not been read: ``ahead_rows`` rows
     together, which bring ``ahead_tokens`` tokens, the last of them ``pending_token``.
@@ -50,6 +51,7 @@ class Request:
     submit: Submit
     timeline: Timeline
     token_ids: list[int]
+    level: ServiceLevel = NO_LEVEL
     state: RequestState = RequestState.QUEUED
     pages: list[int] = field(default_factory=list)
     path: list[CachedPage] = field(default_factory=list)
@@ -59,6 +61,7 @@ class Request:
     cached_prompt_tokens: int = 0
     in_pass: bool = False
     lost_passes: int = 0
+    preemptions: int = 0
     flights: int = 0
     ahead_rows: int = 0
     ahead_tokens: int = 0
@@ -66,10 +69,11 @@ class Request:
     counts: TokenCounts | None = None
 
     @classmethod
-    def of(cls, submit: Submit) -> Request:
+    def of(cls, submit: Submit, level: ServiceLevel = NO_LEVEL) -> Request:
         timeline = Timeline(arrival_seconds=submit.arrival_seconds)
         counts = TokenCounts(submit.prompt_token_ids) if submit.sampling.has_penalties else None
-        return cls(submit=submit, timeline=timeline, token_ids=list(submit.prompt_token_ids), counts=counts)
+        token_ids = list(submit.prompt_token_ids)
+        return cls(submit=submit, timeline=timeline, token_ids=token_ids, level=level, counts=counts)
 
     @property
     def number(self) -> int:
@@ -82,6 +86,18 @@ class Request:
     @property
     def generated_tokens(self) -> int:
         return len(self.token_ids) - len(self.submit.prompt_token_ids)
+
+    def queued_view(self) -> QueuedRequest:
+        """What the scheduler sees of it while it waits."""
+        return QueuedRequest(
+            number=self.number,
+            tokens=len(self.token_ids),
+            version_id=self.version_id,
+            level=self.level,
+            has_token=self.generated_tokens > 0,
+            preemptions=self.preemptions,
+            cpu_allowed=self.cpu_allowed,
+        )
 
     @property
     def planned_tokens(self) -> int:

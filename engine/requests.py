@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 
 from segue.engine.request import Request, RequestState
+from segue.scheduler.plan import QueuedRequest
+from segue.scheduler.waiting import WaitingLine
+
+
+def _no_target(_request: QueuedRequest) -> float:
+    return math.inf
 
 
 class RequestTable:
-    """All requests that have not ended. The queue is in the order of arrival, also after preemptions."""
+    """All requests that have not ended. The queue is in the order of arrival, also after preemptions.
 
-    def __init__(self) -> None:
+    ``waiting`` has the queue in the orders that a policy needs.
+    """
+
+    def __init__(self, start_by: Callable[[QueuedRequest], float] = _no_target) -> None:
+        """``start_by`` tells when a request's prefill must begin to be in time."""
+        self._start_by = start_by
+        self.waiting = WaitingLine()
         self._by_number: dict[int, Request] = {}
         self._queue: list[Request] = []
         self._admitted: dict[int, Request] = {}
@@ -47,25 +60,36 @@ class RequestTable:
         """A queued request may hold pages and compute."""
         request.move_to(RequestState.ADMITTED)
         self._queue.remove(request)
+        self.waiting.admit(request.number, cached_tokens=request.computed_tokens)
         self._admitted[request.number] = request
 
     def preempt(self, request: Request) -> None:
         """Send an admitted request, which has given its pages back, to its place in the queue."""
         request.move_to(RequestState.QUEUED)
         del self._admitted[request.number]
+        self.waiting.shares.stop_running(request.level.tenant)
+        request.preemptions += 1
         self._enqueue(request)
 
     def end(self, request: Request) -> None:
         """Forget a request, which has given its pages back."""
         if request.state is RequestState.QUEUED:
             self._queue.remove(request)
+            self.waiting.drop(request.number)
+        else:
+            del self._admitted[request.number]
+            self.waiting.shares.stop_running(request.level.tenant)
         request.move_to(RequestState.ENDED)
-        self._admitted.pop(request.number, None)
         del self._by_number[request.number]
 
     def versions_in_use(self) -> set[int]:
         """Adapter versions that admitted requests need on the device."""
         return {request.version_id for request in self._admitted.values() if request.version_id is not None}
+
+    def before(self, request: QueuedRequest, start_by_seconds: float) -> Sequence[QueuedRequest]:
+        """Requests of its tenant that would be admitted before one that is to be queued."""
+        level = request.level
+        return tuple(self.waiting.before(level.tenant, start_by_seconds, level.priority))
 
     def check(self, page_tokens: int) -> None:
         """Raise AssertionError where the table contradicts itself."""
@@ -73,8 +97,11 @@ class RequestTable:
         assert numbers == sorted(numbers), "the queue is out of order"
         assert set(numbers) | set(self._admitted) == set(self._by_number), "a request is in no list"
         assert not set(numbers) & set(self._admitted), "a request is both queued and admitted"
+        self.waiting.check(numbers)
         for request in self._by_number.values():
             request.check(page_tokens)
 
     def _enqueue(self, request: Request) -> None:
         bisect.insort(self._queue, request, key=lambda item: item.number)
+        view = request.queued_view()
+        self.waiting.add(view, self._start_by(view))

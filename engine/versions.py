@@ -10,13 +10,15 @@ from segue.engine.messages import VersionState
 from segue.engine.requests import RequestTable
 from segue.engine.residency import Residency
 from segue.errors import AdapterNotFoundError, AdapterRejectedError, SegueError
+from segue.scheduler.placement import AdapterCost
 
 # A prompt's page and the page that admission keeps for its first token.
 SMALLEST_REQUEST_PAGES = 2
 
 
 class AdapterVersions:
-    """``forget_kv`` is called with a version that nothing will use again."""
+    """``item_bytes`` are those of a weight on the device. ``forget_kv`` is called with a version that nothing will use
+    again."""
 
     def __init__(
         self,
@@ -25,15 +27,18 @@ class AdapterVersions:
         requests: RequestTable,
         *,
         pool_pages: int,
+        item_bytes: int,
         forget_kv: Callable[[int], None],
     ) -> None:
         self._store = store
         self._residency = residency
         self._requests = requests
         self._pool_pages = pool_pages
+        self._item_bytes = item_bytes
+        self._costs: dict[int, AdapterCost] = {}
         self._forget_kv = forget_kv
         self._known: dict[int, AdapterManifest] = {}
-        self._failures: dict[int, str] = {}
+        self._failures: dict[int, SegueError] = {}
         self._evicting: set[int] = set()
         self._leaving: set[int] = set()
 
@@ -45,10 +50,14 @@ class AdapterVersions:
     def refusal(self, version_id: int) -> SegueError | None:
         """Why a request cannot use the version; None if it can."""
         if version_id in self._failures:
-            return AdapterRejectedError(self._failures[version_id])
+            return self._failures[version_id]
         if version_id not in self._known:
             return AdapterNotFoundError("this adapter version is no longer known")
         return None
+
+    def cost(self, version_id: int | None) -> AdapterCost | None:
+        """What a known version's adapter costs; None for the base model."""
+        return None if version_id is None else self._costs[version_id]
 
     def pages_needed(self, version_id: int | None, kv_pages: int) -> int:
         """Pages that must be there beside the pinned ones for a request with this adapter and so much KV."""
@@ -76,6 +85,8 @@ class AdapterVersions:
                 f"{self._pool_pages}, of which {self._pool_pages - room} belong to pinned adapters"
             )
         self._known[version_id] = manifest
+        elements = sum(module.a.elements + module.b.elements for layer in manifest.layers for module in layer)
+        self._costs[version_id] = AdapterCost(version_id, manifest.max_rank, elements * self._item_bytes)
         if pinned:
             self._residency.pinned.add(version_id)
             self.preload(version_id)
@@ -88,9 +99,9 @@ class AdapterVersions:
         self._leaving.add(version_id)
         self.settle()
 
-    def fail(self, version_id: int, message: str) -> None:
-        """The version cannot be served: requests for it are refused with ``message``."""
-        self._failures[version_id] = message
+    def fail(self, version_id: int, error: SegueError) -> None:
+        """The version cannot be served: requests for it are refused with ``error``."""
+        self._failures[version_id] = error
         self._drop(version_id)
         self._leaving.add(version_id)
 
@@ -129,5 +140,6 @@ class AdapterVersions:
 
     def _drop(self, version_id: int) -> None:
         self._known.pop(version_id, None)
+        self._costs.pop(version_id, None)
         self._evicting.discard(version_id)
         self._residency.pinned.discard(version_id)

@@ -1,11 +1,14 @@
 """What one engine step does: who is evicted, preempted and admitted, which rows run at once, and which passes start.
 
-First come, first served. Progress rests on two rules. A request is admitted only when the pool has room for its
-adapter, its prompt's KV and one page more; and the oldest admitted request is never preempted, so it always ends.
-Without room for its adapter it is admitted where CPU workers can serve it alone, and sooner than pages come free; its
-adapter gets pages as soon as there are some. Where the workers fail the oldest, they are taken from younger requests:
-those of all are enough.
-A request is overtaken only while one that arrived before it computes the greater part of its prompt.
+Who goes before whom is the policy's to say. Progress rests on rules that hold for every policy. A request is admitted
+only when the pool has room for its adapter, its prompt's KV and one page more. A request takes pages only from those
+admitted after it, so the oldest is never preempted, and the oldest's prompt is computed first: it always ends. In the
+queue a request is overtaken only as the policy's order has it, and while one before it computes the greater part of its
+prompt.
+
+Without room for its adapter a request is admitted where CPU workers can serve it alone, and sooner than pages come
+free; its adapter gets pages as soon as there are some. Where the workers fail the oldest, they are taken from younger
+requests: those of all are enough.
 """
 
 from __future__ import annotations
@@ -31,6 +34,9 @@ from segue.scheduler.plan import (
     StepPlan,
     pages_for,
 )
+from segue.scheduler.policy import AdmissionRoom, FirstCome, PromptRows, StepPolicy
+
+_FIRST_COME = FirstCome()
 
 # Requests that wait for an earlier one's prefix are passed over, so that they keep nobody behind them out: as many as
 # two requests for 128 answers bring. Looking at one takes a few microseconds.
@@ -46,13 +52,15 @@ def plan_step(
     residency: AdapterResidency,
     prefixes: PrefixPages,
     limits: SchedulerLimits,
+    policy: StepPolicy = _FIRST_COME,
     cpu: CpuService | None = None,
 ) -> StepPlan:
-    """Plan one step. ``queue`` is in the order of arrival, ``admitted`` in the order of admission.
+    """Plan one step. ``queue`` is in the order in which requests are to be admitted, which under FirstCome is that of
+    arrival; ``admitted`` is in the order of admission.
 
     Of the queue no more is read than is needed. Without ``cpu`` no adapter is served that has no pages.
     """
-    draft = _Draft(free_pages=free_pages, residency=residency, prefixes=prefixes, limits=limits, cpu=cpu)
+    draft = _Draft(free_pages=free_pages, residency=residency, prefixes=prefixes, limits=limits, policy=policy, cpu=cpu)
     draft.serve_oldest(admitted)
     draft.plan_decodes(admitted)
     decodes = len(draft.batch)
@@ -66,7 +74,7 @@ def plan_step(
         preempt=tuple(draft.preempt),
         reclaim_pages=draft.reclaim_pages,
         grow=tuple(draft.grow),
-        adapters=tuple(draft.adapters),
+        adapters=tuple(draft.given),
         admit=tuple(draft.admit),
         batch=tuple(draft.batch),
         passes=tuple(draft.passes),
@@ -78,23 +86,28 @@ def plan_step(
 class _Draft:
     """A plan in the making; ``free_pages`` counts what its decisions have left.
 
-    ``prompt_tokens`` are those of each request in ``admit``. ``held`` are the idle pages that admissions share, and
-    ``released_pages`` counts those that preemptions make idle. ``reserved`` adapters have been given pages, or are used
-    by admissions; ``on_cpu`` are without pages and used by requests that are, or are to be, admitted.
+    ``decodes`` are the requests whose rows decode in ``batch``, ``newcomers`` those in ``admit``. All that are admitted
+    then have these ``adapters`` and ``prompt_tokens`` to compute. ``held`` are the idle pages that admissions share,
+    and ``released_pages`` counts those that preemptions make idle. ``reserved`` adapters have been given pages, or are
+    used by admissions; ``on_cpu`` are without pages and used by requests that are, or are to be, admitted.
     """
 
     free_pages: int
     residency: AdapterResidency
     prefixes: PrefixPages
     limits: SchedulerLimits
+    policy: StepPolicy
     cpu: CpuService | None
     evict: list[int] = field(default_factory=list)
     preempt: list[int] = field(default_factory=list)
     reclaim_pages: int = 0
     grow: list[int] = field(default_factory=list)
-    adapters: list[AdapterPages] = field(default_factory=list)
+    given: list[AdapterPages] = field(default_factory=list)
     admit: list[Admission] = field(default_factory=list)
-    prompt_tokens: dict[int, int] = field(default_factory=dict)
+    newcomers: dict[int, QueuedRequest] = field(default_factory=dict)
+    adapters: set[int] = field(default_factory=set)
+    prompt_tokens: int = 0
+    decodes: list[AdmittedRequest] = field(default_factory=list)
     batch: list[PassRows] = field(default_factory=list)
     passes: list[PassPlan] = field(default_factory=list)
     starved: bool = False
@@ -132,7 +145,7 @@ class _Draft:
         return True
 
     def plan_decodes(self, admitted: Sequence[AdmittedRequest]) -> None:
-        """Give each request that decodes the page it needs, oldest first, taking pages from the youngest if need be."""
+        """Give each request that decodes the page it needs, oldest first, taking pages from younger ones if need be."""
         for position, request in enumerate(admitted):
             decodes = request.computed_tokens == request.tokens - 1
             if request.in_flight or request.number in self.preempt or not decodes:
@@ -143,19 +156,23 @@ class _Draft:
                     continue
                 self.grow.append(request.number)
             if self.is_warm(request.version_id):
+                self.decodes.append(request)
                 self.batch.append(PassRows(request.number, request.computed_tokens, 1))
 
     def _take_page(self, younger: Sequence[AdmittedRequest]) -> bool:
-        """Take one page, preempting the youngest of these requests until there is one; False when there is none."""
+        """Take one page, preempting these requests in the policy's order until there is one; False if there is none."""
         if not self._preempt_for(1, younger):
             return False
         self.free_pages -= 1
         return True
 
     def _preempt_for(self, pages: int, younger: Sequence[AdmittedRequest], needed_version: int | None = None) -> bool:
-        """Have so many pages, preempting the youngest of these requests until there are; False when that is in vain."""
+        """Have so many pages, preempting these requests in the policy's order until there are; False if in vain."""
+        if self.make_room(pages, needed_version):
+            return True
+        can_go = [item for item in younger if not item.in_flight and item.number not in self.preempt]
+        victims = iter(self.policy.victims(can_go))
         while not self.make_room(pages, needed_version):
-            victims = (item for item in reversed(younger) if not item.in_flight and item.number not in self.preempt)
             victim = next(victims, None)
             if victim is None:
                 return False
@@ -188,7 +205,7 @@ class _Draft:
     def _give_pages(self, version_id: int, pages: int) -> None:
         self.free_pages -= pages
         self.reserved.add(version_id)
-        self.adapters.append(AdapterPages(version_id, pages))
+        self.given.append(AdapterPages(version_id, pages))
 
     def plan_adapters(self, admitted: Sequence[AdmittedRequest]) -> None:
         """Give adapters that the CPU alone has served their pages, those of the oldest requests first."""
@@ -226,8 +243,12 @@ class _Draft:
         return passes * self.cpu.pass_seconds(request.version_id, -(-rows // passes), step_seconds) <= wait_seconds
 
     def plan_admissions(self, queue: Iterable[QueuedRequest], admitted: Sequence[AdmittedRequest]) -> None:
-        """Admit requests from the head of the queue beside those that are, until one does not fit."""
+        """Admit from the head of the queue, until one does not fit."""
         most = self.limits.max_running - len(admitted)
+        if most <= 0:
+            return
+        self.adapters = {item.version_id for item in admitted if item.version_id is not None}
+        self.prompt_tokens = sum(count for item in admitted if (count := item.tokens - item.computed_tokens) > 1)
         passed_over = 0
         waiting = iter(queue)
         while len(self.admit) < most and passed_over < MOST_PASSED_OVER:
@@ -236,7 +257,7 @@ class _Draft:
                 # What one whose adapter is to go needs now is known when the eviction has been carried out.
                 return
             match = self.prefixes.match(request.number)
-            if self._is_worth_waiting(request, match):
+            if self._is_worth_waiting(request, match) or self._is_kept_out(request, most):
                 passed_over += 1
                 continue
             adapter_pages = self._adapter_pages(request.version_id)
@@ -259,8 +280,11 @@ class _Draft:
             elif request.version_id is not None:
                 self.reserved.add(request.version_id)
                 self.on_cpu.discard(request.version_id)
+            if request.version_id is not None:
+                self.adapters.add(request.version_id)
             self.free_pages -= adapter_pages + kv_pages
-            self.prompt_tokens[request.number] = request.tokens
+            self.newcomers[request.number] = request
+            self.prompt_tokens += request.tokens - match.pages * self.limits.page_tokens
             self.admit.append(
                 Admission(
                     number=request.number,
@@ -270,6 +294,11 @@ class _Draft:
                     adapter_pages=adapter_pages,
                 )
             )
+
+    def _is_kept_out(self, request: QueuedRequest, most: int) -> bool:
+        places = most - len(self.admit)
+        room = AdmissionRoom(places=places, adapters=self.adapters, prompt_tokens=self.prompt_tokens)
+        return self.policy.keeps_out(request, room, self.limits)
 
     def _is_worth_waiting(self, request: QueuedRequest, match: PrefixMatch) -> bool:
         """Whether earlier requests are about to compute at least half of what this one would have to."""
@@ -282,16 +311,19 @@ class _Draft:
         return self.residency.pages_to_reserve(version_id)
 
     def plan_prompts(self, admitted: Sequence[AdmittedRequest], max_new_passes: int) -> None:
-        """Rows of warm adapters join the batch, oldest first; the others go in passes."""
-        budget_tokens = self.limits.chunk_tokens if self.batch else self.limits.budget_tokens
-        warm: list[PassRows] = []
+        """Rows of warm adapters join the batch in the policy's order; the others go in passes."""
+        warm: list[PromptRows] = []
         cold: dict[int, list[PassRows]] = {}
-        for version_id, rows in self._uncomputed(admitted):
-            if version_id is None or self.residency.is_warm(version_id):
-                warm.append(rows)
+        for item in self.policy.prompt_order(list(self._uncomputed(admitted))):
+            if item.version_id is None or self.residency.is_warm(item.version_id):
+                warm.append(item)
             else:
-                cold.setdefault(version_id, []).append(rows)
-        self.batch.extend(_within(budget_tokens, warm))
+                cold.setdefault(item.version_id, []).append(item.rows)
+        if warm:
+            budget_tokens = self.limits.budget_tokens
+            if self.batch:
+                budget_tokens = self.policy.prompt_tokens(self.decodes, warm, self.limits)
+            self.batch.extend(_within(budget_tokens, [item.rows for item in warm]))
         self.passes.extend(self._passes(cold)[:max_new_passes])
 
     def _passes(self, cold: Mapping[int, Sequence[PassRows]]) -> list[PassPlan]:
@@ -313,36 +345,37 @@ class _Draft:
                 shared, left = len(passes) - 1, own_left
         return passes
 
-    def _uncomputed(self, admitted: Sequence[AdmittedRequest]) -> Iterator[tuple[int | None, PassRows]]:
+    def _uncomputed(self, admitted: Sequence[AdmittedRequest]) -> Iterator[PromptRows]:
         """All rows that could run now and do not decode in this step's batch, those of newcomers last."""
         page_tokens = self.limits.page_tokens
         stalled = {*self.preempt, *(rows.number for rows in self.batch)}
-        for request in admitted:
+        for position, request in enumerate(admitted):
             needs_page = request.pages * page_tokens < request.tokens and request.number not in self.grow
             needs_adapter = request.version_id in self.on_cpu and not self._runs_on_cpu(request)
             if not (request.in_flight or request.number in stalled or needs_page or needs_adapter):
                 count = request.tokens - request.computed_tokens
-                yield request.version_id, PassRows(request.number, request.computed_tokens, count)
+                rows = PassRows(request.number, request.computed_tokens, count)
+                yield PromptRows(rows, request.version_id, request.level, position == 0)
         for item in self.admit:
-            start = item.cached_pages * page_tokens
-            yield item.version_id, PassRows(item.number, start, self.prompt_tokens[item.number] - start)
+            start, newcomer = item.cached_pages * page_tokens, self.newcomers[item.number]
+            yield PromptRows(PassRows(item.number, start, newcomer.tokens - start), item.version_id, newcomer.level)
 
 
 def steps_to_pages(admitted: Sequence[AdmittedRequest], missing_pages: int, held_pages: Callable[[int], int]) -> float:
     """Steps until so many pages are expected to come free; infinite where they never do.
 
-    They do when requests end, and with the last user of an adapter the adapter's. A request ends after at most
-    ``remaining_tokens`` steps. When is not known; half of them is the mean where all numbers are as likely.
+    They do when requests end, which is a step for each token that is expected of them, and with the last user of an
+    adapter the adapter's.
     """
     users = Counter(request.version_id for request in admitted)
     freed = 0
-    for request in sorted(admitted, key=lambda item: item.remaining_tokens):
+    for request in sorted(admitted, key=lambda item: item.expected_tokens):
         freed += request.own_pages + request.sole_pages
         users[request.version_id] -= 1
         if request.version_id is not None and users[request.version_id] == 0:
             freed += held_pages(request.version_id)
         if freed >= missing_pages:
-            return request.remaining_tokens / 2
+            return request.expected_tokens
     return math.inf
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 
 class LayerSource(Enum):
@@ -52,6 +52,11 @@ class LayerView:
 class HandoffPolicy(Protocol):
     """Decides a layer's source. Pure: the same view gives the same answer."""
 
+    @property
+    def follows_plan(self) -> bool:
+        """Whether it wants to see what a plan says."""
+        ...
+
     def choose(self, view: LayerView) -> LayerSource: ...
 
 
@@ -62,6 +67,8 @@ class FollowPlan:
     A layer that has landed comes from the device, whatever was planned. One that is planned for the CPU, and cannot be
     served there, waits for its weights; one that is not planned takes what can serve it first.
     """
+
+    follows_plan: ClassVar[bool] = True
 
     def choose(self, view: LayerView) -> LayerSource:
         if view.landed:
@@ -81,6 +88,7 @@ class FixedHandover:
     """
 
     cpu_layers: int
+    follows_plan: ClassVar[bool] = False
 
     def choose(self, view: LayerView) -> LayerSource:
         if view.layer < self.cpu_layers and view.cpu_possible:
@@ -92,6 +100,8 @@ class FixedHandover:
 class StreamLayers:
     """Never the CPU: each layer waits for its own weights."""
 
+    follows_plan: ClassVar[bool] = False
+
     def choose(self, view: LayerView) -> LayerSource:
         return LayerSource.DEVICE if view.device_possible else LayerSource.WAIT
 
@@ -99,6 +109,8 @@ class StreamLayers:
 @dataclass(frozen=True, slots=True)
 class LoadFirst:
     """Never the CPU: the first layer waits for the whole adapter."""
+
+    follows_plan: ClassVar[bool] = False
 
     def choose(self, view: LayerView) -> LayerSource:
         return LayerSource.DEVICE if view.adapter_landed else LayerSource.WAIT

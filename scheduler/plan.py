@@ -2,23 +2,48 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from segue.scheduler.eviction import EvictionCandidate
+from segue.scheduler.placement import AdapterCost
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServiceLevel:
+    """What a request is promised, and on whose account. Seconds are of the engine's clock.
+
+    ``first_token_by_seconds`` and ``token_seconds`` (the mean time per token after the first) are infinite without a
+    target. ``queued_seconds`` is when the engine took the request. ``adapter`` says what its adapter costs.
+    """
+
+    tenant: str = ""
+    priority: int = 0
+    first_token_by_seconds: float = math.inf
+    token_seconds: float = math.inf
+    queued_seconds: float = 0.0
+    adapter: AdapterCost | None = None
+
+
+NO_LEVEL = ServiceLevel()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QueuedRequest:
     """A request that holds no pages. ``tokens`` counts its prompt and what it had generated before a preemption.
 
+    ``has_token``: its first token was sent before it was preempted, which happened ``preemptions`` times.
     ``cpu_allowed`` is False after CPU workers failed it too often.
     """
 
     number: int
     tokens: int
     version_id: int | None
+    level: ServiceLevel = NO_LEVEL
+    has_token: bool = False
+    preemptions: int = 0
     cpu_allowed: bool = True
 
 
@@ -28,8 +53,9 @@ class AdmittedRequest:
 
     Of its ``pages``, ``own_pages`` come free when it is preempted, and ``sole_pages`` are shared prefixes that no other
     request uses: they become idle then. ``in_flight``: some of its rows are in a pass that has not ended, so it can
-    neither be given rows nor be preempted. ``cpu_allowed`` is False after CPU workers failed it too often. It generates
-    at most ``remaining_tokens`` more.
+    neither be given rows nor be preempted. ``generated_tokens`` of its answer have come, the first of them at
+    ``first_token_seconds``; ``expected_tokens`` more are expected. ``cpu_allowed`` is False after CPU workers failed it
+    too often.
     """
 
     number: int
@@ -40,8 +66,12 @@ class AdmittedRequest:
     sole_pages: int
     version_id: int | None
     in_flight: bool
+    level: ServiceLevel = NO_LEVEL
+    generated_tokens: int = 0
+    first_token_seconds: float | None = None
+    preemptions: int = 0
     cpu_allowed: bool = True
-    remaining_tokens: int = 1
+    expected_tokens: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -147,7 +147,7 @@ class UnsupportedError(SegueError):
 
 
 class EngineUnavailableError(SegueError):
-    """The server cannot be reached, or its engine died or is still starting."""
+    """The server cannot be reached, its engine died or is still starting, or its disk does not answer."""
 
     code = StatusCode.UNAVAILABLE
     reason = "ENGINE_UNAVAILABLE"

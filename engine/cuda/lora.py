@@ -11,12 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from segue.engine.cuda.adapter_tables import AdapterTables
 from segue.engine.cuda.batch_inputs import host_buffer
 from segue.engine.lora.device_lora import LoraSegment
 from segue.engine.lora.manifest import Projection
 from segue.engine.lora.points import POINT_PROJECTIONS, LoraPoint
 from segue.engine.lora.store import AdapterStore
-from segue.engine.memory.adapter_layout import AdapterLayout
 from segue.engine.memory.pool import PagePool
 from segue.gpu_kernels.lora import add_lora
 from segue.gpu_kernels.lora_tiles import Architecture, LoraTiles, PointShape, Regime, choose_tiles
@@ -59,72 +59,6 @@ def regime_of(rows: int, ranks: Sequence[int]) -> Regime:
     return Regime.FEW if is_small else Regime.DECODE
 
 
-class AdapterTables:
-    """Each adapter on the device has a row in tables of fixed size, which the kernels read.
-
-    ``page_tables`` is int32 [adapters, adapter_pages]. For each LoRA point, ``modules`` is int32 [layers, adapters,
-    modules, (rank, first chunk of A, first chunk of B)], ``scales`` float32 [layers, adapters, modules], and ``ranks``
-    int32 [adapters, modules], in host memory, the largest over the layers. A row is written when a batch first names
-    the adapter with its present pages, in the order of the engine's stream, so that nothing under way sees it change.
-    """
-
-    def __init__(self, store: AdapterStore, sizes: LoraSizes, *, layers: int, chunk_elems: int, device: torch.device):
-        self._store = store
-        self._chunk_elems = chunk_elems
-        self._rows: dict[int, int] = {}
-        self._written: dict[int, Tensor] = {}
-        self._free = list(range(sizes.adapters - 1, -1, -1))
-        self.page_tables = torch.zeros(sizes.adapters, sizes.adapter_pages, dtype=torch.int32, device=device)
-        counts = {point: len(projections) for point, projections in POINT_PROJECTIONS.items()}
-        self.modules = {
-            point: torch.zeros(layers, sizes.adapters, count, 3, dtype=torch.int32, device=device)
-            for point, count in counts.items()
-        }
-        self.scales = {
-            point: torch.zeros(layers, sizes.adapters, count, device=device) for point, count in counts.items()
-        }
-        self.ranks: dict[LoraPoint, NDArray[np.int32]] = {
-            point: np.zeros((sizes.adapters, count), dtype=np.int32) for point, count in counts.items()
-        }
-
-    def row(self, version_id: int) -> int:
-        """The row of a version that has its pages. Raises RuntimeError when more are in use than there are rows."""
-        pages = self._store.page_table(version_id)
-        row = self._rows.get(version_id)
-        if row is None:
-            row = self._rows[version_id] = self._take_row()
-        if self._written.get(version_id) is not pages:
-            self._write(row, pages, self._store.device_layout(version_id))
-            self._written[version_id] = pages
-        return row
-
-    def _take_row(self) -> int:
-        if not self._free:
-            for version_id in [item for item in self._rows if not self._store.has_pages(item)]:
-                self._free.append(self._rows.pop(version_id))
-                self._written.pop(version_id, None)
-        if not self._free:
-            raise RuntimeError(f"{len(self._rows)} adapters are on the device, the tables have no more rows")
-        return self._free.pop()
-
-    def _write(self, row: int, pages: Tensor, layout: AdapterLayout) -> None:
-        self.page_tables[row, : len(pages)] = pages.int()
-        for point, projections in POINT_PROJECTIONS.items():
-            places = {projection: place for place, projection in enumerate(projections)}
-            modules = torch.zeros(len(layout.layers), len(projections), 3, dtype=torch.int32)
-            scales = torch.zeros(len(layout.layers), len(projections))
-            for layer, own in enumerate(layout.layers):
-                for module in own:
-                    place = places.get(module.projection)
-                    if place is not None:
-                        starts = module.a_start // self._chunk_elems, module.b_start // self._chunk_elems
-                        modules[layer, place] = torch.tensor((module.rank, *starts))
-                        scales[layer, place] = module.scale
-            self.modules[point][:, row] = modules.to(pages.device)
-            self.scales[point][:, row] = scales.to(pages.device)
-            self.ranks[point][row] = modules[:, :, 0].amax(0).numpy()
-
-
 class KernelLora:
     """See DeviceLora. Batches of many rows and of few have tiles of their own."""
 
@@ -141,7 +75,14 @@ class KernelLora:
         device = pool.data.device
         self._pool = pool
         self._sizes = sizes
-        self.tables = AdapterTables(store, sizes, layers=pool.layers, chunk_elems=chunk_elems, device=device)
+        self.tables = AdapterTables(
+            store,
+            rows=sizes.adapters,
+            adapter_pages=sizes.adapter_pages,
+            layers=pool.layers,
+            chunk_elems=chunk_elems,
+            device=device,
+        )
         self.points = {
             point: PointShape(
                 in_features=shapes[projections[0]][0],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from segue.engine.config import EngineConfig
+from segue.engine.cuda.adapter_tables import RowLayout
 from segue.engine.cuda.batch_shapes import (
     ATTENTION_BYTES,
     PASS_SETS,
@@ -18,6 +19,7 @@ from segue.engine.device import CudaStreams
 from segue.engine.lora.points import POINT_PROJECTIONS
 from segue.engine.memory.adapter_layout import choose_chunk_elems
 from segue.engine.models.config import ModelConfig
+from segue.engine.pool_size import staging_bytes
 from segue.gpu_kernels.lora_tiles import PointShape, Regime, choose_tiles
 from segue.gpu_kernels.lora_work import plan_capacity
 from segue.scheduler.plan import pages_for
@@ -57,7 +59,7 @@ def device_reserve(
         "attention": attention + recorded + wrappers * PLAN_BYTES,
         "page tables": 4 * context_pages * (config.max_running * (1 + PASS_SETS) + config.max_passes),
         "LoRA plans and tables": _lora_bytes(config, model, item_bytes, processors),
-        "staging": CudaStreams.staging_slots * _layer_bytes(config, model, item_bytes),
+        "staging": CudaStreams.staging_slots * staging_bytes(config, model, item_bytes),
         "code": _CODE_BYTES,
         "layers' graphs": PASS_SETS * len(of_passes) * _PASS_KINDS * (model.layers + 2) * _LAYER_GRAPH_BYTES,
     }
@@ -66,11 +68,6 @@ def device_reserve(
 def _workspace_bytes(shapes: Sequence[BatchShape], model: ModelConfig, processors: int) -> int:
     """Of the attention of recorded passes of these shapes, one after the other."""
     return max(workspace_bytes(shape, model.heads, model.kv_heads, model.head_dim, processors) for shape in shapes)
-
-
-def _layer_bytes(config: EngineConfig, model: ModelConfig, item_bytes: int) -> int:
-    """One layer of an adapter with every projection in the largest rank."""
-    return config.max_lora_rank * item_bytes * sum(sum(shape) for shape in model.projection_shapes().values())
 
 
 def _activation_bytes(config: EngineConfig, model: ModelConfig, item_bytes: int) -> int:
@@ -113,7 +110,7 @@ def _lora_bytes(config: EngineConfig, model: ModelConfig, item_bytes: int, proce
         ]
         partials = max(partials, *(capacity.workspace_elems for capacity in capacities))
         plans += max(capacity.words for capacity in capacities)
-    table = adapter_pages(config, model, page_elems, chunk_elems) + model.layers * len(shapes) * 4
+    table = RowLayout.plan(adapter_pages(config, model, page_elems, chunk_elems), model.layers).words
     recorded = 1 + PASS_SETS
     return 4 * (partials * (1 + recorded + config.max_passes) + recorded * plans + MAX_TABLE_ROWS * table)
 

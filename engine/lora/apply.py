@@ -53,11 +53,12 @@ class _CpuPart:
     posted: PostedJob | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class LoraResources:
     """What appliers share: the adapters, what computes deltas, the policy, and each projection's (in, out) features.
 
-    ``planner`` makes the plans of a policy that follows them.
+    ``planner`` makes the plans of a policy that follows them. Another ``policy`` may be set while passes run; they ask
+    it from their next layer on.
     """
 
     store: AdapterStore
@@ -66,8 +67,8 @@ class LoraResources:
     policy: HandoffPolicy
     shapes: dict[Projection, tuple[int, int]]
     dtype: torch.dtype
+    planner: HandoverPlanner
     clock: Callable[[], float]
-    planner: HandoverPlanner | None = None
 
 
 class LoraApplier:
@@ -255,7 +256,7 @@ class LoraApplier:
     def _begin_handovers(self) -> dict[int, PassHandover]:
         """The plans of the adapters that are loading."""
         planner = self._resources.planner
-        if planner is None:
+        if not self._resources.policy.follows_plan:
             return {}
         rows = dict.fromkeys(self._versions, 0)
         for segment in self._segments:

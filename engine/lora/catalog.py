@@ -207,6 +207,13 @@ class AdapterCatalog:
             if version is not None:
                 version.rejection = message
 
+    def reopen(self, version_id: int) -> None:
+        """The engine could not serve a version whose content is not to blame: new requests get it as a new version."""
+        with self._lock:
+            version = self._by_id.get(version_id)
+            if version is not None and self._current.get(version.manifest.name) is version:
+                self._supersede(version.manifest.name)
+
     def take_retired(self) -> tuple[int, ...]:
         """Versions that the engine has and that no request will name again, each reported once."""
         with self._lock:

@@ -42,11 +42,15 @@ class Verified:
 
 @dataclass(frozen=True, slots=True)
 class LoadFailed:
-    """The version cannot be served, now or later. What its users hold of it stays until they release it."""
+    """The version cannot be served, now or later. What its users hold of it stays until they release it.
+
+    ``may_pass``: its weights are not to blame, so the same content may be served as another version.
+    """
 
     version_id: int
     message: str
     monotonic_seconds: float
+    may_pass: bool = False
 
 
 StoreEvent = LayerHost | LayerEnqueued | LayerLanded | Verified | LoadFailed

@@ -64,6 +64,12 @@ class HostPlan:
             layers.append(PlannedLayer(modules=tuple(planned), host_start=start, host_bytes=end - start))
         return cls(layers=tuple(layers), host_bytes=end)
 
+    def tensors(self) -> Iterator[PlannedTensor]:
+        """All matrices, in the order of the host copy."""
+        for layer in self.layers:
+            for module in layer.modules:
+                yield from (module.a, module.b)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostModule:

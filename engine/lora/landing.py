@@ -130,22 +130,29 @@ class LayerLander:
         self._slots = [_Slot(streams.staging(staging_bytes)) for _ in range(streams.staging_slots)]
         self._next_slot = 0
 
+    @property
+    def is_ahead(self) -> bool:
+        """Whether the device copies beside the host."""
+        return len(self._slots) > 1
+
     def start(
-        self, planned: PlannedLayer, layer: int, copy_offset: int, place: LandingPlace
+        self, layers: Sequence[PlannedLayer], first_layer: int, copy_offset: int, place: LandingPlace
     ) -> torch.cuda.Event | None:
-        """Have a layer of the host copy at ``copy_offset`` copied and landed.
+        """Have layers of the host copy at ``copy_offset``, which follow one another, copied together and landed.
 
         A fresh event, recorded behind the landing; None where that has been done.
         """
-        slot = self._take_slot(planned.host_bytes)
-        staged = slot.memory[: planned.host_bytes]
-        start = copy_offset + planned.host_start
+        begin = layers[0].host_start
+        size_bytes = layers[-1].host_start + layers[-1].host_bytes - begin
+        slot = self._take_slot(size_bytes)
+        staged = slot.memory[:size_bytes]
+        start = copy_offset + begin
         after = [event for event in (place.behind, slot.landed) if event is not None]
         copied = self._streams.enqueue_copy(lambda: self._copy(start, staged), after)
         place.behind = None
         try:
             slot.landed = self._streams.enqueue_landing(
-                lambda: self._land_staged(staged, layer, place), [] if copied is None else [copied]
+                lambda: self._land_staged(staged, layers, first_layer, place), [] if copied is None else [copied]
             )
         except BaseException:
             if copied is not None:
@@ -163,9 +170,14 @@ class LayerLander:
             slot.memory = self._streams.staging(size_bytes)
         return slot
 
-    def _land_staged(self, staged: Tensor, layer: int, place: LandingPlace) -> None:
-        pages = self._pool_layer(layer)
-        self._land(staged.view(pages.dtype), place.tables[layer], pages, place.page_table, self._chunk_elems)
+    def _land_staged(
+        self, staged: Tensor, layers: Sequence[PlannedLayer], first_layer: int, place: LandingPlace
+    ) -> None:
+        for layer, planned in enumerate(layers, start=first_layer):
+            pages = self._pool_layer(layer)
+            start = planned.host_start - layers[0].host_start
+            own = staged[start : start + planned.host_bytes].view(pages.dtype)
+            self._land(own, place.tables[layer], pages, place.page_table, self._chunk_elems)
 
     def _copy(self, start: int, staged: Tensor) -> None:
         """One copy, or one for each extent: CUDA refuses host memory that was not registered as a whole."""

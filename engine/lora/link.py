@@ -15,13 +15,17 @@ class LinkThrottle:
     """
 
     def __init__(self, bytes_per_second: float | None, clock: Callable[[], float] = time.monotonic) -> None:
-        if bytes_per_second is not None and bytes_per_second <= 0:
-            raise ValueError(f"bytes_per_second: must be greater than 0, is {bytes_per_second}")
-        self.bytes_per_second = bytes_per_second
         self._clock = clock
         self._lock = threading.Lock()
-        self._free_seconds = clock()
-        self._rows_free_seconds = self._free_seconds
+        self.throttle(bytes_per_second)
+
+    def throttle(self, bytes_per_second: float | None) -> None:
+        """Have this bandwidth from now on; what was booked before no longer counts. Raises ValueError."""
+        if bytes_per_second is not None and bytes_per_second <= 0:
+            raise ValueError(f"bytes_per_second: must be greater than 0, is {bytes_per_second}")
+        with self._lock:
+            self.bytes_per_second = bytes_per_second
+            self._free_seconds = self._rows_free_seconds = self._clock()
 
     def book_rows(self, row_bytes: int) -> float:
         """Book rows that CPU workers exchange; when they are through, in seconds of the clock. Does not wait.
@@ -30,9 +34,9 @@ class LinkThrottle:
         end later by the rows' bytes. So rows that follow one another without end cannot keep the weights from landing.
         """
         now = self._clock()
-        if self.bytes_per_second is None:
-            return now
         with self._lock:
+            if self.bytes_per_second is None:
+                return now
             row_seconds = row_bytes / self.bytes_per_second
             shares = 2 if self._free_seconds > now else 1
             self._rows_free_seconds = max(now, self._rows_free_seconds) + shares * row_seconds
@@ -42,9 +46,9 @@ class LinkThrottle:
     def book(self, copy_bytes: int) -> float:
         """Book a transfer behind those booked before; when it ends, in seconds of the clock. Does not wait."""
         now = self._clock()
-        if self.bytes_per_second is None:
-            return now
         with self._lock:
+            if self.bytes_per_second is None:
+                return now
             self._free_seconds = max(now, self._free_seconds) + copy_bytes / self.bytes_per_second
             return self._free_seconds
 

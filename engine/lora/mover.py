@@ -24,6 +24,7 @@ from segue.engine.lora.events import LayerEnqueued, LayerHost, LayerLanded, Load
 from segue.engine.lora.host_memory import HostExtents
 from segue.engine.lora.landing import LayerLander
 from segue.engine.lora.link import LinkThrottle
+from segue.engine.lora.reader import ReaderPool, ReadLimits
 from segue.engine.lora.states import UNDER_WAY, Adapter, DeviceCopy, HostCopy, LayerState, ReadPhase
 from segue.engine.lora.transfer import (
     Completion,
@@ -32,7 +33,7 @@ from segue.engine.lora.transfer import (
     CopyJob,
     LayerRead,
     ReadEnded,
-    ReaderThread,
+    ReadFailed,
     ReadJob,
     TransferOps,
 )
@@ -71,12 +72,12 @@ class WeightMover:
         wake: Callable[[], None],
         ops: TransferOps,
         staging_bytes: int,
+        read_limits: ReadLimits,
         copy_bytes_per_second: float,
     ) -> None:
         """``copy_bytes_per_second`` is what is expected of the link until copies have been measured."""
         self.extents = HostExtents(len(memory.store))
         self._pool = pool
-        self._wake = wake
         self._leaving_hosts: list[HostCopy] = []
         self._leaving_devices: list[DeviceCopy] = []
         self._reads: dict[ReadJob, tuple[Adapter, HostCopy]] = {}
@@ -87,12 +88,14 @@ class WeightMover:
         self._backlog = CopyBacklog(self._copy_rate)
         self._completions: SimpleQueue[Completion] = SimpleQueue()
         host = torch.from_numpy(memory.store)
-        self._reader = ReaderThread(
+        self._reader = ReaderPool(
             host=host,
             make_touchable=memory.wait_until_ready,
             dtype=pool.dtype,
-            read_into=ops.read_into,
-            report=self._report,
+            read_runs=ops.read_runs,
+            report=self._completions.put,
+            wake=wake,
+            limits=read_limits,
         )
         lander = LayerLander(
             host=host,
@@ -103,7 +106,7 @@ class WeightMover:
             streams=streams,
             staging_bytes=staging_bytes,
         )
-        self._copier = CopierThread(lander=lander, link=link, report=self._report)
+        self._copier = CopierThread(lander=lander, link=link, report=self._completions.put, wake=wake)
 
     @property
     def leaving_pages(self) -> int:
@@ -125,6 +128,8 @@ class WeightMover:
             match completion:
                 case LayerRead():
                     self._on_layer_read(completion)
+                case ReadFailed():
+                    self._on_read_failed(completion)
                 case ReadEnded():
                     touched(self._on_read_ended(completion))
                 case CopyEnqueued():
@@ -149,7 +154,12 @@ class WeightMover:
         adapter.host = HostCopy(offset=offset, reader=job)
         adapter.readers += 1
         self._reads[job] = (adapter, adapter.host)
-        self._reader.put(job)
+        self._reader.put(job, urgent=adapter.device is not None)
+
+    def hasten(self, adapter: Adapter) -> None:
+        """A pass waits for the adapter from now on."""
+        if adapter.host is not None and adapter.host.reader is not None:
+            self._reader.hasten(adapter.host.reader)
 
     def start_copies(self, adapter: Adapter) -> None:
         """Start the copies of the layers that are in host memory, in order."""
@@ -204,7 +214,7 @@ class WeightMover:
         if adapter.phase is ReadPhase.READING or (adapter.phase is ReadPhase.VERIFIED and adapter.device is None):
             adapter.move_phase(ReadPhase.UNREAD)
         if host.reader is not None:
-            host.reader.cancelled.set()
+            self._reader.cancel(host.reader)
         self._leaving_hosts.append(host)
         self._free_if_left(host)
 
@@ -290,10 +300,6 @@ class WeightMover:
             copies = sum(target is device for _, _, target in self._copies.values())
             assert copies == device.copies, f"the pages {device.pages} have {copies} copy jobs"
 
-    def _report(self, completion: Completion) -> None:
-        self._completions.put(completion)
-        self._wake()
-
     def _on_layer_read(self, done: LayerRead) -> None:
         adapter, host = self._reads[done.job]
         if adapter.host is host and adapter.phase is ReadPhase.READING:
@@ -302,18 +308,20 @@ class WeightMover:
             self._events.append(LayerHost(adapter.version_id, done.layer, done.monotonic_seconds))
             self.start_copies(adapter)
 
+    def _on_read_failed(self, failed: ReadFailed) -> None:
+        adapter, host = self._reads[failed.job]
+        if adapter.host is host and adapter.phase is ReadPhase.READING:
+            self._fail(adapter, failed.failure, failed.monotonic_seconds, may_pass=failed.may_pass)
+
     def _on_read_ended(self, done: ReadEnded) -> Adapter:
         adapter, host = self._reads.pop(done.job)
         adapter.readers -= 1
         host.reader = None
         self._free_if_left(host)
-        if adapter.host is host and adapter.phase is ReadPhase.READING:
-            if done.failure is not None:
-                self._fail(adapter, done.failure, done.monotonic_seconds)
-            elif done.verified:
-                adapter.move_phase(ReadPhase.VERIFIED)
-                self._read_rate.observe(adapter.manifest.weight_bytes, done.seconds)
-                self._events.append(Verified(adapter.version_id, done.monotonic_seconds))
+        if adapter.host is host and adapter.phase is ReadPhase.READING and done.verified:
+            adapter.move_phase(ReadPhase.VERIFIED)
+            self._read_rate.observe(adapter.manifest.weight_bytes, done.seconds)
+            self._events.append(Verified(adapter.version_id, done.monotonic_seconds))
         return adapter
 
     def _on_copy_enqueued(self, done: CopyEnqueued) -> None:
@@ -325,7 +333,7 @@ class WeightMover:
 
     def _on_copy_ended(self, done: CopyEnded) -> Adapter:
         adapter, host, device = self._copies.pop(done.job)
-        self._backlog.end(device, done.job.planned.host_bytes, done.monotonic_seconds)
+        self._backlog.end(device, done.monotonic_seconds)
         layer = done.job.layer
         host.copies -= 1
         device.copies -= 1
@@ -346,18 +354,18 @@ class WeightMover:
                 self._fail(adapter, done.failure, done.monotonic_seconds)
         return adapter
 
-    def _fail(self, adapter: Adapter, message: str, seconds: float) -> None:
+    def _fail(self, adapter: Adapter, message: str, seconds: float, *, may_pass: bool = False) -> None:
         """Users keep what they hold until they release it; what is still under way is cancelled."""
         adapter.move_phase(ReadPhase.FAILED)
         adapter.failure = message
         if adapter.host is not None and adapter.host.reader is not None:
-            adapter.host.reader.cancelled.set()
+            self._reader.cancel(adapter.host.reader)
         if adapter.device is not None:
             adapter.device.cancelled.set()
         for layer, state in enumerate(adapter.layers):
             if state is LayerState.READING:
                 adapter.move_layer(layer, LayerState.ABSENT)
-        self._events.append(LoadFailed(adapter.version_id, message, seconds))
+        self._events.append(LoadFailed(adapter.version_id, message, seconds, may_pass))
 
     def _free_if_left(self, host: HostCopy) -> None:
         if host in self._leaving_hosts and not host.is_referenced:

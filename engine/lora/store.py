@@ -21,6 +21,7 @@ from segue.engine.lora.landing import LandingPlace
 from segue.engine.lora.link import LinkThrottle
 from segue.engine.lora.manifest import AdapterManifest
 from segue.engine.lora.mover import HostStore, WeightMover
+from segue.engine.lora.reader import ReadLimits
 from segue.engine.lora.states import Adapter, DeviceCopy, HostLayer, LayerState, ReadPhase
 from segue.engine.lora.transfer import TransferOps
 from segue.engine.memory.adapter_layout import AdapterLayout
@@ -39,6 +40,7 @@ __all__ = [
     "LayerLanded",
     "LayerState",
     "LoadFailed",
+    "ReadLimits",
     "StoreEvent",
     "TransferOps",
     "Verified",
@@ -65,6 +67,7 @@ class AdapterStore:
         ops: TransferOps | None = None,
         streams: DeviceStreams | None = None,
         staging_bytes: int = 0,
+        read_limits: ReadLimits | None = None,
         expected_copy_bytes_per_second: float = 10e9,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -85,6 +88,7 @@ class AdapterStore:
             wake=wake,
             ops=ops or TransferOps(),
             staging_bytes=staging_bytes,
+            read_limits=read_limits or ReadLimits(),
             copy_bytes_per_second=expected_copy_bytes_per_second,
         )
 
@@ -181,6 +185,7 @@ class AdapterStore:
         adapter.device = DeviceCopy.to_fill(pages, place, len(adapter.layers))
         adapter.evict_host_when_dropped = False
         self.start_load(version_id)
+        self._mover.hasten(adapter)
         self._mover.start_copies(adapter)
         self._start_waiting()
 
@@ -290,6 +295,13 @@ class AdapterStore:
         if device is None:
             raise ValueError(f"adapter version {version_id} has no pages")
         return device.place.page_table
+
+    def page_ids(self, version_id: int) -> tuple[int, ...]:
+        """The same pages in host memory: another tuple each time. Raises ValueError when it has none."""
+        device = self._adapters[version_id].device
+        if device is None:
+            raise ValueError(f"adapter version {version_id} has no pages")
+        return device.pages
 
     def host_view(self, version_id: int, layer: int) -> HostLayer:
         """A layer's matrices in the host store. Raises ValueError unless it is there."""

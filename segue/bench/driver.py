@@ -5,18 +5,20 @@ from __future__ import annotations
 import os
 import select
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Self
 
-from segue.engine.config import EngineConfig
+from segue.engine.config import EngineConfig, HandoffConfig
 from segue.engine.instance import EngineInstance
+from segue.engine.interpreter import settle_interpreter
+from segue.engine.loop import wait_for_work
 from segue.engine.lora.catalog import AdapterCatalog, OpenedVersion
 from segue.engine.messages import StepOutput, Submit
 from segue.engine.sampling_params import SamplingParams
+from segue.types import Tier, Timing
 
-_MAX_WAIT_SECONDS = 0.01
-_DEVICE_NAP_SECONDS = 50e-6
+_IDLE_MILLISECONDS = 10
 
 
 class BenchmarkError(Exception):
@@ -34,6 +36,9 @@ class EngineDriver:
         self._running: set[int] = set()
         self._instance = EngineInstance(config)
         self._engine = self._instance.engine
+        settle_interpreter()
+        self._poller = select.poll()
+        self._poller.register(self._instance.wake_fd, select.POLLIN)
 
     def __enter__(self) -> Self:
         return self
@@ -47,20 +52,80 @@ class EngineDriver:
 
     def load(self, name: str) -> int:
         """Bring an adapter to the device; its version id. Raises AdapterRejectedError or BenchmarkError."""
+        version_id = self.open(name)
+        self.move([version_id], Tier.DEVICE)
+        return version_id
+
+    def open(self, name: str) -> int:
+        """Make an adapter known; its version id. Its weights stay on disk. Raises as ``load``."""
         opened = self._catalog.lookup(name)
         self._opened.append(opened)
-        version_id = opened.manifest.version_id
         if opened.fileno is None:
             raise BenchmarkError(f"adapter {name} is loaded already")
         self._engine.open_version(opened.manifest, os.dup(opened.fileno))
         opened.handed_over()
-        self._engine.versions.preload(version_id)
-        store = self._instance.store
-        self._step_until(lambda: store.is_landed(version_id) and store.is_verified(version_id))
-        return version_id
+        return opened.manifest.version_id
 
-    def submit(self, prompt: Sequence[int], version_id: int | None, *, max_tokens: int) -> int:
-        """Queue a request; its number."""
+    def tier(self, version_id: int) -> Tier:
+        """The nearest place that has all of an adapter's weights."""
+        return self._instance.store.tier(version_id)
+
+    def move(self, version_ids: Sequence[int], tier: Tier) -> None:
+        """Have these adapters there and nowhere nearer: the host copy of one on the device may stay, that of one on
+        disk is gone. Waits until no request uses them. Raises BenchmarkError for no room."""
+        store = self._instance.store
+        self._step_until(lambda: not any(store.users(version_id) for version_id in version_ids))
+        if tier is Tier.DEVICE:
+            for version_id in version_ids:
+                self._engine.versions.preload(version_id)
+                if not store.has_pages(version_id):
+                    raise BenchmarkError(f"adapter version {version_id} finds no free pages")
+        else:
+            for version_id in version_ids:
+                store.evict_device(version_id)
+                if tier is Tier.DISK:
+                    store.evict_host(version_id)
+                else:
+                    store.start_load(version_id)
+        verified = tier is not Tier.DISK
+        self._step_until(
+            lambda: all(store.tier(each) is tier and store.is_verified(each) is verified for each in version_ids)
+        )
+        # Pages of which a copy was under way are free when that has ended.
+        self._step_until(lambda: store.device_pages_held == self._pages_in_use())
+
+    def _pages_in_use(self) -> int:
+        """Pages of the adapters that have theirs."""
+        store = self._instance.store
+        versions = [opened.manifest.version_id for opened in self._opened]
+        return sum(store.device_pages(version_id) for version_id in versions if store.has_pages(version_id))
+
+    def set_handoff(self, handoff: HandoffConfig) -> None:
+        """How the sources of cold layers are chosen from now on."""
+        self._instance.set_handoff(handoff)
+
+    def set_link(self, bytes_per_second: float | None) -> None:
+        """The bandwidth to which the link to the device is throttled from now on; None: not at all."""
+        self._instance.store.link.throttle(bytes_per_second)
+
+    def wait_until_settled(self, count: int, limit_seconds: float) -> None:
+        """Wait until nothing of the start goes on: the host store is whole, and so many CPU workers are ready.
+
+        Raises BenchmarkError where the workers are not ready in time, MemoryError where the store never will be.
+        """
+        self._instance.wait_for_host_store()
+        if not self._instance.workers.wait_ready(count, limit_seconds):
+            raise BenchmarkError(f"{count} CPU workers are not ready after {limit_seconds:.0f} seconds")
+
+    def submit(
+        self,
+        prompt: Sequence[int],
+        version_id: int | None,
+        *,
+        max_tokens: int,
+        arrival_seconds: float | None = None,
+    ) -> int:
+        """Queue a request that arrived then, by the monotonic clock (None: now); its number."""
         self._last_number += 1
         self._running.add(self._last_number)
         self._engine.submit(
@@ -68,7 +133,7 @@ class EngineDriver:
                 number=self._last_number,
                 prompt_token_ids=list(prompt),
                 max_tokens=max_tokens,
-                arrival_seconds=time.monotonic(),
+                arrival_seconds=time.monotonic() if arrival_seconds is None else arrival_seconds,
                 sampling=SamplingParams(seed=0),
                 adapter_version_id=version_id,
             )
@@ -80,6 +145,29 @@ class EngineDriver:
         missing = set(numbers)
         while missing:
             missing -= {new.number for new in self._step().tokens}
+
+    def run_to_ends(self, numbers: Sequence[int]) -> list[Timing]:
+        """Step until each of these requests, which have not ended, has ended; their timings. Raises BenchmarkError."""
+        timings: dict[int, Timing] = {}
+        while not timings.keys() >= set(numbers):
+            timings.update({finished.number: finished.timing for finished in self._step().finished})
+        return [timings[number] for number in numbers]
+
+    def step(self, most_wait_seconds: float = _IDLE_MILLISECONDS / 1e3) -> StepOutput:
+        """One step and, where nothing can go on, a wait for what comes from outside, to whole milliseconds and not more
+        than so long. Raises BenchmarkError."""
+        return self._step(int(min(_IDLE_MILLISECONDS, 1e3 * most_wait_seconds)))
+
+    def unused(self, version_ids: Iterable[int]) -> set[int]:
+        """Those that no request uses."""
+        return {version_id for version_id in version_ids if not self._instance.store.users(version_id)}
+
+    def evict_unused(self, version_ids: Iterable[int]) -> set[int]:
+        """Take those that no request uses from the device, and leave them in host memory; which they are."""
+        unused = self.unused(version_ids)
+        for version_id in unused:
+            self._instance.store.evict_device(version_id)
+        return unused
 
     def decode_seconds(self) -> float:
         """The time of one step, in which every running request decodes one token. Raises BenchmarkError if not."""
@@ -103,18 +191,14 @@ class EngineDriver:
         while not condition():
             self._step()
 
-    def _step(self) -> StepOutput:
+    def _step(self, idle_milliseconds: int = _IDLE_MILLISECONDS) -> StepOutput:
         """One step; a wait for what comes from outside when nothing can go on."""
         output, failures = self._engine.step()
         if failures:
             raise BenchmarkError(f"an adapter cannot be served: {failures[0].message}")
         self._check(output)
-        if self._engine.must_look_again:
-            time.sleep(_DEVICE_NAP_SECONDS)
-        elif not self._engine.can_go_on:
-            ready, _, _ = select.select([self._instance.wake_fd], [], [], _MAX_WAIT_SECONDS)
-            if ready:
-                os.eventfd_read(self._instance.wake_fd)
+        if self._engine.must_look_again or not self._engine.can_go_on:
+            wait_for_work(self._instance, self._poller, idle_milliseconds)
         return output
 
     def _check(self, output: StepOutput) -> None:

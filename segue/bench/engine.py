@@ -7,8 +7,6 @@ so that what the machine does meanwhile hits all cases alike; a case's percentil
 from __future__ import annotations
 
 import dataclasses
-import json
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,24 +14,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from segue.bench.adapter_folders import write_adapters
 from segue.bench.cases import Case, Measure, decode_cases
 from segue.bench.driver import BenchmarkError, EngineDriver
 from segue.bench.gemms import Gemms
+from segue.bench.prepare import DTYPES, Written, require_device, require_model, written
 from segue.bench.report import Percentiles, Report, Row
-from segue.bench.shapes import SHAPES
 from segue.bench.step_parts import record_spans, split_by_part
-from segue.config import ConfigError, require, require_positive
+from segue.config import require, require_positive
 from segue.engine.config import EngineConfig, LoadFormat
 from segue.engine.lora.catalog import AdapterCatalog
-from segue.engine.memory.adapter_layout import AdapterLayout, choose_chunk_elems
 from segue.engine.models.config import ModelConfig
 from segue.scheduler.plan import pages_for
 from segue.types import Tier
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _WARM_UP_STEPS = 3
 _FIRST_TOKEN_RUNS = 5
 _BUDGET_TOKENS = 2048
@@ -63,16 +57,12 @@ class EngineBenchConfig:
     parts: bool = False
 
     def __post_init__(self) -> None:
-        if self.model_dir is None:
-            require(self.shape in SHAPES, "shape", f"must be one of {', '.join(SHAPES)}, is {self.shape!r}")
-        else:
-            require(self.shape is None, "shape", f"is {self.shape!r}, but the model is the one in model_dir")
+        require_model(self.shape, self.model_dir)
         require(bool(self.cases), "cases", "there must be at least one")
         require_positive(self, "steps", "repeats", "seconds")
         # The engine's own checks, before anything is written.
         self.engine_config(Path(self.model_dir or "."))
-        available = self.device != "cuda" or torch.cuda.is_available()
-        require(available, "device", "is 'cuda', and torch finds no CUDA device")
+        require_device(self.device)
         require(not self.parts or self.device == "cuda", "parts", f"needs the device 'cuda', is on {self.device!r}")
 
     @property
@@ -144,25 +134,22 @@ def prepared(config: EngineBenchConfig, progress: Callable[[str], None]) -> Iter
 
     Raises ConfigError, ModelError or OSError for a model that cannot be measured.
     """
-    with tempfile.TemporaryDirectory(prefix="segue-bench-") as folder:
-        progress("writing adapters")
-        model_dir, adapters_dir = Path(config.model_dir or Path(folder) / "model"), Path(folder) / "adapters"
-        if config.shape is not None:
-            model_dir.mkdir()
-            shape = SHAPES[config.shape].config_json(config.dtype)
-            (model_dir / "config.json").write_text(json.dumps(shape))
-        model = ModelConfig.load(model_dir)
-        if config.request_tokens > model.max_position_embeddings:
-            needed, context = config.request_tokens, model.max_position_embeddings
-            raise ConfigError(f"steps: a request would have {needed} tokens, the model's context is {context}")
-        names = write_adapters([case.mix for case in config.cases], model, adapters_dir, _DTYPES[config.dtype])
-        catalog = AdapterCatalog(adapters_dir, model, config.max_rank)
+    with written(
+        shape=config.shape,
+        model_dir=config.model_dir,
+        dtype=config.dtype,
+        mixes=[case.mix for case in config.cases],
+        max_rank=config.max_rank,
+        request_tokens=config.request_tokens,
+        progress=progress,
+        longest="steps",
+    ) as found:
         yield Prepared(
-            model=model,
-            adapters_dir=adapters_dir,
-            names=tuple(names),
-            catalog=catalog,
-            engine=_with_room(config, model_dir, model, catalog, names),
+            model=found.model,
+            adapters_dir=found.adapters_dir,
+            names=found.names,
+            catalog=found.catalog,
+            engine=_with_room(config, found),
         )
 
 
@@ -176,7 +163,7 @@ def run_engine_bench(config: EngineBenchConfig, progress: Callable[[str], None])
         progress("starting the engine")
         with EngineDriver(ready.engine, ready.catalog) as driver:
             gemm_batches = [case.batch for case in config.cases if case.measure is Measure.GEMMS]
-            gemms = Gemms(ready.model, batches=gemm_batches, dtype=_DTYPES[config.dtype], device=config.device)
+            gemms = Gemms(ready.model, batches=gemm_batches, dtype=DTYPES[config.dtype], device=config.device)
             progress(f"loading {len(ready.names)} adapters")
             versions = {name: driver.load(name) for name in ready.names}
             bench = _EngineBench(config, driver, versions, gemms, ready.model.vocab_size)
@@ -293,21 +280,16 @@ def case_row(case: Case, measure: str, values: Sequence[float], part: str | None
     )
 
 
-def _with_room(
-    config: EngineBenchConfig, model_dir: Path, model: ModelConfig, catalog: AdapterCatalog, names: Sequence[str]
-) -> EngineConfig:
+def _with_room(config: EngineBenchConfig, found: Written) -> EngineConfig:
     """An engine with room for all adapters and the largest batch on the device."""
-    engine = config.engine_config(model_dir)
-    page_elems = 2 * engine.page_tokens * model.kv_heads * model.head_dim
-    chunk_elems = choose_chunk_elems(
-        page_elems, {width for pair in model.projection_shapes().values() for width in pair}
-    )
+    engine = config.engine_config(found.model_dir)
+    sizes = found.sizes(engine.page_tokens).values()
     # Each request keeps a page to grow into, and one page is for the engine's own margin.
     pages = config.largest_batch * (pages_for(config.request_tokens, engine.page_tokens) + 1) + 1
-    weight_bytes = [0]
-    for name in names:
-        with catalog.lookup(name) as opened:
-            pages += AdapterLayout.plan(opened.manifest, page_elems=page_elems, chunk_elems=chunk_elems).pages
-            weight_bytes.append(opened.manifest.weight_bytes)
+    weight_bytes = [0, *(size.weight_bytes for size in sizes)]
     host_bytes = min(2 * sum(weight_bytes), max(_MOST_HOST_BYTES, 4 * max(weight_bytes)))
-    return dataclasses.replace(engine, pages=pages, host_store_bytes=host_bytes + _SPARE_HOST_BYTES)
+    return dataclasses.replace(
+        engine,
+        pages=pages + sum(size.pages for size in sizes),
+        host_store_bytes=host_bytes + _SPARE_HOST_BYTES,
+    )

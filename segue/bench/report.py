@@ -32,8 +32,17 @@ class Row:
     ``max_relative_error`` the largest error of an output against float64, over the largest output. Of the CPU's kernels
     ``dtype`` is that of rows and weights, and ``cores`` as many as computed.
 
+    Of a cold start, ``mode`` says how the sources of its layers were chosen, of which the CPU computed ``cpu_share`` in
+    the mean, and ``residency`` is of the cold modes; ``batch`` requests arrived together over a link of
+    ``link_bytes_per_second`` (None: not throttled), while ``decodes`` others decoded. ``timings`` are those of the
+    percentiles. A ratio's ``lower_bound`` and ``upper_bound`` each hold with a confidence of 95%. ``predicted``: by the
+    cost model, not measured.
+
     Of a simulated cluster, ``placement`` names the policy, ``batch`` counts the requests measured and ``adapters`` all
     adapters; ``mean`` and ``p99`` stand beside the percentiles.
+
+    Of a server under load, ``batch`` counts the requests measured at ``requests_per_second``, ``low`` and ``high`` are
+    Wilson's interval of a share, and ``group`` is a part of the requests in the division ``part``.
     """
 
     measure: str
@@ -54,6 +63,18 @@ class Row:
     dtype: str | None = None
     cores: int | None = None
     placement: str | None = None
+    requests_per_second: float | None = None
+    group: str | None = None
+    low: float | None = None
+    high: float | None = None
+    mode: str | None = None
+    cpu_share: float | None = None
+    link_bytes_per_second: float | None = None
+    decodes: int | None = None
+    lower_bound: float | None = None
+    upper_bound: float | None = None
+    predicted: bool | None = None
+    timings: tuple[float, ...] | None = None
     mean: float | None = None
     p99: float | None = None
     median: float

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
-import grpc
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -21,16 +20,15 @@ from segue.bench.cases import Case, Measure
 from segue.bench.driver import BenchmarkError
 from segue.bench.engine import EngineBenchConfig, Prepared, case_row, prepared
 from segue.bench.report import Report
+from segue.bench.server_state import POLL_SECONDS, server_state, wait_until_idle
 from segue.bench.stream_client import ClientProcesses, StreamRecord, StreamRequest
 from segue.config import require, require_positive
 from segue.server.spawn import SpawnError, spawned_server
-from segue.v1 import server_pb2, server_pb2_grpc
+from segue.v1 import server_pb2
 
 # What an engine does when streams have just come, is over.
 _SETTLE_SECONDS = 0.2
 _TOGETHER_SECONDS = 120.0
-_POLL_SECONDS = 0.05
-_ANSWER_SECONDS = 20.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,7 +153,7 @@ class _ServerBench:
 
     def round(self, case: Case, values: _Values) -> None:
         """Measure one window. Raises BenchmarkError."""
-        self._wait_until_idle()
+        wait_until_idle(self._address)
         requests = [self._request(case, index) for index in range(case.batch)]
         clients = ClientProcesses(
             self._address, requests, max_tokens=self._config.engine.max_tokens, processes=self._config.clients
@@ -182,45 +180,26 @@ class _ServerBench:
         """Leave the server alone for a while once all streams decode; None if one of them ended before."""
         all_decode = server_pb2.Queue(decoding=streams)
         deadline_seconds = time.monotonic() + _TOGETHER_SECONDS
-        while self._state().queue != all_decode:
+        while server_state(self._address).queue != all_decode:
             if clients.has_ended:
                 return None
             if time.monotonic() > deadline_seconds:
                 raise BenchmarkError(f"{streams} streams do not decode together after {_TOGETHER_SECONDS:g} s")
-            time.sleep(_POLL_SECONDS)
+            time.sleep(POLL_SECONDS)
         time.sleep(_SETTLE_SECONDS)
-        before, begin_seconds = self._state(), time.monotonic()
+        before, begin_seconds = server_state(self._address), time.monotonic()
         time.sleep(self._config.window_seconds)
-        after, end_seconds = self._state(), time.monotonic()
+        after, end_seconds = server_state(self._address), time.monotonic()
         if before.queue != all_decode or after.queue != all_decode:
             return None
         return _Window(
             before=before.device_time, after=after.device_time, begin_seconds=begin_seconds, end_seconds=end_seconds
         )
 
-    def _wait_until_idle(self) -> None:
-        deadline_seconds = time.monotonic() + _TOGETHER_SECONDS
-        while self._state().queue != server_pb2.Queue():
-            if time.monotonic() > deadline_seconds:
-                raise BenchmarkError(f"streams that were cancelled still run after {_TOGETHER_SECONDS:g} s")
-            time.sleep(_POLL_SECONDS)
-
     def _request(self, case: Case, index: int) -> StreamRequest:
         names = case.mix.adapter_names
         prompt = self._random.integers(self._vocab_size, size=case.prompt).tolist()
         return StreamRequest(prompt=tuple(prompt), adapter=names[index % len(names)] if names else None)
-
-    def _state(self) -> server_pb2.WatchStateResponse:
-        """The server's state now."""
-        with grpc.insecure_channel(self._address) as channel:
-            stub = server_pb2_grpc.ServerServiceStub(channel)
-            try:
-                state = next(iter(stub.WatchState(server_pb2.WatchStateRequest(), timeout=_ANSWER_SECONDS)))
-            except grpc.RpcError as error:
-                raise BenchmarkError(f"the server does not tell its state: {error}") from error
-        if state.status != server_pb2.ENGINE_STATUS_SERVING:
-            raise BenchmarkError("the engine has died")
-        return state
 
 
 def step_seconds(before: server_pb2.DeviceTime, after: server_pb2.DeviceTime) -> float:

@@ -73,6 +73,15 @@ SHAPES: Mapping[str, ModelShape] = MappingProxyType(
         "medium": ModelShape(
             hidden_size=1024, intermediate_size=2816, layers=8, heads=16, kv_heads=4, head_dim=64, vocab_size=16384
         ),
+        "llama-2-7b": ModelShape(
+            hidden_size=4096,
+            intermediate_size=11008,
+            layers=32,
+            heads=32,
+            kv_heads=32,
+            head_dim=128,
+            vocab_size=32000,
+        ),
         "llama-3.1-8b": ModelShape(
             hidden_size=4096,
             intermediate_size=14336,

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from rich.table import Table
 
+from segue.bench.coldstart import load_view as coldload
+from segue.bench.coldstart import view as coldstart
 from segue.bench.report import Report, Row
 from segue.bench.simulate.table import column_names, lines
 
@@ -22,6 +24,14 @@ _WORDS = {
     "cpu_kernel_us": "CPU kernel",
     "torch_us": "torch",
     "cpu_workers_us": "workers",
+    "read_floor_ms": "file read only",
+    "memory_copy_ms": "copy in memory",
+    "read_bookkeeping_ms": "bookkeeping of a read",
+    "read_adapter_ms": "adapter read",
+    "read_first_layer_ms": "first layer read",
+    "read_beside_loop_ms": "adapter read beside a busy loop",
+    "loop_turn_alone_ms": "turn of the loop",
+    "loop_turn_beside_ms": "turn of the loop beside reads",
 }
 
 
@@ -85,6 +95,15 @@ def readme_tables(reports: Mapping[str, Report]) -> str:
         members = {name: report for name, report in sorted(reports.items()) if report.benchmark == benchmark}
         if benchmark == "simulate":
             parts += [_placement_table(name, report) for name, report in members.items()]
+        elif benchmark == "coldstart":
+            parts += [
+                _lines_table(name, coldstart.summary_names(), coldstart.summary_lines(report))
+                for name, report in members.items()
+            ]
+        elif benchmark == "coldload":
+            parts += [
+                _lines_table(name, coldload.column_names(), coldload.lines(report)) for name, report in members.items()
+            ]
         else:
             parts.append(_TABLES.get(benchmark, _median_table)(members))
         parts += [f"`{name}`: {_origin(report)}." for name, report in members.items()]
@@ -123,6 +142,12 @@ def _placement_table(name: str, report: Report) -> str:
     return _markdown([f"`{name}`: {label}", *columns], cells)
 
 
+def _lines_table(name: str, columns: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A line for each of ``lines``, which begin with their label."""
+    label, *others = columns
+    return _markdown([f"`{name}`: {label}", *(line[0] for line in lines)], [others, *(line[1:] for line in lines)])
+
+
 def _kernel_cell(row: Row | None) -> str:
     if row is None:
         return ""
@@ -149,7 +174,34 @@ def _cpu_table(reports: Mapping[str, Report]) -> str:
     return _markdown(["microseconds on one core: median; torch's over it", *kernel], lines)
 
 
-_TABLES = {"kernels": _kernel_table, "cpu": _cpu_table}
+def _slo_table(reports: Mapping[str, Report]) -> str:
+    """A column for each report, of the rate that it reports."""
+    cells = {name: _slo_cells(report) for name, report in reports.items()}
+    labels = list(dict.fromkeys(label for column in cells.values() for label in column))
+    lines = [[f"`{name}`" for name in cells], *([cells[name].get(label, "") for name in cells] for label in labels)]
+    return _markdown(["under load", *labels], lines)
+
+
+def _slo_cells(report: Report) -> Mapping[str, str]:
+    if report.settings["void"] is not None:
+        return {"void": report.settings["void"]}
+    attain = f"{report.settings['search']['attain']:.0%}"
+    found = {row.measure: row for row in report.rows if row.part == "all"}
+    cells = {
+        f"requests/s with {attain} in time": f"{row.median:.4g}"
+        for row in report.rows
+        if row.measure == "goodput_requests_per_second"
+    }
+    if (share := found.get("slo_attainment_fraction")) is not None:
+        cells["measured at, requests/s"] = f"{share.requests_per_second:.4g}"
+        cells["in time (Wilson's interval)"] = f"{share.median:.1%} ({share.low:.1%} to {share.high:.1%})"
+    for measure, name in (("ttft_ms", "first token"), ("tpot_ms", "per token after it")):
+        if (row := found.get(measure)) is not None:
+            cells[f"{name}, ms: median, p99"] = f"{row.median:.1f}, {row.p99:.1f}"
+    return cells
+
+
+_TABLES = {"kernels": _kernel_table, "cpu": _cpu_table, "slo": _slo_table}
 
 
 def _markdown(labels: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

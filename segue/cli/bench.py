@@ -11,8 +11,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from segue.cli.bench_coldload import coldload
+from segue.cli.bench_coldstart import coldstart
+from segue.cli.bench_model import DeviceOption, DtypeOption, ModelOption, TorchThreadsOption, shape_and_model
 from segue.cli.bench_options import JsonOption, check_outputs, numbers, show_console, with_progress, write_outputs
+from segue.cli.bench_scheduler import scheduler
 from segue.cli.bench_simulate import simulate
+from segue.cli.bench_slo import slo
 from segue.cli.common import UserError, one_line_errors
 
 if TYPE_CHECKING:
@@ -34,11 +39,9 @@ PresetOption = Annotated[
     typer.Option(metavar="NAME", help="table-8b: the table of an 8B model in bfloat16 on CUDA."),
 ]
 ShapeOption = Annotated[
-    str | None, typer.Option(metavar="NAME", help="A random model: tiny, small (default), medium, llama-3.1-8b.")
+    str | None,
+    typer.Option(metavar="NAME", help="A random model: tiny, small (default), medium, llama-2-7b, llama-3.1-8b."),
 ]
-ModelOption = Annotated[Path | None, typer.Option(metavar="DIR", help="The base model's folder, in place of --shape.")]
-DtypeOption = Annotated[str | None, typer.Option(metavar="NAME", help="float32 (default), bfloat16 or float16.")]
-DeviceOption = Annotated[str | None, typer.Option(metavar="NAME", help="cpu (default) or cuda.")]
 BatchOption = Annotated[str | None, typer.Option(metavar="N,...", help="Requests that decode together; default 1,16.")]
 MixOption = Annotated[
     str | None,
@@ -62,7 +65,7 @@ SecondsOption = Annotated[float, typer.Option(metavar="LIMIT", help="No round be
 PartsOption = Annotated[
     bool, typer.Option("--parts", help="Add what the device does in a decode step, by kind of kernel; on CUDA.")
 ]
-TorchThreadsOption = Annotated[int, typer.Option(metavar="N", help="Threads of torch's matrix products.")]
+_DISK_SHAPE = "llama-3.1-8b"
 
 
 def register(app: typer.Typer) -> None:
@@ -71,7 +74,12 @@ def register(app: typer.Typer) -> None:
     bench.command(name="server")(server)
     bench.command(name="kernels")(kernels)
     bench.command(name="cpu")(cpu)
+    bench.command(name="disk")(disk)
     bench.command(name="simulate")(simulate)
+    bench.command(name="slo")(slo)
+    bench.command(name="scheduler")(scheduler)
+    bench.command(name="coldstart")(coldstart)
+    bench.command(name="coldload")(coldload)
     app.add_typer(bench, name="bench")
 
 
@@ -226,6 +234,33 @@ def cpu(
     _show(report)
 
 
+def disk(
+    shape: Annotated[str, typer.Option(metavar="NAME", help="The model that the adapters are for.")] = _DISK_SHAPE,
+    ranks: Annotated[str, typer.Option(metavar="N,...", help="The adapters' ranks.")] = "8,64",
+    targets: Annotated[str, typer.Option(metavar="qkvo|all,...", help="What they change.")] = "qkvo,all",
+    threads: Annotated[str, typer.Option(metavar="N,...", help="Threads that read.")] = "1,2,4",
+    part_bytes: Annotated[int, typer.Option(metavar="N", help="The most that is read at a time.")] = 2 << 20,
+    runs: Annotated[int, typer.Option(metavar="N", help="Timings of each case.")] = 20,
+    json: JsonOption = None,
+) -> None:
+    """Time how adapters come from files in the page cache into host memory, alone and beside a busy loop."""
+    with one_line_errors():
+        check_outputs(json, None)
+        from segue.bench.disk import DiskBenchConfig, run_disk_bench
+
+        config = DiskBenchConfig(
+            shape=shape,
+            ranks=numbers("--ranks", ranks),
+            targets=tuple(targets.split(",")),
+            threads=numbers("--threads", threads),
+            part_bytes=part_bytes,
+            runs=runs,
+        )
+        report = with_progress(lambda progress: run_disk_bench(config, progress))
+        write_outputs(report, json, None)
+    _show(report)
+
+
 def _cases(
     batch: str | None,
     mix: str | None,
@@ -270,12 +305,11 @@ def _engine_config(
 ) -> EngineBenchConfig:
     from segue.bench.engine import EngineBenchConfig
 
-    if shape is not None and model is not None:
-        raise UserError("give --shape or --model, not both")
+    shape, model_dir = shape_and_model(shape, model, _DEFAULT_SHAPE)
     return EngineBenchConfig(
         cases=cases,
-        shape=shape or (None if model is not None else _DEFAULT_SHAPE),
-        model_dir=None if model is None else str(model),
+        shape=shape,
+        model_dir=model_dir,
         dtype=dtype or "float32",
         device=device or "cpu",
         steps=steps,

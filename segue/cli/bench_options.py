@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from segue.bench.report import Report
 
 _T = TypeVar("_T")
-_WIDTH_WITHOUT_TERMINAL = 140
+_WIDTH_WITHOUT_TERMINAL = 160
 
 JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE.json", help="Write the report here.")]
 
@@ -35,14 +36,19 @@ def check_outputs(json: Path | None, plot: Path | None) -> None:
     """Raises UserError where the report could not be written, so that nothing is measured in vain."""
     from segue.bench.plots import PlotError, require_plots
 
-    for option, path in (("--json", json), ("--plot", plot)):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise UserError(f"{option}: {path.absolute().parent} is not a folder")
+    check_folders(json=json, plot=plot)
     if plot is not None:
         try:
             require_plots(plot)
         except PlotError as error:
             raise UserError(str(error)) from error
+
+
+def check_folders(**paths: Path | None) -> None:
+    """Raises UserError for a file, by its option's name, whose folder there is not."""
+    for option, path in paths.items():
+        if path is not None and not path.absolute().parent.is_dir():
+            raise UserError(f"--{option}: {path.absolute().parent} is not a folder")
 
 
 def write_outputs(report: Report, json: Path | None, plot: Path | None) -> None:
@@ -62,6 +68,11 @@ def show_console() -> Console:
     """Where tables are printed: as wide as the terminal, or wide enough."""
     console = Console()
     return console if console.is_terminal else Console(width=_WIDTH_WITHOUT_TERMINAL)
+
+
+def changed(config: Any, **values: object) -> Any:
+    """The dataclass ``config`` with those values that are not None."""
+    return dataclasses.replace(config, **{name: value for name, value in values.items() if value is not None})
 
 
 def numbers(option: str, text: str) -> tuple[int, ...]:

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from segue.cli.bench_options import JsonOption, check_outputs, numbers, show_console, with_progress, write_outputs
+from segue.cli.bench_options import (
+    JsonOption,
+    changed,
+    check_outputs,
+    numbers,
+    show_console,
+    with_progress,
+    write_outputs,
+)
 from segue.cli.common import UserError, one_line_errors
 
 if TYPE_CHECKING:
@@ -38,6 +46,9 @@ def simulate(
     placements: Annotated[
         str | None, typer.Option(metavar="NAME,...", help="rank-aware, most-idle, first-fit, random; default all.")
     ] = None,
+    policy: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Who goes first on a replica: fcfs (the default) or slo.")
+    ] = None,
     arrivals: Annotated[str | None, typer.Option(metavar="NAME", help="poisson, gamma or constant.")] = None,
     burstiness: Annotated[
         float | None, typer.Option(metavar="CV", help="Of gamma arrivals: standard deviation of a gap over its mean.")
@@ -64,15 +75,15 @@ def simulate(
     with one_line_errors():
         check_outputs(json, None)
         base = _preset(preset)
-        workload = _changed(
+        workload = changed(
             base.workload,
             requests=requests, arrivals=arrivals, burstiness=burstiness, popularity=popularity, exponent=exponent,
             adapters=adapters, ranks=None if ranks is None else numbers("--ranks", ranks), base_share=base_share,
             prompt_mean=prompt, output_mean=output, seed=seed,
         )  # fmt: skip
-        config = _changed(
+        config = changed(
             base,
-            replica=_replica(base.replica, profile),
+            replica=changed(_replica(base.replica, profile), policy=policy),
             workload=workload,
             targets=_targets(base.targets, ttft_ms, tpot_ms, time_per_token_ms),
             replicas=replicas,
@@ -92,11 +103,6 @@ def _preset(name: str | None) -> SimulationConfig:
     if name not in PRESETS:
         raise UserError(f"--preset: must be one of {', '.join(PRESETS)}, is {name!r}")
     return PRESETS[name]
-
-
-def _changed(config: Any, **values: object) -> Any:
-    """``config`` with those values that are not None."""
-    return dataclasses.replace(config, **{name: value for name, value in values.items() if value is not None})
 
 
 def _replica(base: ReplicaConfig, profile: str | None) -> ReplicaConfig:

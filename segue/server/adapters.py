@@ -179,12 +179,15 @@ class AdapterDirectory:
             if version.version_id in self._in_engine
         ]
 
-    def version_failed(self, version_id: int, problem: str) -> None:
-        """The engine found that a version cannot be served."""
+    def version_failed(self, version_id: int, problem: str, may_pass: bool) -> None:
+        """The engine found that a version cannot be served; ``may_pass``: not because of its content."""
         manifest = self._in_engine.get(version_id)
         if manifest is not None and manifest.name in self._pinned:
             _LOG.error("pinned adapter %r cannot be served: %s", manifest.name, problem)
-        self._catalog.reject(version_id, problem)
+        if may_pass:
+            self._catalog.reopen(version_id)
+        else:
+            self._catalog.reject(version_id, problem)
 
     def engine_lost(self) -> None:
         """The engine is gone, and with it all that it knew."""

@@ -172,9 +172,9 @@ class Server:
         if status is EngineStatus.STARTING and self._directory is not None:
             self._directory.engine_lost()
 
-    def _on_version_failed(self, version_id: int, problem: str) -> None:
+    def _on_version_failed(self, version_id: int, problem: str, may_pass: bool) -> None:
         if self._directory is not None:
-            self._directory.version_failed(version_id, problem)
+            self._directory.version_failed(version_id, problem, may_pass)
 
     async def _follow_engine(self, directory: AdapterDirectory) -> None:
         """Publish the engine's health, and pin adapters in each engine."""

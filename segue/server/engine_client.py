@@ -40,7 +40,7 @@ class EngineClient:
         supervision: SupervisionConfig,
         *,
         on_status: Callable[[EngineStatus], None],
-        on_version_failed: Callable[[int, str], None],
+        on_version_failed: Callable[[int, str, bool], None],
         on_progress: ReportProgress,
         command: Sequence[str] = ENGINE_COMMAND,
     ) -> None:

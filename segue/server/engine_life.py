@@ -54,7 +54,9 @@ class EngineLife:
     After that every method that sends raises EngineUnavailableError, and so do all readers that were waiting.
     """
 
-    def __init__(self, process: EngineProcess, ready: Ready, on_version_failed: Callable[[int, str], None]) -> None:
+    def __init__(
+        self, process: EngineProcess, ready: Ready, on_version_failed: Callable[[int, str, bool], None]
+    ) -> None:
         self.ready = ready
         self.ended = asyncio.Event()
         self.started_seconds = time.monotonic()
@@ -73,7 +75,7 @@ class EngineLife:
         *,
         start_seconds: float,
         on_progress: ReportProgress,
-        on_version_failed: Callable[[int, str], None],
+        on_version_failed: Callable[[int, str, bool], None],
     ) -> EngineLife:
         """Start an engine and wait until it serves. Raises EngineStartError, with nothing left running.
 
@@ -201,8 +203,8 @@ class EngineLife:
                 future = self._states.get(message.number)
                 if future is not None and not future.done():
                     future.set_result(message)
-            case VersionFailed(version_id, problem):
-                self._on_version_failed(version_id, problem)
+            case VersionFailed(version_id, problem, may_pass):
+                self._on_version_failed(version_id, problem, may_pass)
             case StartProgress() | Ready() | StartFailed():
                 raise msgspec.DecodeError(f"{type(message).__name__} after the start")
 

@@ -18,5 +18,6 @@ def error_of_failure(failed: Failed) -> SegueError:
         _LOG.error("the engine failed a request: %s: %s", failed.reason, failed.message)
         return InternalError("internal error")
     if cls is OverloadedError:
-        return OverloadedError(failed.message, retry_after_seconds=_RETRY_AFTER_SECONDS)
+        known = failed.retry_after_seconds
+        return OverloadedError(failed.message, retry_after_seconds=_RETRY_AFTER_SECONDS if known is None else known)
     return cls(failed.message)

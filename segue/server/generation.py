@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import Executor
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import grpc.aio
@@ -18,6 +19,7 @@ from segue.engine.messages import Submit
 from segue.server.adapter_tokenizer import AdapterTokenizers
 from segue.server.adapters import AdapterDirectory
 from segue.server.answer import Answer
+from segue.server.caller import caller, deadline_seconds, headers_of, tenant
 from segue.server.convert import chunk_to_proto, finished_to_proto
 from segue.server.engine_client import EngineClient
 from segue.server.engine_request import EngineRequests
@@ -31,6 +33,14 @@ from segue.v1 import generation_pb2_grpc
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 _Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Account:
+    """On whose account a call is served, and until when."""
+
+    tenant: str
+    deadline_seconds: float | None
 
 
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
@@ -60,11 +70,13 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         arrival_seconds = time.monotonic()
         # An error reports the request's id too, also when it was made here.
         request.request_id = request.request_id or uuid.uuid4().hex
-        checked = validate(request, self._limits)
-        with self._registry.enter(_caller(context), checked.request_id) as live:
+        headers = headers_of(context)
+        checked = validate(request, self._limits, headers)
+        account = _Account(tenant=tenant(context, headers), deadline_seconds=deadline_seconds(context))
+        with self._registry.enter(caller(context), checked.request_id) as live:
             async with self._version(checked) as opened:
                 prompt = await self._tokens(checked, opened)
-                engine_requests = self._submit(checked, opened, prompt, arrival_seconds)
+                engine_requests = self._submit(checked, opened, prompt, arrival_seconds, account)
                 try:
                     live.attach(engine_requests)
                     if opened is not None:
@@ -80,7 +92,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                     engine_requests.cancel()
 
     async def Abort(self, request: pb.AbortRequest, context: _Context) -> pb.AbortResponse:  # noqa: N802
-        self._registry.abort(_caller(context), request.request_id)
+        self._registry.abort(caller(context), request.request_id)
         return pb.AbortResponse()
 
     @contextlib.asynccontextmanager
@@ -108,7 +120,12 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         return self._tokenizer.encode_chat(prompt.messages, template)
 
     def _submit(
-        self, checked: GenerationRequest, opened: OpenedVersion | None, prompt: Sequence[int], arrival_seconds: float
+        self,
+        checked: GenerationRequest,
+        opened: OpenedVersion | None,
+        prompt: Sequence[int],
+        arrival_seconds: float,
+        account: _Account,
     ) -> EngineRequests:
         max_tokens = fit_max_tokens(checked, len(prompt), self._limits)
         life = self._engine.life
@@ -122,6 +139,12 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                 arrival_seconds=arrival_seconds,
                 adapter_version_id=version_id,
                 sampling=msgspec.structs.replace(checked.sampling, sample=index),
+                tenant=account.tenant,
+                priority=checked.priority,
+                ttft_seconds=_seconds(checked.slo.ttft_ms),
+                tpot_seconds=_seconds(checked.slo.tpot_ms),
+                reject_on_miss=checked.slo.reject_on_miss,
+                deadline_seconds=account.deadline_seconds,
             )
             for index in range(checked.answers)
         ]
@@ -156,7 +179,5 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         return await asyncio.get_running_loop().run_in_executor(self._executor, function, *arguments)
 
 
-def _caller(context: _Context) -> str:
-    """Who calls: the authenticated identity, or without any the connection."""
-    identities = context.peer_identities()
-    return repr(sorted(identities)) if identities else str(context.peer())
+def _seconds(milliseconds: float | None) -> float | None:
+    return None if milliseconds is None else milliseconds / 1e3

@@ -101,6 +101,7 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
             residency=residency,
             cpu_workers=pb.CpuWorkers(ready=state.cpu_workers_ready, restarts=state.worker_restarts),
             steps=state.steps,
+            refusals=state.refusals,
             device_time=None if state.device_time is None else _device_time(state.device_time),
         )
 

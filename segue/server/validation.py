@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from segue.engine.sampling_params import SamplingParams
-from segue.errors import FieldViolation, InvalidRequestError, UnsupportedError
+from segue.errors import FieldViolation, InvalidRequestError
 from segue.server.limits import (
     MAX_ANSWERS,
     MAX_LOGIT_BIASES,
@@ -18,7 +20,7 @@ from segue.server.limits import (
     MAX_STOP_TOKENS,
     ModelLimits,
 )
-from segue.types import Message
+from segue.types import SLO, Message
 from segue.v1 import generation_pb2 as pb
 
 
@@ -51,35 +53,33 @@ class GenerationRequest:
     stop: tuple[str, ...]
     answers: int
     sampling: SamplingParams
+    slo: SLO
+    priority: int
 
 
 class _Findings:
-    """Collects what is wrong with a request, and what of it is not served."""
+    """Collects what is wrong with a request."""
 
     def __init__(self) -> None:
         self._invalid: list[FieldViolation] = []
-        self._unsupported: list[FieldViolation] = []
 
     def require(self, condition: bool, field: str, description: str) -> None:
         if not condition:
             self._invalid.append(FieldViolation(field=field, description=description))
 
-    def refuse(self, condition: bool, field: str) -> None:
-        if condition:
-            self._unsupported.append(FieldViolation(field=field, description="is not supported by this server"))
-
     def raise_any(self) -> None:
-        """Invalid fields come first: supporting a feature would not help a request that is malformed."""
-        for cls, found in ((InvalidRequestError, self._invalid), (UnsupportedError, self._unsupported)):
-            if found:
-                message = "; ".join(f"{violation.field}: {violation.description}" for violation in found)
-                raise cls(message, violations=found)
+        """Raises InvalidRequestError if anything is wrong."""
+        if self._invalid:
+            message = "; ".join(f"{violation.field}: {violation.description}" for violation in self._invalid)
+            raise InvalidRequestError(message, violations=self._invalid)
 
 
-def validate(request: pb.GenerateRequest, limits: ModelLimits) -> GenerationRequest:
-    """Check everything that needs no tokenizer.
+def validate(
+    request: pb.GenerateRequest, limits: ModelLimits, headers: Mapping[str, str] = MappingProxyType({})
+) -> GenerationRequest:
+    """Check everything that needs no tokenizer. ``headers`` are the call's metadata.
 
-    Raises InvalidRequestError, or UnsupportedError when all fields are sound but the server lacks a feature.
+    Raises InvalidRequestError.
     """
     findings = _Findings()
     _check_request_id(request.request_id, findings)
@@ -88,7 +88,7 @@ def validate(request: pb.GenerateRequest, limits: ModelLimits) -> GenerationRequ
     if request.HasField("adapter"):
         findings.require(bool(request.adapter.name), "adapter.name", "must not be empty")
     _check_sampling(request.sampling, limits, findings)
-    _check_service_level(request, findings)
+    slo = _service_level(request, headers, findings)
     findings.raise_any()
     sampling = request.sampling
     return GenerationRequest(
@@ -100,6 +100,8 @@ def validate(request: pb.GenerateRequest, limits: ModelLimits) -> GenerationRequ
         stop=tuple(dict.fromkeys(sampling.stop)),
         answers=sampling.n if sampling.HasField("n") else 1,
         sampling=_sampling_params(sampling, limits),
+        slo=slo,
+        priority=request.priority,
     )
 
 
@@ -219,14 +221,27 @@ def _sampling_params(sampling: pb.SamplingParams, limits: ModelLimits) -> Sampli
     )
 
 
-def _check_service_level(request: pb.GenerateRequest, findings: _Findings) -> None:
+def _service_level(request: pb.GenerateRequest, headers: Mapping[str, str], findings: _Findings) -> SLO:
+    """The request's targets. What it leaves open is taken from its headers, so that a proxy can set it."""
     slo = request.slo
+    targets: dict[str, float | None] = {}
     for field in ("ttft_ms", "tpot_ms"):
-        value = getattr(slo, field)
+        header = f"x-slo-{field.replace('_', '-')}"
         if slo.HasField(field):
-            sound = math.isfinite(value) and value > 0
-            findings.require(sound, f"slo.{field}", f"must be a number greater than 0, is {value:g}")
-            findings.refuse(sound, f"slo.{field}")
+            targets[field] = _target(f"slo.{field}", getattr(slo, field), findings)
+        elif header in headers:
+            targets[field] = _target(header, headers[header], findings)
     findings.require(slo.on_miss in pb.OnMiss.values(), "slo.on_miss", f"{slo.on_miss} is no known value")
-    findings.refuse(slo.on_miss == pb.ON_MISS_REJECT, "slo.on_miss")
-    findings.refuse(request.priority != 0, "priority")
+    return SLO(**targets, reject_on_miss=slo.on_miss == pb.ON_MISS_REJECT)
+
+
+def _target(field: str, given: float | str, findings: _Findings) -> float | None:
+    """Milliseconds greater than 0, or None and a finding."""
+    try:
+        value = float(given)
+    except ValueError:
+        value = math.nan
+    sound = math.isfinite(value) and value > 0
+    told = f"{given:g}" if isinstance(given, float) else repr(given)
+    findings.require(sound, field, f"must be a number greater than 0, is {told}")
+    return value if sound else None

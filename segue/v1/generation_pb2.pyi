@@ -129,7 +129,10 @@ class GenerateRequest(google.protobuf.message.Message):
     text: builtins.str
     """Text, tokenised by the server with the model's special tokens."""
     priority: builtins.int
-    """Requests of a higher priority are served first. Absent: 0."""
+    """Of one tenant's requests those of a higher priority are served first: a step counts as ten seconds of waiting, up to
+    eight steps. A tenant is known by its credentials; a server without any takes the metadata x-tenant from callers on
+    its own machine. Tenants get equal shares of the service, whatever their priorities. Absent: 0.
+    """
     @property
     def token_ids(self) -> Global___TokenIds:
         """Token ids, taken as they are: nothing is added."""
@@ -148,7 +151,9 @@ class GenerateRequest(google.protobuf.message.Message):
 
     @property
     def slo(self) -> Global___Slo:
-        """Service level targets. Absent: none."""
+        """Service level targets. Absent: none. A target that is left open is taken from the call's metadata x-slo-ttft-ms or
+        x-slo-tpot-ms. The call's deadline counts as well.
+        """
 
     def __init__(
         self,

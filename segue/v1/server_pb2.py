@@ -26,15 +26,17 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from segue.v1 import generation_pb2 as segue_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15segue/v1/server.proto\x12\x08segue.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x19segue/v1/generation.proto\"\x10\n\x0eGetInfoRequest\"\xb5\x02\n\x0fGetInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\t\x12\x0e\n\x06layers\x18\x05 \x01(\r\x12\x12\n\nvocab_size\x18\x06 \x01(\r\x12\x16\n\x0e\x63ontext_tokens\x18\x07 \x01(\r\x12\x13\n\x0bpage_tokens\x18\x08 \x01(\r\x12\r\n\x05pages\x18\t \x01(\r\x12\x13\n\x0b\x63pu_workers\x18\n \x01(\r\x12\"\n\x15\x63opy_bytes_per_second\x18\x0b \x01(\x01H\x00\x88\x01\x01\x12\x15\n\rmax_lora_rank\x18\x0c \x01(\r\x12\x19\n\x11\x63pu_workers_ready\x18\r \x01(\rB\x18\n\x16_copy_bytes_per_second\"@\n\x11WatchStateRequest\x12+\n\x08interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xd7\x02\n\x12WatchStateResponse\x12&\n\x06status\x18\x01 \x01(\x0e\x32\x16.segue.v1.EngineStatus\x12\x1e\n\x05queue\x18\x02 \x01(\x0b\x32\x0f.segue.v1.Queue\x12\x1e\n\x05pages\x18\x03 \x01(\x0b\x32\x0f.segue.v1.Pages\x12&\n\tresidency\x18\x04 \x01(\x0b\x32\x13.segue.v1.Residency\x12)\n\x0b\x63pu_workers\x18\x05 \x01(\x0b\x32\x14.segue.v1.CpuWorkers\x12\r\n\x05steps\x18\x06 \x01(\x04\x12+\n\x07profile\x18\x07 \x01(\x0b\x32\x15.segue.v1.CostProfileH\x00\x88\x01\x01\x12.\n\x0b\x64\x65vice_time\x18\x08 \x01(\x0b\x32\x14.segue.v1.DeviceTimeH\x01\x88\x01\x01\x42\n\n\x08_profileB\x0e\n\x0c_device_time\">\n\x05Queue\x12\x0f\n\x07waiting\x18\x01 \x01(\r\x12\x12\n\nprefilling\x18\x02 \x01(\r\x12\x10\n\x08\x64\x65\x63oding\x18\x03 \x01(\r\"Q\n\x05Pages\x12\r\n\x05total\x18\x01 \x01(\r\x12\x0c\n\x04\x66ree\x18\x02 \x01(\r\x12\n\n\x02kv\x18\x03 \x01(\r\x12\x0f\n\x07\x61\x64\x61pter\x18\x04 \x01(\r\x12\x0e\n\x06\x63\x61\x63hed\x18\x05 \x01(\r\"R\n\tResidency\x12,\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x1a.segue.v1.AdapterResidency\x12\x17\n\x0fhost_free_bytes\x18\x02 \x01(\x04\"^\n\x10\x41\x64\x61pterResidency\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x1c\n\x04tier\x18\x03 \x01(\x0e\x32\x0e.segue.v1.Tier\x12\r\n\x05users\x18\x04 \x01(\r\"-\n\nCpuWorkers\x12\r\n\x05ready\x18\x01 \x01(\r\x12\x10\n\x08restarts\x18\x02 \x01(\x04\"I\n\nDeviceTime\x12\x0f\n\x07\x62\x61tches\x18\x01 \x01(\x04\x12\x14\n\x0c\x62usy_seconds\x18\x02 \x01(\x01\x12\x14\n\x0cidle_seconds\x18\x03 \x01(\x01\"\xa8\x01\n\x0b\x43ostProfile\x12$\n\x06\x64\x65\x63ode\x18\x01 \x01(\x0b\x32\x14.segue.v1.DecodeCost\x12&\n\x07prefill\x18\x02 \x01(\x0b\x32\x15.segue.v1.PrefillCost\x12 \n\x04\x63opy\x18\x03 \x01(\x0b\x32\x12.segue.v1.CopyCost\x12)\n\tcpu_delta\x18\x04 \x01(\x0b\x32\x16.segue.v1.CpuDeltaCost\"\x9c\x01\n\nDecodeCost\x12\x14\n\x0c\x62\x61se_seconds\x18\x01 \x01(\x01\x12\x19\n\x11seconds_per_token\x18\x02 \x01(\x01\x12!\n\x19seconds_per_context_token\x18\x03 \x01(\x01\x12\x1d\n\x15seconds_per_rank_byte\x18\x04 \x01(\x01\x12\x1b\n\x13seconds_per_adapter\x18\x05 \x01(\x01\"\x81\x01\n\x0bPrefillCost\x12\x14\n\x0c\x62\x61se_seconds\x18\x01 \x01(\x01\x12\x19\n\x11seconds_per_token\x18\x02 \x01(\x01\x12\"\n\x1aseconds_per_attended_token\x18\x03 \x01(\x01\x12\x1d\n\x15seconds_per_rank_byte\x18\x04 \x01(\x01\":\n\x08\x43opyCost\x12\x14\n\x0c\x62\x61se_seconds\x18\x01 \x01(\x01\x12\x18\n\x10seconds_per_byte\x18\x02 \x01(\x01\"I\n\x0c\x43puDeltaCost\x12\x14\n\x0c\x62\x61se_seconds\x18\x01 \x01(\x01\x12#\n\x1b\x63ore_seconds_per_token_rank\x18\x02 \x01(\x01*\x80\x01\n\x0c\x45ngineStatus\x12\x1d\n\x19\x45NGINE_STATUS_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x45NGINE_STATUS_STARTING\x10\x01\x12\x19\n\x15\x45NGINE_STATUS_SERVING\x10\x02\x12\x1a\n\x16\x45NGINE_STATUS_STOPPING\x10\x03\x32\x9a\x01\n\rServerService\x12>\n\x07GetInfo\x12\x18.segue.v1.GetInfoRequest\x1a\x19.segue.v1.GetInfoResponse\x12I\n\nWatchState\x12\x1b.segue.v1.WatchStateRequest\x1a\x1c.segue.v1.WatchStateResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15segue/v1/server.proto\x12\x08segue.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x19segue/v1/generation.proto\"\x10\n\x0eGetInfoRequest\"\xb5\x02\n\x0fGetInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x0f\n\x07version\x18\x04 \x01(\t\x12\x0e\n\x06layers\x18\x05 \x01(\r\x12\x12\n\nvocab_size\x18\x06 \x01(\r\x12\x16\n\x0e\x63ontext_tokens\x18\x07 \x01(\r\x12\x13\n\x0bpage_tokens\x18\x08 \x01(\r\x12\r\n\x05pages\x18\t \x01(\r\x12\x13\n\x0b\x63pu_workers\x18\n \x01(\r\x12\"\n\x15\x63opy_bytes_per_second\x18\x0b \x01(\x01H\x00\x88\x01\x01\x12\x15\n\rmax_lora_rank\x18\x0c \x01(\r\x12\x19\n\x11\x63pu_workers_ready\x18\r \x01(\rB\x18\n\x16_copy_bytes_per_second\"@\n\x11WatchStateRequest\x12+\n\x08interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xc6\x03\n\x12WatchStateResponse\x12&\n\x06status\x18\x01 \x01(\x0e\x32\x16.segue.v1.EngineStatus\x12\x1e\n\x05queue\x18\x02 \x01(\x0b\x32\x0f.segue.v1.Queue\x12\x1e\n\x05pages\x18\x03 \x01(\x0b\x32\x0f.segue.v1.Pages\x12&\n\tresidency\x18\x04 \x01(\x0b\x32\x13.segue.v1.Residency\x12)\n\x0b\x63pu_workers\x18\x05 \x01(\x0b\x32\x14.segue.v1.CpuWorkers\x12\r\n\x05steps\x18\x06 \x01(\x04\x12+\n\x07profile\x18\x07 \x01(\x0b\x32\x15.segue.v1.CostProfileH\x00\x88\x01\x01\x12.\n\x0b\x64\x65vice_time\x18\x08 \x01(\x0b\x32\x14.segue.v1.DeviceTimeH\x01\x88\x01\x01\x12<\n\x08refusals\x18\t \x03(\x0b\x32*.segue.v1.WatchStateResponse.RefusalsEntry\x1a/\n\rRefusalsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x42\n\n\x08_profileB\x0e\n\x0c_device_time\">\n\x05Queue\x12\x0f\n\x07waiting\x18\x01 \x01(\r\x12\x12\n\nprefilling\x18\x02 \x01(\r\x12\x10\n\x08\x64\x65\x63oding\x18\x03 \x01(\r\"Q\n\x05Pages\x12\r\n\x05total\x18\x01 \x01(\r\x12\x0c\n\x04\x66ree\x18\x02 \x01(\r\x12\n\n\x02kv\x18\x03 \x01(\r\x12\x0f\n\x07\x61\x64\x61pter\x18\x04 \x01(\r\x12\x0e\n\x06\x63\x61\x63hed\x18\x05 \x01(\r\"R\n\tResidency\x12,\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x1a.segue.v1.AdapterResidency\x12\x17\n\x0fhost_free_bytes\x18\x02 \x01(\x04\"^\n\x10\x41\x64\x61pterResidency\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x1c\n\x04tier\x18\x03 \x01(\x0e\x32\x0e.segue.v1.Tier\x12\r\n\x05users\x18\x04 \x01(\r\"-\n\nCpuWorkers\x12\r\n\x05ready\x18\x01 \x01(\r\x12\x10\n\x08restarts\x18\x02 \x01(\x04\"I\n\nDeviceTime\x12\x0f\n\x07\x62\x61tches\x18\x01 \x01(\x04\x12\x14\n\x0c\x62usy_seconds\x18\x02 \x01(\x01\x12\x14\n\x0cidle_seconds\x18\x03 \x01(\x01\"\xa8\x01\n\x0b\x43ostProfile\x12$\n\x06\x64\x65\x63ode\x18\x01 \x01(\x0b\x32\x14.segue.v1.DecodeCost\x12&\n\x07prefill\x18\x02 \x01(\x0b\x32\x15.segue.v1.PrefillCost\x12 \n\x04\x63opy\x18\x03 \x01(\x0b\x32\x12.segue.v1.CopyCost\x12)\n\tcpu_delta\x18\x04 \x01(\x0b\x32\x16.segue.v1.CpuDeltaCost\"\x9c\x01\n\nDecodeCost\x12\x14\n\x0c\x62\x61se_seconds\x18\x01 \x01(\x01\x12\x19\n\x11seconds_per_token\x18\x02 \x01(\x01\x12!\n\x19seconds_per_context_token\x18\x03 \x01(\x01\x12\x1d\n\x15seconds_per_rank_byte\x18\x04 \x01(\x01\x12\x1b\n\x13seconds_per_adapter\x18\x05 \x01(\x01\"\x81\x01\n\x0bPrefillCost\x12\x14\n\x0c\x62\x61se_seconds\x18\x01 \x01(\x01\x12\x19\n\x11seconds_per_token\x18\x02 \x01(\x01\x12\"\n\x1aseconds_per_attended_token\x18\x03 \x01(\x01\x12\x1d\n\x15seconds_per_rank_byte\x18\x04 \x01(\x01\":\n\x08\x43opyCost\x12\x14\n\x0c\x62\x61se_seconds\x18\x01 \x01(\x01\x12\x18\n\x10seconds_per_byte\x18\x02 \x01(\x01\"I\n\x0c\x43puDeltaCost\x12\x14\n\x0c\x62\x61se_seconds\x18\x01 \x01(\x01\x12#\n\x1b\x63ore_seconds_per_token_rank\x18\x02 \x01(\x01*\x80\x01\n\x0c\x45ngineStatus\x12\x1d\n\x19\x45NGINE_STATUS_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x45NGINE_STATUS_STARTING\x10\x01\x12\x19\n\x15\x45NGINE_STATUS_SERVING\x10\x02\x12\x1a\n\x16\x45NGINE_STATUS_STOPPING\x10\x03\x32\x9a\x01\n\rServerService\x12>\n\x07GetInfo\x12\x18.segue.v1.GetInfoRequest\x1a\x19.segue.v1.GetInfoResponse\x12I\n\nWatchState\x12\x1b.segue.v1.WatchStateRequest\x1a\x1c.segue.v1.WatchStateResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'segue.v1.server_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ENGINESTATUS']._serialized_start=1883
-  _globals['_ENGINESTATUS']._serialized_end=2011
+  _globals['_WATCHSTATERESPONSE_REFUSALSENTRY']._loaded_options = None
+  _globals['_WATCHSTATERESPONSE_REFUSALSENTRY']._serialized_options = b'8\001'
+  _globals['_ENGINESTATUS']._serialized_start=1994
+  _globals['_ENGINESTATUS']._serialized_end=2122
   _globals['_GETINFOREQUEST']._serialized_start=94
   _globals['_GETINFOREQUEST']._serialized_end=110
   _globals['_GETINFORESPONSE']._serialized_start=113
@@ -42,29 +44,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WATCHSTATEREQUEST']._serialized_start=424
   _globals['_WATCHSTATEREQUEST']._serialized_end=488
   _globals['_WATCHSTATERESPONSE']._serialized_start=491
-  _globals['_WATCHSTATERESPONSE']._serialized_end=834
-  _globals['_QUEUE']._serialized_start=836
-  _globals['_QUEUE']._serialized_end=898
-  _globals['_PAGES']._serialized_start=900
-  _globals['_PAGES']._serialized_end=981
-  _globals['_RESIDENCY']._serialized_start=983
-  _globals['_RESIDENCY']._serialized_end=1065
-  _globals['_ADAPTERRESIDENCY']._serialized_start=1067
-  _globals['_ADAPTERRESIDENCY']._serialized_end=1161
-  _globals['_CPUWORKERS']._serialized_start=1163
-  _globals['_CPUWORKERS']._serialized_end=1208
-  _globals['_DEVICETIME']._serialized_start=1210
-  _globals['_DEVICETIME']._serialized_end=1283
-  _globals['_COSTPROFILE']._serialized_start=1286
-  _globals['_COSTPROFILE']._serialized_end=1454
-  _globals['_DECODECOST']._serialized_start=1457
-  _globals['_DECODECOST']._serialized_end=1613
-  _globals['_PREFILLCOST']._serialized_start=1616
-  _globals['_PREFILLCOST']._serialized_end=1745
-  _globals['_COPYCOST']._serialized_start=1747
-  _globals['_COPYCOST']._serialized_end=1805
-  _globals['_CPUDELTACOST']._serialized_start=1807
-  _globals['_CPUDELTACOST']._serialized_end=1880
-  _globals['_SERVERSERVICE']._serialized_start=2014
-  _globals['_SERVERSERVICE']._serialized_end=2168
+  _globals['_WATCHSTATERESPONSE']._serialized_end=945
+  _globals['_WATCHSTATERESPONSE_REFUSALSENTRY']._serialized_start=870
+  _globals['_WATCHSTATERESPONSE_REFUSALSENTRY']._serialized_end=917
+  _globals['_QUEUE']._serialized_start=947
+  _globals['_QUEUE']._serialized_end=1009
+  _globals['_PAGES']._serialized_start=1011
+  _globals['_PAGES']._serialized_end=1092
+  _globals['_RESIDENCY']._serialized_start=1094
+  _globals['_RESIDENCY']._serialized_end=1176
+  _globals['_ADAPTERRESIDENCY']._serialized_start=1178
+  _globals['_ADAPTERRESIDENCY']._serialized_end=1272
+  _globals['_CPUWORKERS']._serialized_start=1274
+  _globals['_CPUWORKERS']._serialized_end=1319
+  _globals['_DEVICETIME']._serialized_start=1321
+  _globals['_DEVICETIME']._serialized_end=1394
+  _globals['_COSTPROFILE']._serialized_start=1397
+  _globals['_COSTPROFILE']._serialized_end=1565
+  _globals['_DECODECOST']._serialized_start=1568
+  _globals['_DECODECOST']._serialized_end=1724
+  _globals['_PREFILLCOST']._serialized_start=1727
+  _globals['_PREFILLCOST']._serialized_end=1856
+  _globals['_COPYCOST']._serialized_start=1858
+  _globals['_COPYCOST']._serialized_end=1916
+  _globals['_CPUDELTACOST']._serialized_start=1918
+  _globals['_CPUDELTACOST']._serialized_end=1991
+  _globals['_SERVERSERVICE']._serialized_start=2125
+  _globals['_SERVERSERVICE']._serialized_end=2279
 # @@protoc_insertion_point(module_scope)

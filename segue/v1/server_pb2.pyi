@@ -141,6 +141,22 @@ Global___WatchStateRequest: typing_extensions.TypeAlias = WatchStateRequest
 class WatchStateResponse(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    @typing.final
+    class RefusalsEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.int
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.int = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
     STATUS_FIELD_NUMBER: builtins.int
     QUEUE_FIELD_NUMBER: builtins.int
     PAGES_FIELD_NUMBER: builtins.int
@@ -149,6 +165,7 @@ class WatchStateResponse(google.protobuf.message.Message):
     STEPS_FIELD_NUMBER: builtins.int
     PROFILE_FIELD_NUMBER: builtins.int
     DEVICE_TIME_FIELD_NUMBER: builtins.int
+    REFUSALS_FIELD_NUMBER: builtins.int
     status: Global___EngineStatus.ValueType
     """While not SERVING, only this field is set."""
     steps: builtins.int
@@ -169,6 +186,10 @@ class WatchStateResponse(google.protobuf.message.Message):
     def device_time(self) -> Global___DeviceTime:
         """What the device did. Absent: the server's configuration does not have it measured."""
 
+    @property
+    def refusals(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.int]:
+        """Requests that the engine has refused since it started, by the reason that their ErrorInfo gives."""
+
     def __init__(
         self,
         *,
@@ -180,9 +201,10 @@ class WatchStateResponse(google.protobuf.message.Message):
         steps: builtins.int = ...,
         profile: Global___CostProfile | None = ...,
         device_time: Global___DeviceTime | None = ...,
+        refusals: collections.abc.Mapping[builtins.str, builtins.int] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_device_time", b"_device_time", "_profile", b"_profile", "cpu_workers", b"cpu_workers", "device_time", b"device_time", "pages", b"pages", "profile", b"profile", "queue", b"queue", "residency", b"residency"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_device_time", b"_device_time", "_profile", b"_profile", "cpu_workers", b"cpu_workers", "device_time", b"device_time", "pages", b"pages", "profile", b"profile", "queue", b"queue", "residency", b"residency", "status", b"status", "steps", b"steps"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_device_time", b"_device_time", "_profile", b"_profile", "cpu_workers", b"cpu_workers", "device_time", b"device_time", "pages", b"pages", "profile", b"profile", "queue", b"queue", "refusals", b"refusals", "residency", b"residency", "status", b"status", "steps", b"steps"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_device_time", b"_device_time"]) -> typing.Literal["device_time"] | None: ...
     @typing.overload

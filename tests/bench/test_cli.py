@@ -63,7 +63,10 @@ def test_a_model_of_ones_own_is_measured(tmp_path: Path) -> None:
     ("arguments", "line"),
     [
         (("--shape", "tiny", "--model", "m"), "segue: give --shape or --model, not both\n"),
-        (("--shape", "huge"), "segue: shape: must be one of tiny, small, medium, llama-3.1-8b, is 'huge'\n"),
+        (
+            ("--shape", "huge"),
+            "segue: shape: must be one of tiny, small, medium, llama-2-7b, llama-3.1-8b, is 'huge'\n",
+        ),
         (("--batch", "1,x"), "segue: --batch: must be whole numbers with commas between them, is '1,x'\n"),
         (("--device", "tpu"), "segue: device: must be "),
         (("--dtype", "int8"), "segue: dtype: must be one of float32, bfloat16, float16, is 'int8'\n"),

@@ -91,8 +91,8 @@ def test_a_round_is_cut_short_by_its_limit() -> None:
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        ({"shape": "huge"}, "shape: must be one of tiny, small, medium, llama-3.1-8b, is 'huge'"),
-        ({"shape": None}, "shape: must be one of tiny, small, medium, llama-3.1-8b, is None"),
+        ({"shape": "huge"}, "shape: must be one of tiny, small, medium, llama-2-7b, llama-3.1-8b, is 'huge'"),
+        ({"shape": None}, "shape: must be one of tiny, small, medium, llama-2-7b, llama-3.1-8b, is None"),
         ({"model_dir": "m"}, "shape: is 'tiny', but the model is the one in model_dir"),
         ({"dtype": "int8"}, "dtype: must be one of float32, bfloat16, float16, is 'int8'"),
         ({"cases": ()}, "cases: there must be at least one"),

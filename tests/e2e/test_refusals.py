@@ -10,9 +10,12 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import grpc
 import pytest
 
 from segue import SLO, Client
+from segue.client.requests import build_generate_request
+from segue.client.status import error_of_rpc
 from segue.errors import (
     AdapterNotFoundError,
     AdapterPinnedError,
@@ -25,11 +28,12 @@ from segue.errors import (
     RequestCancelledError,
     RequestNotFoundError,
     SegueError,
+    SloInfeasibleError,
     StatusCode,
     UnsafePathError,
-    UnsupportedError,
 )
 from segue.types import AdapterInfo, Tier
+from segue.v1 import generation_pb2_grpc
 from tests.e2e.bad_adapters import MAX_RANK, REJECTED, UNSAFE, write_all
 from tests.e2e.live import ASSETS, CONFIG, LiveServer, Reference, live_server, wait_until
 from tests.server.values import INVALID, NO_TOKEN
@@ -38,8 +42,15 @@ PROMPT = "Tell me about the fox."
 NEW_TOKENS = 12
 ADAPTERS = ASSETS / "adapters"
 MAX_WAITING = 40
+MAX_RUNNING = 4
+QUOTA = 30
 # A pool that a request for the whole context does not fit into, and neither do seven modules of rank 64.
-SMALL = CONFIG.replace("pages = 512", f"pages = 80\nmax_waiting = {MAX_WAITING}\nmax_lora_rank = {MAX_RANK}")
+SETTINGS = f"""pages = 80
+max_waiting = {MAX_WAITING}
+max_running = {MAX_RUNNING}
+tenant_queue_share = {QUOTA / MAX_WAITING}
+max_lora_rank = {MAX_RANK}"""
+SMALL = CONFIG.replace("pages = 512", SETTINGS)
 PINNED = 'pinned_adapters = ["shout"]\n'
 ENDLESS: dict[str, Any] = {"max_tokens": 600, "ignore_eos": True}
 
@@ -95,6 +106,32 @@ def aborted(_: LiveServer, client: Client) -> None:
         next(stream)
         threading.Timer(0.05, client.abort, ["mine"]).start()
         list(stream)
+
+
+def slo_never(_: LiveServer, client: Client) -> None:
+    """The server has measured what prompts and steps take."""
+    client.generate(PROMPT, max_tokens=20, ignore_eos=True)
+    client.generate(PROMPT, slo=SLO(tpot_ms=1e-3, reject_on_miss=True))
+
+
+def slo_not_now(_: LiveServer, client: Client) -> None:
+    """All places are taken by answers that are far longer than the target."""
+    client.generate(PROMPT, max_tokens=20, ignore_eos=True)
+    with client.generate(PROMPT, n=MAX_RUNNING, stream=True, **ENDLESS) as stream:
+        for _chunk in range(2 * MAX_RUNNING):
+            next(stream)
+        client.generate(PROMPT, slo=SLO(ttft_ms=300, reject_on_miss=True))
+
+
+def over_quota(server: LiveServer, _: Client) -> None:
+    """One tenant has its part of the queue, which is not full."""
+    with grpc.insecure_channel(server.address) as channel:
+        stub = generation_pb2_grpc.GenerationServiceStub(channel)
+        request = build_generate_request(PROMPT, {"n": MAX_RUNNING + QUOTA + 1, "max_tokens": 600})
+        try:
+            list(stub.Generate(request, metadata=(("x-tenant", "flood"),)))
+        except grpc.RpcError as error:
+            raise error_of_rpc(error) from error
 
 
 def client_gone(server: LiveServer, _: Client) -> None:
@@ -159,8 +196,9 @@ ROWS: dict[str, tuple[Refused, type[SegueError], StatusCode]] = {
         StatusCode.FAILED_PRECONDITION,
     ),
     "queue full": (asking(n=128, **ENDLESS), OverloadedError, StatusCode.RESOURCE_EXHAUSTED),
-    "slo": (asking(slo=SLO(ttft_ms=1, reject_on_miss=True)), UnsupportedError, StatusCode.UNIMPLEMENTED),
-    "priority": (asking(priority=1), UnsupportedError, StatusCode.UNIMPLEMENTED),
+    "slo never": (slo_never, SloInfeasibleError, StatusCode.FAILED_PRECONDITION),
+    "slo not now": (slo_not_now, OverloadedError, StatusCode.RESOURCE_EXHAUSTED),
+    "tenant over quota": (over_quota, OverloadedError, StatusCode.RESOURCE_EXHAUSTED),
     "duplicate": (duplicate, DuplicateRequestError, StatusCode.ALREADY_EXISTS),
     "deadline": (deadline, DeadlineExceededError, StatusCode.DEADLINE_EXCEEDED),
     "aborted": (aborted, RequestCancelledError, StatusCode.CANCELLED),
@@ -207,3 +245,19 @@ def test_a_refusal_names_each_field_and_when_to_come_again(client: Client) -> No
     with pytest.raises(OverloadedError) as overloaded:
         client.generate(PROMPT, n=128, **ENDLESS)
     assert overloaded.value.retry_after_seconds == 1.0
+
+
+def test_a_target_that_cannot_be_met_now_says_when_it_could(server: LiveServer, client: Client) -> None:
+    """The answers that are in the way take more than a second; without them the same request is served."""
+    with pytest.raises(OverloadedError, match="after its target") as refused:
+        slo_not_now(server, client)
+    assert refused.value.retry_after_seconds is not None
+    assert refused.value.retry_after_seconds >= 0.1
+    wait_until(server.is_idle, "the answers in the way have ended")
+    client.generate(PROMPT, max_tokens=2, slo=SLO(ttft_ms=10_000, reject_on_miss=True))
+
+
+def test_a_quota_is_told_with_the_time_to_come_again(server: LiveServer, client: Client) -> None:
+    with pytest.raises(OverloadedError, match=f"{QUOTA} requests of this tenant .* its quota") as refused:
+        over_quota(server, client)
+    assert refused.value.retry_after_seconds == 1.0

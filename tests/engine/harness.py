@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Self
 
 from segue.engine.config import EngineConfig
@@ -37,7 +37,7 @@ class EngineHarness:
     """Runs an engine step by step, with every invariant checked after every step and freed pages poisoned."""
 
     def __init__(self, model_dir: Path, adapters_dir: Path, **config: Any) -> None:
-        """``config`` are fields of EngineConfig, and ``profile``, a CostProfile, if the engine is to have one."""
+        """``config`` has fields of EngineConfig, and may have the engine's CostProfile as ``profile``."""
         profile = config.pop("profile", None)
         settings = {
             "model_dir": str(model_dir),
@@ -94,9 +94,11 @@ class EngineHarness:
         adapter: str | None = None,
         *,
         max_tokens: int = 64,
+        level: Mapping[str, Any] = MappingProxyType({}),
         **sampling: Any,
     ) -> int:
-        """Greedy with seed 0 unless ``sampling``, fields of SamplingParams, says otherwise."""
+        """Greedy with seed 0 unless ``sampling``, fields of SamplingParams, says otherwise; ``level`` has the fields of
+        Submit that say what it is promised."""
         version_id = None if adapter is None else self.open(adapter)
         number = len(self.answers) + 1
         self.answers[number] = Answer()
@@ -108,6 +110,7 @@ class EngineHarness:
                 arrival_seconds=time.monotonic(),
                 adapter_version_id=version_id,
                 sampling=SamplingParams(**{"seed": 0, **sampling}),
+                **level,
             )
         )
         return number
@@ -126,6 +129,8 @@ class EngineHarness:
             self.answers[failed.number].failed = failed
         for failure in failures:
             self.version_failures[failure.version_id] = failure.message
+            if failure.may_pass:
+                self.catalog.reopen(failure.version_id)
         if self.engine.must_look_again:
             time.sleep(50e-6)
         elif not self.engine.can_go_on:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -12,18 +13,22 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from segue.cpu_lora import WorkerEventKind
+from segue.engine import instance
 from segue.engine.config import HandoffConfig
 from segue.engine.lora.apply import Blocked
+from segue.engine.lora.file_runs import Target
 from segue.engine.messages import Submit
 from segue.engine.request import Request, RequestState
 from segue.engine.sampling_params import SamplingParams
-from segue.errors import AdapterRejectedError
+from segue.errors import AdapterRejectedError, EngineUnavailableError
 from segue.types import FinishReason, LoraSource, Tier, Timing
 from tests.checkpoints import ALL_TARGETS, load_reference, reference_greedy, write_random_adapter, write_random_model
 from tests.engine.harness import Answer, EngineHarness
@@ -400,4 +405,42 @@ def test_broken_weights_are_rejected(world: World, tmp_path: Path, spoil: Callab
         world.assert_serves(harness, "third")
         world.assert_serves(harness, None)
         harness.engine.versions.close(version)
+        assert_nothing_held(harness, host_free_bytes)
+
+
+class FakeStalledDisk:
+    """Reads of files in one folder hang until they are let go."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.let_go = threading.Event()
+
+    def read(self, target: Target, descriptor: int, runs: npt.NDArray[np.int64], offset: int) -> int:
+        if Path(os.readlink(f"/proc/self/fd/{descriptor}")).parent.name == self.folder:
+            assert self.let_go.wait(60)
+        return target.read(descriptor, runs, offset)
+
+
+def test_a_disk_that_stalls_costs_those_who_need_it_an_error_and_others_nothing(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = FakeStalledDisk("cold")
+    real_ops = instance._transfer_ops
+    monkeypatch.setattr(instance, "_transfer_ops", lambda *of: replace(real_ops(*of), read_runs=disk.read))
+    with world.harness(read_threads=2, read_stall_seconds=0.5, copy_bytes_per_second=None) as harness:
+        host_free_bytes = harness.instance.state(0).host_free_bytes
+        stalled = [harness.submit(make_prompt(seed), "cold", max_tokens=NEW_TOKENS) for seed in range(2)]
+        prompts = {name: make_prompt(7) for name in ("other", "third")}
+        others = {name: harness.submit(prompts[name], name, max_tokens=NEW_TOKENS) for name in prompts}
+        harness.run()
+        for number in stalled:
+            failed = harness.answers[number].failed
+            assert failed is not None
+            assert failed.reason == EngineUnavailableError.reason
+            assert "the disk did not answer" in failed.message
+        for name, number in others.items():
+            world.compare(name, prompts[name], harness.answers[number])
+        harness.release_unused()
+        disk.let_go.set()
+        world.assert_serves(harness, "cold")
         assert_nothing_held(harness, host_free_bytes)

@@ -110,7 +110,6 @@ def test_what_happened_is_logged_and_learned(world: World, device: str, caplog: 
         harness_with(world, profile(1e-4), device) as harness,
     ):
         planner = harness.instance.planner
-        assert planner is not None
         before = planner.costs.compute
         number = answer(world, harness, "a").number
         learned = planner.costs.compute

@@ -12,6 +12,7 @@ import pytest
 
 from segue.engine.config import HandoffConfig
 from segue.engine.cuda.batch_shapes import pass_shapes
+from segue.errors import AdapterRejectedError
 from segue.types import FinishReason, LoraSource, Timing
 from tests.checkpoints import ALL_TARGETS, TinyModel
 from tests.engine.fake_recording import FakeRecorder
@@ -22,6 +23,8 @@ from tests.engine.worlds import World
 pytestmark = without_gpu
 
 LAYERS = 3
+# The kernels are interpreted.
+TIMEOUT_SECONDS = 150
 NEW_TOKENS = 4
 MAX_RANK = 16
 MAX_ROWS, MAX_SEQUENCES = 64, 8
@@ -36,10 +39,15 @@ ADAPTERS: dict[str, dict[str, object]] = {
 }
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2"])
-def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> World:
-    shape = TinyModel(family=request.param, layers=LAYERS, kv_heads=1)
-    return small_world(tmp_path_factory.mktemp("passes"), shape, ADAPTERS, seed=8)
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return small_world(tmp_path_factory.mktemp("passes"), TinyModel(layers=LAYERS, kv_heads=1), ADAPTERS, seed=8)
+
+
+@pytest.fixture(scope="module")
+def biased_world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    shape = TinyModel(layers=LAYERS, kv_heads=1, extra={"attention_bias": True, "mlp_bias": True})
+    return small_world(tmp_path_factory.mktemp("biased"), shape, ADAPTERS, seed=9)
 
 
 @pytest.fixture
@@ -93,12 +101,21 @@ def test_handover_at_every_layer(world: World, cuda: FakeCuda, adapter: str, cpu
     prompt = make_prompt(7)
     with harness_of(world, handoff=fixed(cpu_layers)) as harness:
         number = harness.submit(prompt, adapter, max_tokens=1, logprobs=0)
-        harness.run()
+        harness.run(TIMEOUT_SECONDS)
         world.compare(adapter, prompt, harness.answers[number], 1)
         assert timing_of(harness, number).cpu_layers == cpu_layers
     used, idle = cuda.pass_recorders
     assert used.replays == [16] * (LAYERS - cpu_layers + ENDS)
     assert not idle.recorded
+
+
+def test_layers_with_biases(biased_world: World, cuda: FakeCuda) -> None:
+    prompt = make_prompt(7)
+    with harness_of(biased_world, handoff=fixed(1)) as harness:
+        number = harness.submit(prompt, "all", max_tokens=1, logprobs=0)
+        harness.run(TIMEOUT_SECONDS)
+        biased_world.compare("all", prompt, harness.answers[number], 1)
+    assert cuda.pass_recorders[0].replays
 
 
 def test_one_after_the_other_nothing_is_left_of_the_pass_before(world: World, cuda: FakeCuda) -> None:
@@ -109,7 +126,7 @@ def test_one_after_the_other_nothing_is_left_of_the_pass_before(world: World, cu
         ):
             prompt = make_prompt(tokens, seed)
             number = harness.submit(prompt, adapter, max_tokens=NEW_TOKENS, logprobs=0)
-            harness.run()
+            harness.run(TIMEOUT_SECONDS)
             world.compare(adapter, prompt, harness.answers[number], NEW_TOKENS)
             harness.engine.versions.evict(harness.open(adapter))
             harness.run_until(lambda: harness.instance.state(0).adapter_pages == 0)
@@ -124,12 +141,12 @@ def test_beside_batches_and_more_passes_than_sets(world: World, cuda: FakeCuda) 
         asked = []
         for seed, adapter in enumerate([None, "all", "some", "attention", "all", None]):
             prompt = make_prompt(5 + 3 * seed, seed)
-            asked.append((harness.submit(prompt, adapter, max_tokens=12, logprobs=0), adapter, prompt))
+            asked.append((harness.submit(prompt, adapter, max_tokens=6, logprobs=0), adapter, prompt))
             harness.step()
         assert len(harness.engine.passes) > 2
-        harness.run()
+        harness.run(TIMEOUT_SECONDS)
         for number, adapter, prompt in asked:
-            world.compare(adapter, prompt, harness.answers[number], 12)
+            world.compare(adapter, prompt, harness.answers[number], 6)
         sources = {layer.source for number, *_ in asked for layer in timing_of(harness, number).layers}
         assert sources == {LoraSource.CPU, LoraSource.DEVICE}
     assert all(recorder.replays for recorder in (*cuda.pass_recorders, cuda.batch_recorder))
@@ -139,7 +156,7 @@ def test_a_pass_that_no_shape_holds_runs_by_operations(world: World, cuda: FakeC
     prompt = make_prompt(PASS_ROWS + 1)
     with harness_of(world, handoff=fixed(1)) as harness:
         number = harness.submit(prompt, "all", max_tokens=1, logprobs=0)
-        harness.run()
+        harness.run(TIMEOUT_SECONDS)
         world.compare("all", prompt, harness.answers[number], 1)
     assert not any(recorder.recorded for recorder in cuda.pass_recorders)
 
@@ -174,7 +191,7 @@ def test_a_worker_lost_between_recorded_layers(world: World, cuda: FakeCuda) -> 
 
         cuda.flags[0].on_write = stop_workers
         number = harness.submit(prompt, "all", max_tokens=NEW_TOKENS, logprobs=0)
-        harness.run()
+        harness.run(TIMEOUT_SECONDS)
         world.compare("all", prompt, harness.answers[number], NEW_TOKENS)
         assert timing_of(harness, number).prefill_attempts == 2
 
@@ -194,7 +211,7 @@ def test_all_kinds_are_recorded_ahead(world: World, cuda: FakeCuda) -> None:
         for seed, adapter in enumerate(ADAPTERS):
             prompt = make_prompt(6 + 10 * seed, seed)
             number = harness.submit(prompt, adapter, max_tokens=NEW_TOKENS, logprobs=0)
-            harness.run()
+            harness.run(TIMEOUT_SECONDS)
             world.compare(adapter, prompt, harness.answers[number], NEW_TOKENS)
         assert [list(recorder.recorded) for recorder in cuda.pass_recorders] == recorded
 
@@ -209,7 +226,7 @@ def test_several_adapters_in_one_pass(world: World, cuda: FakeCuda, cpu_layers: 
         harness.step()
         (only,) = harness.engine.passes
         assert len(only.rows) == len(asked)
-        harness.run()
+        harness.run(TIMEOUT_SECONDS)
         for number, (name, prompt) in zip(numbers, asked, strict=True):
             world.compare(name, prompt, harness.answers[number], NEW_TOKENS)
             assert timing_of(harness, number).cpu_layers == cpu_layers
@@ -227,8 +244,8 @@ def test_a_version_that_fails_holds_up_nobody_in_its_pass(world: World, cuda: Fa
         harness.step()
         (only,) = harness.engine.passes
         assert len(only.rows) == 2
-        harness.engine._fail_version(harness.open("all"), "it is gone")
-        harness.run()
+        harness.engine._fail_version(harness.open("all"), AdapterRejectedError("it is gone"))
+        harness.run(TIMEOUT_SECONDS)
         assert harness.answers[failing].failed is not None
         world.compare("some", prompt, harness.answers[other], 1)
     assert cuda.pass_recorders[0].replays

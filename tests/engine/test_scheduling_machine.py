@@ -6,7 +6,8 @@ computes a token finds the marks of all tokens before it, whatever was shared, g
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 
 import torch
 from hypothesis import settings
@@ -16,18 +17,27 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from segue.engine.kv import KvPages
 from segue.engine.memory.pool import PagePool
 from segue.engine.messages import Submit
+from segue.engine.planner import admitted_view
 from segue.engine.rate import RateMeter
 from segue.engine.request import Request, RequestState
 from segue.engine.requests import RequestTable
 from segue.engine.sampling_params import SamplingParams
 from segue.scheduler.batch import plan_step
-from segue.scheduler.plan import AdmittedRequest, PassRows, QueuedRequest, StepPlan, pages_for
+from segue.scheduler.cost_model import CostProfile, StepCoefficients
+from segue.scheduler.plan import NO_LEVEL, PassRows, ServiceLevel, StepPlan, pages_for
+from segue.scheduler.policy import PolicyName, step_order
 from tests.scheduler.fakes import LIMITS, FakeCpuService, FakeResidency
 
 PAGES = 24
 NEEDS = {0: 3, 1: 7, 2: 12}
 LANDING_STEPS = 3
 PASS_STEPS = 2
+PROFILE = CostProfile(
+    name="round numbers",
+    layers=1,
+    decode=StepCoefficients(fixed_seconds=0.5, seconds_per_token=0.05),
+    prefill=StepCoefficients(fixed_seconds=0.5, seconds_per_token=0.1),
+)
 FIRST_TOKENS = tuple(range(10, 22))
 
 
@@ -52,8 +62,12 @@ class FakeModel:
 
 @dataclass
 class World:
-    """What an engine does with plans, one pass of each loading adapter ending ``PASS_STEPS`` steps after its start."""
+    """What an engine does with plans, one pass of each loading adapter ending ``PASS_STEPS`` steps after its start.
 
+    A step takes a second.
+    """
+
+    policy: PolicyName
     residency: FakeResidency = field(default_factory=lambda: FakeResidency(needs=NEEDS))
     cpu: FakeCpuService = field(default_factory=FakeCpuService)
     landing: dict[int, int] = field(default_factory=dict)
@@ -65,7 +79,7 @@ class World:
         self.pool = PagePool(
             layers=1, pages=PAGES, page_tokens=4, kv_heads=1, head_dim=1, dtype=torch.float32, poison_freed=True
         )
-        self.requests = RequestTable()
+        self.requests = RequestTable(lambda item: item.level.first_token_by_seconds - item.tokens / LIMITS.chunk_tokens)
         self.kv = KvPages(
             self.pool,
             self.requests,
@@ -75,7 +89,9 @@ class World:
         )
         self.model = FakeModel(self.pool)
 
-    def submit(self, number: int, prompt: list[int], max_tokens: int, version_id: int | None) -> None:
+    def submit(
+        self, number: int, prompt: list[int], max_tokens: int, version_id: int | None, level: ServiceLevel = NO_LEVEL
+    ) -> None:
         request = Request.of(
             Submit(
                 number=number,
@@ -84,7 +100,8 @@ class World:
                 arrival_seconds=0.0,
                 sampling=SamplingParams(seed=0),
                 adapter_version_id=version_id,
-            )
+            ),
+            replace(level, queued_seconds=float(self.steps)),
         )
         self.requests.add(request)
         self.kv.announce(request)
@@ -94,24 +111,24 @@ class World:
         self._land()
         self.residency.in_use = self.requests.versions_in_use()
         running = [item for item in self.requests.admitted if item.state is RequestState.ADMITTED]
+        queue, policy = step_order(
+            self.policy, self.requests.waiting, now=float(self.steps), profile=PROFILE, most_adapters=2
+        )
         plan = plan_step(
-            [
-                QueuedRequest(
-                    number=r.number, tokens=len(r.token_ids), version_id=r.version_id, cpu_allowed=r.cpu_allowed
-                )
-                for r in self.queue
-            ],
-            [self._admitted(request) for request in running],
+            queue,
+            [admitted_view(request, self.kv) for request in running],
             free_pages=self.pool.free_pages,
             passes_in_flight=len(self.flying),
             residency=self.residency,
             prefixes=self.kv,
             limits=LIMITS,
             cpu=self.cpu,
+            policy=policy,
         )
         if running:
             assert running[0].number not in plan.preempt, "the oldest was preempted"
-        self._check_order(plan)
+        if self.policy is PolicyName.FCFS:
+            self._check_order(plan)
         self._give_pages(plan)
         rows = [*plan.batch, *(item for group in plan.passes for item in group.rows)]
         assert len({item.number for item in rows}) == len(rows), "a request computes twice in one step"
@@ -202,7 +219,10 @@ class World:
             self.kv.commit(request)
             if request.computed_tokens == len(request.token_ids):
                 # Answers of one prompt differ, so that their pages do as well.
+                if request.timeline.first_token_seconds is None:
+                    request.timeline.first_token_seconds = float(self.steps)
                 request.append(100 + (request.number + request.generated_tokens) % 3)
+                self.requests.waiting.shares.charge(request.level.tenant, answer_tokens=1)
                 if request.generated_tokens == request.submit.max_tokens:
                     self._end(request)
 
@@ -225,28 +245,20 @@ class World:
             del self.landing[version_id]
             self.residency.warm.add(version_id)
 
-    def _admitted(self, request: Request) -> AdmittedRequest:
-        return AdmittedRequest(
-            number=request.number,
-            tokens=len(request.token_ids),
-            computed_tokens=request.computed_tokens,
-            pages=len(request.pages),
-            own_pages=len(request.own_pages),
-            sole_pages=self.kv.sole_pages(request),
-            version_id=request.version_id,
-            in_flight=request.in_pass,
-            cpu_allowed=request.cpu_allowed,
-        )
-
 
 def plan_numbers(plan: StepPlan) -> set[int]:
     return {item.number for item in plan.admit}
 
 
+_seconds = st.sampled_from([math.inf, 0.5, 2.0, 6.0, 30.0])
+
+
 class Scheduling(RuleBasedStateMachine):
+    policy = PolicyName.FCFS
+
     def __init__(self) -> None:
         super().__init__()
-        self.world = World()
+        self.world = World(self.policy)
         self.world.cpu.versions = set(NEEDS)
         self.number = 0
 
@@ -256,14 +268,35 @@ class Scheduling(RuleBasedStateMachine):
         max_tokens=st.integers(1, 14),
         version_id=st.sampled_from([None, 0, 1, 2]),
         copies=st.integers(1, 3),
+        first_token_seconds=_seconds,
+        token_seconds=_seconds,
+        priority=st.integers(-9, 9),
+        tenant=st.sampled_from(["", "a", "b"]),
     )
-    def submit(self, shared: int, own: list[int], max_tokens: int, version_id: int | None, copies: int) -> None:
+    def submit(
+        self,
+        shared: int,
+        own: list[int],
+        max_tokens: int,
+        version_id: int | None,
+        copies: int,
+        first_token_seconds: float,
+        token_seconds: float,
+        priority: int,
+        tenant: str,
+    ) -> None:
+        level = ServiceLevel(
+            tenant=tenant,
+            priority=priority,
+            first_token_by_seconds=self.world.steps + first_token_seconds,
+            token_seconds=token_seconds,
+        )
         prompt = [*FIRST_TOKENS[:shared], *own]
         adapter_pages = 0 if version_id is None else NEEDS[version_id]
         if adapter_pages + pages_for(len(prompt) + max_tokens, LIMITS.page_tokens) + 1 <= PAGES:
             for _ in range(copies):
                 self.number += 1
-                self.world.submit(self.number, prompt, max_tokens, version_id)
+                self.world.submit(self.number, prompt, max_tokens, version_id, level)
 
     @rule(steps=st.integers(1, 6))
     def step(self, steps: int) -> None:
@@ -284,8 +317,8 @@ class Scheduling(RuleBasedStateMachine):
 
     @rule(place=st.integers(0, 30))
     def lose_passes(self, place: int) -> None:
-        """The workers have failed a request too often."""
-        live = list(self.world.requests)
+        """The workers have failed a request too often, which is admitted: others compute nothing."""
+        live = self.world.requests.admitted
         if live:
             live[place % len(live)].lost_passes = 3
 
@@ -316,5 +349,11 @@ class Scheduling(RuleBasedStateMachine):
         assert world.pool.free_pages + sum(map(len, world.adapter_pages.values())) == PAGES
 
 
+class SloScheduling(Scheduling):
+    policy = PolicyName.SLO
+
+
 TestScheduling = Scheduling.TestCase
 TestScheduling.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+TestSloScheduling = SloScheduling.TestCase
+TestSloScheduling.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)

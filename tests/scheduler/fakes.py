@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from segue.scheduler.batch import plan_step
 from segue.scheduler.eviction import EvictionCandidate
 from segue.scheduler.plan import AdmittedRequest, PrefixMatch, QueuedRequest, SchedulerLimits, StepPlan
+from segue.scheduler.policy import FirstCome, StepPolicy
 
+FIRST_COME = FirstCome()
 LIMITS = SchedulerLimits(
     page_tokens=4, max_running=8, max_passes=4, budget_tokens=16, chunk_tokens=6, layers_per_step=2
 )
@@ -130,6 +132,7 @@ def plan(
     passes_in_flight: int = 0,
     cpu: FakeCpuService | None = None,
     limits: SchedulerLimits = LIMITS,
+    policy: StepPolicy = FIRST_COME,
 ) -> StepPlan:
     return plan_step(
         queue,
@@ -139,5 +142,6 @@ def plan(
         residency=residency or FakeResidency(),
         prefixes=prefixes or FakePrefixes(),
         limits=limits,
+        policy=policy,
         cpu=cpu,
     )

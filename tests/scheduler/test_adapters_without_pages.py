@@ -110,8 +110,8 @@ def test_the_oldest_in_a_pass_is_waited_for() -> None:
 
 
 def test_it_waits_where_pages_come_free_sooner() -> None:
-    """The one that runs has ten steps left, five as is expected, and a step takes a second."""
-    running = [replace(decoding(1, 6, pages=2, version_id=1), remaining_tokens=10)]
+    """The one that runs has five steps left, and a step takes a second."""
+    running = [replace(decoding(1, 6, pages=2, version_id=1), expected_tokens=5)]
     for seconds, joins in ((4.9, True), (5.1, False)):
         cpu = FakeCpuService(versions={0}, seconds=seconds, held=NEEDS)
         step = plan([queued(2, version_id=0)], running, free_pages=9, residency=residency(1), cpu=cpu)
@@ -121,9 +121,9 @@ def test_it_waits_where_pages_come_free_sooner() -> None:
 def test_when_pages_come_free() -> None:
     """Own pages with each request, an adapter's with its last user, in the order in which they must have ended."""
     running = [
-        replace(decoding(1, 6, pages=2, version_id=1), remaining_tokens=40),
-        replace(decoding(2, 6, pages=3, version_id=1), remaining_tokens=4),
-        replace(decoding(3, 6, pages=5, version_id=None), remaining_tokens=20),
+        replace(decoding(1, 6, pages=2, version_id=1), expected_tokens=40),
+        replace(decoding(2, 6, pages=3, version_id=1), expected_tokens=4),
+        replace(decoding(3, 6, pages=5, version_id=None), expected_tokens=20),
     ]
     steps = [steps_to_pages(running, missing, NEEDS.__getitem__) for missing in (3, 4, 8, 9, 20, 21)]
-    assert steps == [2, 10, 10, 20, 20, math.inf]
+    assert steps == [4, 20, 20, 40, 40, math.inf]

@@ -8,7 +8,6 @@ from google.rpc import error_details_pb2  # type: ignore[import-untyped]
 from grpc_status import rpc_status
 
 from segue import (
-    SLO,
     AdapterNotFoundError,
     AdapterRejectedError,
     Client,
@@ -20,7 +19,6 @@ from segue import (
     RequestNotFoundError,
     SegueError,
     UnsafePathError,
-    UnsupportedError,
 )
 from segue.server import generation
 from segue.server.adapters import AdapterDirectory
@@ -29,20 +27,6 @@ from segue.v1 import generation_pb2_grpc
 from tests.server.fake_engine import Command
 from tests.server.rig import Rig, write_adapter
 from tests.server.values import ACCEPTED, INVALID
-
-UNSUPPORTED: dict[str, dict[str, Any]] = {
-    "slo.ttft_ms": {"slo": SLO(ttft_ms=100)},
-    "slo.tpot_ms": {"slo": SLO(tpot_ms=30)},
-    "slo.on_miss": {"slo": SLO(reject_on_miss=True)},
-    "priority": {"priority": 1},
-}
-
-
-@pytest.mark.parametrize(("field", "options"), UNSUPPORTED.items(), ids=list(UNSUPPORTED))
-def test_what_is_not_served_is_refused_by_name(client: Client, field: str, options: dict[str, Any]) -> None:
-    with pytest.raises(UnsupportedError, match=field) as caught:
-        client.generate([10], **options)
-    assert [violation.field for violation in caught.value.violations] == [field]
 
 
 @pytest.mark.parametrize("options", ACCEPTED, ids=str)
@@ -58,7 +42,7 @@ def test_invalid_values_are_refused_by_field(client: Client, field: str, options
     assert [violation.field for violation in caught.value.violations] == [field]
 
 
-def test_an_invalid_value_is_told_before_an_unsupported_one(client: Client) -> None:
+def test_all_invalid_values_are_told_together(client: Client) -> None:
     with pytest.raises(InvalidRequestError, match=r"sampling\.top_p.*sampling\.max_tokens") as caught:
         client.generate([10], priority=1, top_p=7.0, max_tokens=0)
     assert len(caught.value.violations) == 2

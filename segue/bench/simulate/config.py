@@ -10,6 +10,7 @@ from statistics import NormalDist
 from segue.config import require, require_positive
 from segue.scheduler.cost_model import CostProfile
 from segue.scheduler.plan import SchedulerLimits
+from segue.scheduler.policy import PolicyName
 
 
 class Arrivals(StrEnum):
@@ -105,15 +106,18 @@ class WorkloadConfig:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplicaConfig:
     """One replica: what its steps cost, a step's bounds, and ``pages`` of ``page_bytes`` bytes for KV and adapters.
-    ``cpu_cores`` help with cold prefills."""
+    ``cpu_cores`` help with cold prefills, and ``policy`` says who goes first."""
 
     profile: CostProfile
     limits: SchedulerLimits
     pages: int
     page_bytes: int
     cpu_cores: int = 0
+    policy: str = PolicyName.FCFS.value
 
     def __post_init__(self) -> None:
+        policies = tuple(PolicyName)
+        require(self.policy in policies, "policy", f"must be one of {', '.join(policies)}, is {self.policy!r}")
         require_positive(self, "pages", "page_bytes")
         require(self.cpu_cores >= 0, "cpu_cores", f"must not be negative, is {self.cpu_cores}")
         for field in ("page_tokens", "max_running", "budget_tokens", "chunk_tokens"):

@@ -20,9 +20,12 @@ from segue.scheduler.plan import (
     PassPlan,
     PassRows,
     QueuedRequest,
+    ServiceLevel,
     StepPlan,
     pages_for,
 )
+from segue.scheduler.policy import PolicyName, prompt_seconds, step_order
+from segue.scheduler.waiting import WaitingLine
 
 # What prompts took is forgotten over so many seconds of steps: some answers long.
 SHARE_SECONDS = 10.0
@@ -43,6 +46,8 @@ class Served:
     arrived: float
     tokens: int
     prompt_rows: int
+    level: ServiceLevel
+    preemptions: int = 0
     computed: int = 0
     pages: int = 0
     generated: int = 0
@@ -57,6 +62,17 @@ class Served:
     @property
     def version_id(self) -> int | None:
         return None if self.request.adapter is None else self.request.adapter.version_id
+
+    def queued_view(self) -> QueuedRequest:
+        """What the scheduler sees of it while it waits."""
+        return QueuedRequest(
+            number=self.number,
+            tokens=self.tokens,
+            version_id=self.version_id,
+            level=self.level,
+            has_token=self.generated > 0,
+            preemptions=self.preemptions,
+        )
 
     @property
     def rank(self) -> int:
@@ -86,8 +102,9 @@ class Replica:
 
     def __init__(self, config: ReplicaConfig, targets: Targets) -> None:
         self._config = config
-        self._step_target_seconds = targets.step_seconds
+        self._targets = targets
         self._queue: list[Served] = []
+        self._waiting = WaitingLine()
         self._admitted: dict[int, Served] = {}
         self._residency = SimulatedResidency(config)
         self._prefixes = NoPrefixes()
@@ -122,7 +139,7 @@ class Replica:
 
     @property
     def time_per_token_seconds(self) -> float:
-        return self._step_target_seconds
+        return self._targets.step_seconds
 
     def uses_adapter(self, version_id: int) -> bool:
         return self._decodes.uses(version_id)
@@ -140,7 +157,15 @@ class Replica:
 
     def submit(self, request: SimulatedRequest, now: float) -> Served:
         """Queue a request. Raises SimulationError for one that an empty replica could not hold to its end."""
-        served = Served(request, now, tokens=request.prompt_tokens, prompt_rows=request.prompt_tokens)
+        targets = request.targets or self._targets
+        level = ServiceLevel(
+            tenant=request.tenant,
+            first_token_by_seconds=now + targets.ttft_seconds,
+            token_seconds=targets.step_seconds,
+            queued_seconds=now,
+            adapter=request.adapter,
+        )
+        served = Served(request, now, tokens=request.prompt_tokens, prompt_rows=request.prompt_tokens, level=level)
         needed = self._pages(request.prompt_tokens + request.output_tokens) + 1
         if request.adapter is not None:
             needed += self._residency.pages_of(request.adapter)
@@ -162,10 +187,10 @@ class Replica:
         self._residency.now = now
         if not self.requests:
             return Begun(None)
-        plan = self._plan()
+        plan = self._plan(now)
         landings = self._make_room(plan)
         while plan.preempt and not (plan.batch or plan.passes):
-            plan = self._plan()
+            plan = self._plan(now)
             landings += self._make_room(plan)
         if not plan.batch and not plan.passes:
             if not self._flights and not landings and not self._residency.landing:
@@ -203,16 +228,19 @@ class Replica:
         assert self.prompts.tokens == sum(item.prompt_rows for item in everybody)
         assert self.decodes.max_rank == max((item.rank for item in everybody), default=0)
         assert self._queued_pages == sum(self._pages(item.tokens) + 1 for item in self._queue)
+        self._waiting.check([item.number for item in self._queue])
 
-    def _plan(self) -> StepPlan:
+    def _plan(self, now: float) -> StepPlan:
+        queue, policy = step_order(PolicyName(self._config.policy), self._waiting, now=now, profile=self.profile)
         return plan_step(
-            (QueuedRequest(number=item.number, tokens=item.tokens, version_id=item.version_id) for item in self._queue),
+            queue,
             [self._view(item) for item in self._admitted.values()],
             free_pages=self._free_pages,
             passes_in_flight=self._flights,
             residency=self._residency,
             prefixes=self._prefixes,
             limits=self._config.limits,
+            policy=policy,
         )
 
     def _pages(self, tokens: int) -> int:
@@ -221,6 +249,10 @@ class Replica:
     def _enqueue(self, served: Served) -> None:
         """Into the order of arrival: one that was preempted comes before those that arrived later."""
         bisect.insort(self._queue, served, key=lambda item: item.request.number)
+        by_seconds = served.level.first_token_by_seconds
+        self._waiting.add(
+            served.queued_view(), by_seconds - prompt_seconds(self.profile, served.tokens, 0, served.level)
+        )
         self._queued_pages += self._pages(served.tokens) + 1
 
     @staticmethod
@@ -234,6 +266,10 @@ class Replica:
             sole_pages=0,
             version_id=item.version_id,
             in_flight=item.in_flight,
+            level=item.level,
+            generated_tokens=item.generated,
+            first_token_seconds=item.first_token,
+            preemptions=item.preemptions,
         )
 
     def _make_room(self, plan: StepPlan) -> tuple[tuple[int, float], ...]:
@@ -255,6 +291,7 @@ class Replica:
     def _admit(self, admission: Admission) -> Iterable[tuple[int, float]]:
         place = bisect.bisect_left(self._queue, admission.number, key=lambda item: item.request.number)
         served = self._queue.pop(place)
+        self._waiting.admit(served.number)
         self._queued_pages -= self._pages(served.tokens) + 1
         served.pages = admission.kv_pages
         self._free_pages -= admission.kv_pages + admission.adapter_pages
@@ -267,6 +304,7 @@ class Replica:
 
     def _preempt(self, served: Served) -> None:
         self.preemptions += 1
+        served.preemptions += 1
         self._give_back(served)
         computed, rank = served.computed, served.rank
         if served.prompt_rows:
@@ -278,6 +316,7 @@ class Replica:
 
     def _give_back(self, served: Served) -> None:
         self._free_pages += served.pages
+        self._waiting.shares.stop_running(served.level.tenant)
         served.pages = 0
         if served.version_id is not None:
             self._residency.release(served.version_id)
@@ -339,6 +378,7 @@ class Replica:
                 continue
             served.tokens += 1
             served.generated += 1
+            self._waiting.shares.charge(served.level.tenant, answer_tokens=1)
             if served.first_token is None:
                 served.first_token = now
             if served.generated < served.request.output_tokens:

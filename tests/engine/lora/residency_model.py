@@ -34,6 +34,7 @@ class Version:
     failed: bool = False
     spoilt: bool = False
     stale: bool = False
+    stalled: bool = False
     layers_read: int = 0
     layers_enqueued: int = 0
     layers_landed: int = 0
@@ -90,5 +91,7 @@ class Version:
             assert self.nan_layer is not None
         elif "truncated" in message or "changed" in message:
             assert self.spoilt
+        elif "did not answer" in message:
+            assert self.stalled
         else:
             assert READ_ERROR in message or LANDING_ERROR in message

@@ -9,8 +9,9 @@ import errno
 import functools
 import os
 import threading
+import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,19 +26,23 @@ from segue.engine.lora.adapter_path import identity_of
 from segue.engine.lora.checkpoint import WEIGHTS_FILE, open_checkpoint
 from segue.engine.lora.copier import CopierThread, LandingsThread
 from segue.engine.lora.manifest import AdapterManifest, ModuleWeights, Projection, TensorSpan
-from segue.engine.lora.transfer import Completion, CopyJob, EnqueuedCopy, LayerRead, ReaderThread, ReadJob
+from segue.engine.lora.part_reader import PartReader
+from segue.engine.lora.reader import ReaderPool, ReadLimits
+from segue.engine.lora.transfer import Completion, CopyJob, EnqueuedCopy, ReadEnded, ReadJob
 from tests.engine.lora.adapter_folders import SmallModel, peft_config, random_tensors, write_folder
 from tests.engine.lora.fake_streams import PATIENCE_SECONDS, FakeStream, FakeStreams
-from tests.engine.lora.store_rig import StoreRig
+from tests.engine.lora.store_rig import NEVER_SECONDS, PATIENT_READS, StoreRig
 
 STEPPED_MODEL = SmallModel(layers=2, hidden=32)
 TARGETS = (Projection.Q,)
 READ_ERROR = "the disk failed"
+# A layer of rank 8 is read in four parts, one of rank 2 in one.
+STEPPED_READS = replace(PATIENT_READS, part_bytes=512, overdue_seconds=1e3 * NEVER_SECONDS)
 LANDING_ERROR = "the link failed"
 
 
 class FakeSteps:
-    """Holds one thread before each job, before each operation and after each layer that was read."""
+    """Holds one thread before each job, and before and after each operation."""
 
     def __init__(self) -> None:
         self._condition = threading.Condition()
@@ -84,35 +89,54 @@ class FakeSteps:
         self._paused = False
         self._condition.notify_all()
 
+    def wait_until_still(self) -> None:
+        """Wait until the thread pauses or has no job."""
+        with self._condition:
+            self._wait_until_still()
+
     def _wait_until_still(self) -> None:
-        is_still = self._condition.wait_for(lambda: self._paused or self._unfinished_jobs == 0, PATIENCE_SECONDS)
+        is_still = self._condition.wait_for(
+            lambda: self._paused or self._unfinished_jobs == 0 or not self._stepping, PATIENCE_SECONDS
+        )
         assert is_still, "the thread neither pauses nor ends its job"
 
 
-class FakeSteppedReader(ReaderThread):
-    """The real reader, in steps. ``job`` is the one under way."""
+class FakeSteppedReader(ReaderPool):
+    """The real one with one thread, in steps. ``job`` is the one under way."""
 
     job: ReadJob
 
     def __init__(self, steps: FakeSteps, *, report: Callable[[Completion], None], **options: Any) -> None:
         self._steps = steps
 
-        def report_and_pause(completion: Completion) -> None:
+        def report_and_count(completion: Completion) -> None:
             report(completion)
-            if isinstance(completion, LayerRead):
-                steps.pause()
+            if isinstance(completion, ReadEnded):
+                steps.job_ended()
 
-        super().__init__(report=report_and_pause, **options)
+        super().__init__(report=report_and_count, **options)
 
-    def put(self, job: ReadJob) -> None:
+    def put(self, job: ReadJob, *, urgent: bool) -> None:
         self._steps.job_put()
-        super().put(job)
+        super().put(job, urgent=urgent)
+        # Which job an idle thread takes must not depend on whether it is quicker than the next call.
+        self._steps.wait_until_still()
 
-    def _carry_out(self, job: ReadJob) -> None:
+    def stall(self) -> None:
+        """Whatever is being read, and what waits behind it, has hung for longer than it may. None stands in."""
+        with self._has_begun:
+            self._look(time.monotonic() + 2 * NEVER_SECONDS)
+
+    def _read(self, reader: PartReader, work: Any) -> str | None:
+        self.job = work.reading.job
         self._steps.pause()
-        self.job = job
-        super()._carry_out(job)
-        self._steps.job_ended()
+        failure = super()._read(reader, work)
+        self._steps.pause()
+        return failure
+
+    def _conclude(self, work: Any) -> None:
+        self._steps.pause()
+        super()._conclude(work)
 
 
 class FakeSteppedCopier(CopierThread):
@@ -127,6 +151,7 @@ class FakeSteppedCopier(CopierThread):
     def put(self, job: CopyJob) -> None:
         self._steps.job_put()
         super().put(job)
+        self._steps.wait_until_still()
 
     def _carry_out(self, job: CopyJob) -> None:
         self._steps.pause()
@@ -138,9 +163,9 @@ class FakeSteppedCopier(CopierThread):
 class FakeSteppedLandings(LandingsThread):
     """The real one, in steps."""
 
-    def __init__(self, steps: FakeSteps, report: Callable[[Completion], None]) -> None:
+    def __init__(self, steps: FakeSteps, report: Callable[[Completion], None], wake: Callable[[], None]) -> None:
         self._steps = steps
-        super().__init__(report)
+        super().__init__(report, wake)
 
     def put(self, job: EnqueuedCopy) -> None:
         self._steps.job_put()
@@ -160,6 +185,7 @@ class SteppedRig(StoreRig):
     """
 
     model: SmallModel = STEPPED_MODEL
+    read_limits: ReadLimits = STEPPED_READS
     reader: FakeSteps = field(default_factory=FakeSteps)
     copier: FakeSteps = field(default_factory=FakeSteps)
     landings: FakeSteps = field(default_factory=FakeSteps)
@@ -170,7 +196,7 @@ class SteppedRig(StoreRig):
 
     def __post_init__(self) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(mover, "ReaderThread", functools.partial(FakeSteppedReader, self.reader))
+            patch.setattr(mover, "ReaderPool", functools.partial(FakeSteppedReader, self.reader))
             patch.setattr(mover, "CopierThread", functools.partial(FakeSteppedCopier, self.copier))
             patch.setattr(copier, "LandingsThread", functools.partial(FakeSteppedLandings, self.landings))
             super().__post_init__()
@@ -192,8 +218,13 @@ class SteppedRig(StoreRig):
         for page, value in self.grabbed.items():
             assert (self.pool.data[:, page] == value).all(), f"page {page} was written by who does not own it"
 
+    def stall_reads(self) -> None:
+        """See FakeSteppedReader."""
+        reader = self.store._mover._reader
+        assert isinstance(reader, FakeSteppedReader)
+        reader.stall()
+
     def _before_read(self) -> None:
-        self.reader.pause()
         thread = self.store._mover._reader
         assert isinstance(thread, FakeSteppedReader)
         if thread.job.copy_offset not in self.store._mover.extents.taken:

@@ -17,16 +17,20 @@ from torch import Tensor
 from segue.engine.device import CpuStreams, DeviceStreams
 from segue.engine.lora.catalog import AdapterCatalog
 from segue.engine.lora.events import StoreEvent
+from segue.engine.lora.file_runs import ReadRuns, Target
 from segue.engine.lora.landing import LandLayer
 from segue.engine.lora.manifest import AdapterManifest, Projection
-from segue.engine.lora.store import AdapterStore, LayerState
-from segue.engine.lora.transfer import TransferOps, read_into
+from segue.engine.lora.store import AdapterStore, LayerState, ReadLimits
+from segue.engine.lora.transfer import TransferOps
 from segue.engine.memory.adapter_layout import choose_chunk_elems
 from segue.engine.memory.pool import PagePool
 from segue.gpu_kernels.landing import land_matrices
 from segue.gpu_kernels.paged_lora import read_rows
 from tests.engine.lora.adapter_folders import MODEL, SmallModel, tensor_name, write_folder
 from tests.engine.lora.fake_streams import PATIENCE_SECONDS, FakeStreams
+
+NEVER_SECONDS = 1e6
+PATIENT_READS = ReadLimits(stall_seconds=NEVER_SECONDS, overdue_seconds=NEVER_SECONDS)
 
 
 class FakeGate:
@@ -76,7 +80,8 @@ class FakeSharedMemory:
 
 @dataclass(kw_only=True)
 class StoreRig:
-    """A store with its surroundings. ``reads`` and ``copies`` gate each tensor read and each matrix landed."""
+    """A store with its surroundings. ``reads`` and ``copies`` gate each part of a layer that is read (a layer has one)
+    and each matrix that is landed."""
 
     root: Path
     model: SmallModel = MODEL
@@ -85,9 +90,11 @@ class StoreRig:
     dtype: torch.dtype = torch.float32
     copy_bytes_per_second: float | None = None
     staging_bytes: int = 0
+    read_limits: ReadLimits = PATIENT_READS
     reads: FakeGate = field(default_factory=FakeGate)
     copies: FakeGate = field(default_factory=FakeGate)
     streams: DeviceStreams = field(default_factory=CpuStreams)
+    read_runs: ReadRuns = Target.read
     land: LandLayer = land_matrices
     on_read: Callable[[], None] = lambda: None
     on_land: Callable[[], None] = lambda: None
@@ -117,7 +124,8 @@ class StoreRig:
             copy_bytes_per_second=self.copy_bytes_per_second,
             staging_bytes=self.staging_bytes,
             streams=self.streams,
-            ops=TransferOps(read_into=self._read, land=self._land),
+            read_limits=self.read_limits,
+            ops=TransferOps(read_runs=self._read, land=self._land),
         )
         self.capacity_bytes = self.store.host_free_bytes
         self.catalog = AdapterCatalog(self.root, self.model, 256)
@@ -223,10 +231,10 @@ class StoreRig:
             assert time.monotonic() < deadline, "nothing waits at the gate"
             time.sleep(0.001)
 
-    def _read(self, descriptor: int, buffer: memoryview, offset: int) -> int:
+    def _read(self, target: Target, descriptor: int, runs: npt.NDArray[np.int64], offset: int) -> int:
         self.reads.pass_through()
         self.on_read()
-        return read_into(descriptor, buffer, offset)
+        return self.read_runs(target, descriptor, runs, offset)
 
     def _land(self, staging: Tensor, table: Tensor, pool_layer: Tensor, page_table: Tensor, chunk_elems: int) -> None:
         for index in range(len(table)):

@@ -24,29 +24,38 @@ def load() -> DeviceCopy:
     return DeviceCopy.to_fill((), place, 3)
 
 
-def test_a_layer_is_through_behind_all_that_were_put_before_it() -> None:
+def test_loads_share_the_link_layer_by_layer() -> None:
     clock = FakeClock()
     backlog = CopyBacklog(RateMeter(10.0), clock)
     first, second = load(), load()
     assert backlog.busy_seconds() == 0
-    for item, size in ((first, 20), (second, 30), (first, 50)):
+    for item, size in ((first, 20), (first, 20), (first, 50), (second, 30), (second, 10)):
         backlog.put(item, size)
-    assert backlog.landing_seconds(first) == pytest.approx([2, 10])
-    assert backlog.landing_seconds(second) == pytest.approx([5])
-    assert backlog.busy_seconds() == pytest.approx(10)
+    # The other's layers count as their mean: 20 bytes of the second load, 30 of the first.
+    assert backlog.landing_seconds(first) == pytest.approx([4, 8, 13])
+    assert backlog.landing_seconds(second) == pytest.approx([6, 10])
+    assert backlog.busy_seconds() == pytest.approx(13)
     assert backlog.loads == 2
     clock.now += 1
-    assert backlog.landing_seconds(second) == pytest.approx([4])
-    clock.now += 1.5
-    backlog.end(first, 20, clock.now)
-    assert backlog.landing_seconds(first) == pytest.approx([8])
-    assert backlog.landing_seconds(second) == pytest.approx([3])
+    assert backlog.landing_seconds(second) == pytest.approx([5, 9])
+    backlog.end(first, clock.now)
+    assert backlog.landing_seconds(first) == pytest.approx([4, 11])
     backlog.check()
-    backlog.end(second, 30, clock.now)
-    backlog.end(first, 50, clock.now)
+    for item in (second, first, second, first):
+        backlog.end(item, clock.now)
+        backlog.check()
     assert (backlog.busy_seconds(), backlog.loads) == (0, 0)
     assert list(backlog.landing_seconds(first)) == []
-    backlog.check()
+
+
+def test_the_last_layers_have_the_link_to_themselves() -> None:
+    backlog = CopyBacklog(RateMeter(10.0), FakeClock())
+    long, short = load(), load()
+    for size in (10, 10, 10, 10):
+        backlog.put(long, size)
+    backlog.put(short, 10)
+    assert backlog.landing_seconds(long) == pytest.approx([2, 3, 4, 5])
+    assert backlog.landing_seconds(short) == pytest.approx([2])
 
 
 def test_what_is_late_has_not_come() -> None:
@@ -64,7 +73,7 @@ def test_a_link_that_was_idle_begins_anew() -> None:
     backlog = CopyBacklog(RateMeter(10.0), clock)
     item = load()
     backlog.put(item, 20)
-    backlog.end(item, 20, clock.now)
+    backlog.end(item, clock.now)
     clock.now += 50
     backlog.put(item, 20)
     assert backlog.landing_seconds(item) == pytest.approx([2])

@@ -199,6 +199,23 @@ def test_a_version_that_the_engine_rejected_stays_refused_until_its_files_change
     assert catalog.take_retired() == (opened.manifest.version_id,)
 
 
+def test_content_that_is_not_to_blame_is_a_new_version_after_a_failure(root: Path, catalog: AdapterCatalog) -> None:
+    write_folder(root / "one")
+    with catalog.lookup("one") as opened:
+        hand_over(opened)
+        catalog.reopen(opened.manifest.version_id)
+        catalog.reopen(opened.manifest.version_id)
+        with catalog.lookup("one") as again:
+            assert again.manifest.version_id != opened.manifest.version_id
+            assert again.manifest.identity == opened.manifest.identity
+            assert again.fileno is not None
+            hand_over(again)
+            catalog.reopen(opened.manifest.version_id)
+            assert version_of(catalog) == again.manifest.version
+    assert catalog.take_retired() == (opened.manifest.version_id,)
+    catalog.reopen(opened.manifest.version_id)
+
+
 def test_load_gives_a_name_to_a_nested_folder(root: Path, catalog: AdapterCatalog) -> None:
     write_folder(root / "team" / "pirate-v2")
     with catalog.load("pirate", "team/pirate-v2/") as opened:

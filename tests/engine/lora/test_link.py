@@ -38,6 +38,21 @@ def test_a_link_without_bound_never_waits() -> None:
     assert link.book(1 << 50) == 100.0
 
 
+def test_another_bandwidth_forgets_what_was_booked() -> None:
+    clock = FakeClock()
+    link = LinkThrottle(1.0, clock)
+    link.book(1000)
+    link.book_rows(1000)
+    link.throttle(500.0)
+    assert link.book(1000) == pytest.approx(102.0)
+    link.throttle(500.0)
+    assert link.book_rows(1000) == pytest.approx(102.0)
+    link.throttle(None)
+    assert link.book(1 << 50) == 100.0
+    with pytest.raises(ValueError, match="bytes_per_second: must be greater than 0, is -1"):
+        link.throttle(-1)
+
+
 def test_waiting_ends_at_the_time_or_when_stopped() -> None:
     link = LinkThrottle(1000.0)
     link.wait_until(link.book(5), threading.Event())

@@ -230,6 +230,15 @@ class ResidencyMachine(RuleBasedStateMachine):
         else:
             self.rig.next_read_fails = True
 
+    @precondition(lambda self: self.faults < MOST_FAULTS and not self.rig.reader.is_idle)
+    @rule()
+    def stall_the_disk(self) -> None:
+        """All reads fail, and the one that is under way goes on later all the same."""
+        self.faults += 1
+        for version in self.known:
+            version.stalled = True
+        self.rig.stall_reads()
+
     # -- time goes on --------------------------------------------------------------------------------------------------
 
     def states(self) -> dict[int, list[LayerState]]:

@@ -30,7 +30,7 @@ def test_layers_go_from_disk_to_host_to_device_in_order(rig: StoreRig) -> None:
     rig.store.start_load(version)
     rig.check()
     assert rig.states(version) == [READING] * 3
-    rig.reads.allow(TENSORS_PER_LAYER)
+    rig.reads.allow(1)
     rig.drain_until(lambda: rig.store.is_in_host(version, 0))
     assert rig.states(version) == [HOST, READING, READING]
     rig.start_copy(version)
@@ -216,7 +216,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(rig: StoreRig, change: 
     version = rig.add("one")
     rig.reads.shut()
     rig.store.start_load(version)
-    rig.reads.allow(2 * TENSORS_PER_LAYER)
+    rig.reads.allow(2)
     rig.drain_until(lambda: rig.store.is_in_host(version, 1))
     file = rig.root / "one" / "adapter_model.safetensors"
     if change == "overwrite":
@@ -235,7 +235,7 @@ def test_a_file_replaced_by_rename_is_read_to_its_end(rig: StoreRig, tmp_path: P
     version = rig.add("one", tensors)
     rig.reads.shut()
     rig.store.start_load(version)
-    rig.reads.allow(TENSORS_PER_LAYER)
+    rig.reads.allow(1)
     rig.drain_until(lambda: rig.store.is_in_host(version, 0))
     folder, new = rig.root / "one", write_folder(tmp_path / "new", tensors=random_tensors(seed=9))
     if change == "weights replaced":

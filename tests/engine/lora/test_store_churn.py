@@ -10,7 +10,7 @@ from torch import Tensor
 
 from segue.engine.lora.events import LoadFailed
 from segue.engine.lora.manifest import Projection
-from segue.engine.lora.store import LayerState
+from segue.engine.lora.store import LayerState, ReadLimits
 from segue.engine.memory.pages import OutOfPagesError
 from tests.descriptors import open_descriptors
 from tests.engine.lora.adapter_folders import MODEL, peft_config, random_tensors, tensor_name
@@ -196,10 +196,15 @@ class Churn:
         self.rig.drain_until(lambda: self.rig.host_bytes_held == 0 and self.rig.store.device_pages_held == 0)
 
 
+@pytest.mark.parametrize("read_threads", [1, 3])
 @pytest.mark.parametrize("seed", range(6))
-def test_random_use_keeps_every_invariant_and_gives_everything_back(make_rig: MakeRig, seed: int) -> None:
+def test_random_use_keeps_every_invariant_and_gives_everything_back(
+    make_rig: MakeRig, seed: int, read_threads: int
+) -> None:
     largest = sum(tensor.numel() for tensor in random_tensors(rank=max(RANKS)).values()) * 4
-    rig = make_rig(host_bytes=2 * largest + 1000, pages=90)
+    rig = make_rig(
+        host_bytes=2 * largest + 1000, pages=90, read_limits=ReadLimits(threads=read_threads, part_bytes=1000)
+    )
     before = open_descriptors()
     churn = Churn(rig, seed)
     for _ in range(STEPS):

@@ -1,0 +1,1 @@
+"""``segue bench coldstart``: what a request pays when its adapter is not on the device."""

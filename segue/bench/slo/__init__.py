@@ -1,0 +1,1 @@
+"""``segue bench slo``: how many requests a second a server takes with a wanted share of them inside their targets."""
