@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -19,12 +20,14 @@ class LoadFormat(Enum):
 class HandoffMode(Enum):
     """How a layer's source is chosen while its adapter is loading.
 
-    ``AUTO`` takes the device where the layer has landed, else the CPU. ``FIXED`` runs exactly ``cpu_layers`` layers on
-    the CPU. ``STREAM`` waits for each layer, ``LOAD_FIRST`` for the whole adapter. All but AUTO are for tests and
-    benchmarks.
+    ``PLANNER`` takes for each layer what a plan from expected times says, by a measured profile if there is one, else
+    by cautious figures; both are corrected by what passes take. ``AUTO`` is the engine's choice, which is the planner.
+    ``FIXED`` runs exactly ``cpu_layers`` layers on the CPU. ``STREAM`` waits for each layer, ``LOAD_FIRST`` for the
+    whole adapter. These three are for tests and benchmarks.
     """
 
     AUTO = "auto"
+    PLANNER = "planner"
     FIXED = "fixed"
     STREAM = "stream"
     LOAD_FIRST = "load_first"
@@ -32,15 +35,29 @@ class HandoffMode(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HandoffConfig:
-    """Where a cold prefill's LoRA deltas are computed."""
+    """Where a cold prefill's LoRA deltas are computed.
+
+    ``harm_weight``: how much a second that others lose counts for the planner, beside one of the prefill's own.
+    """
 
     mode: str = HandoffMode.AUTO.value
     cpu_layers: int = 0
+    harm_weight: float = 1.0
 
     def __post_init__(self) -> None:
         known = [mode.value for mode in HandoffMode]
         require(self.mode in known, "handoff.mode", f"must be one of {', '.join(known)}, is {self.mode!r}")
         require(self.cpu_layers >= 0, "handoff.cpu_layers", f"must not be negative, is {self.cpu_layers}")
+        require(
+            0 <= self.harm_weight < math.inf,
+            "handoff.harm_weight",
+            f"must be finite and not negative, is {self.harm_weight}",
+        )
+
+    @property
+    def helps(self) -> bool:
+        """Whether CPU workers may compute deltas."""
+        return HandoffMode(self.mode) not in (HandoffMode.STREAM, HandoffMode.LOAD_FIRST)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +86,8 @@ class EngineConfig:
     policy "slo" admits requests for so many adapters at a time, as long as nobody waits for long.
 
     ``cpu_workers`` may be 0: then every adapter is served by streaming; worker i is pinned to ``cpu_cores[i]`` where
-    given, and is replaced after ``cpu_stall_seconds`` without progress on a job. ``torch_threads`` is for the CPU
+    given, and is replaced after ``cpu_stall_seconds`` without progress on a job. ``cpu_decode``: a request whose
+    adapter finds no pages is served by the workers alone until there are some. ``torch_threads`` is for the CPU
     device's own matrix products. ``profile_path`` is a file of ``segue calibrate``: what steps, copies and the CPU's
     help cost on this machine with this model. ``poison_freed_pages`` fills freed pages with NaN and
     ``check_invariants`` verifies every manager after every step; both are for tests.
@@ -102,6 +120,7 @@ class EngineConfig:
     cpu_slots: int = 16
     cpu_stall_seconds: float = 1.0
     profile_path: str | None = None
+    cpu_decode: bool = True
     max_passes: int = 16
     layers_per_step: int = 2
     merged_rows: int | None = None

@@ -33,11 +33,9 @@ from segue.engine.step_costs import StepCosts
 from segue.engine.timeline import LayerRecord
 from segue.engine.versions import AdapterVersions
 from segue.errors import AdapterRejectedError, EngineUnavailableError, InternalError, SegueError
-from segue.scheduler.plan import Admission, PassPlan, PassRows, SchedulerLimits, StepPlan
+from segue.scheduler.plan import Admission, CpuService, PassPlan, PassRows, SchedulerLimits, StepPlan
 from segue.scheduler.policy import PolicyName
 from segue.types import FinishReason
-
-_MAX_LOST_PASSES = 3
 
 
 class Engine:
@@ -65,11 +63,12 @@ class Engine:
         tenant_queue_share: float = 1.0,
         max_adapters: int | None = None,
         runs_ahead: bool = False,
+        cpu_service: CpuService | None = None,
         meter: DeviceMeter | None = None,
         check_invariants: bool = False,
     ) -> None:
-        """``runs_ahead``: enqueue a step before the one before is read. ``meter`` measures the batches, ``step_costs``
-        learns from them."""
+        """``runs_ahead``: enqueue a step before the one before is read. ``cpu_service`` serves adapters without pages,
+        if given. ``meter`` measures the batches, ``step_costs`` learns from them."""
         self._runner = runner
         self._pool = pool
         self._store = store
@@ -90,6 +89,7 @@ class Engine:
         self._planner = StepPlanner(
             requests=self._requests, kv=self._kv, residency=self._residency, pool=pool, limits=limits,
             policy=PolicyName(policy), costs=costs, most_adapters=max_adapters, clock=clock,
+            cpu=cpu_service,
         )  # fmt: skip
         self._admission = AdmissionControl(
             requests=self._requests, versions=self._versions, residency=self._residency, kv=self._kv, pool=pool,
@@ -180,6 +180,7 @@ class Engine:
         self._progressed = False
         self._apply_store_events()
         self._bridge.reap()
+        self._residency.keep_in_host()
         if any(flight.needs_reading for flight in self._flights):
             self._settle(len(self._flights))
         plan = self._planner.plan(len(self._passes))
@@ -225,6 +226,8 @@ class Engine:
         self._kv.reclaim(plan.reclaim_pages)
         for number in plan.grow:
             self._kv.allocate(self._known(number), 1)
+        for item in plan.adapters:
+            self._residency.start_copy(item.version_id, item.pages)
         for admission in plan.admit:
             self._admit(admission)
         for pass_plan in plan.passes:
@@ -276,7 +279,7 @@ class Engine:
 
     def _start_pass(self, plan: PassPlan) -> None:
         rows = self._rows(plan.rows)
-        cpu_allowed = all(item.request.lost_passes < _MAX_LOST_PASSES for item in rows)
+        cpu_allowed = all(item.request.cpu_allowed for item in rows)
         self._passes.append(self._runner.start(rows, cpu_allowed=cpu_allowed))
         for item in rows:
             item.request.in_pass = True

@@ -144,7 +144,11 @@ class ForwardPass:
                 self._enqueue(max_layers)
         if self.state is PassState.DRAINING and self._lane.is_quiet:
             is_lost = self._end_state is PassState.DONE and self._applier.has_lost_worker
-            self._move_to(PassState.LOST if is_lost else self._end_state)
+            end_state = PassState.LOST if is_lost else self._end_state
+            self._move_to(end_state)
+            if end_state is PassState.DONE:
+                waiting = [item.request.number for item in self.rows if item.request.generated_tokens == 0]
+                self._applier.conclude(waiting, self._lane.layer_seconds())
             self._end()
         return self.state
 

@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -13,7 +14,7 @@ from typing import Self
 import psutil
 import torch
 
-from segue.config import ConfigError
+from segue.config import ConfigError, require
 from segue.cpu_lora import CpuLoraConfig, JobRing, SharedLayout, SharedMemory, WorkerEvent, WorkerEventKind, WorkerPool
 from segue.engine.attention import TorchAttention
 from segue.engine.backend import Backend
@@ -25,7 +26,9 @@ from segue.engine.device import device_streams
 from segue.engine.device_time import device_meter
 from segue.engine.lora.apply import LoraResources
 from segue.engine.lora.bridge import CpuBridge, HostTransport, RowTransport
+from segue.engine.lora.cpu_service import WorkerService
 from segue.engine.lora.device_lora import TorchDeviceLora
+from segue.engine.lora.handover import HandoverPlanner, rank_elems
 from segue.engine.lora.manifest import Projection
 from segue.engine.lora.points import POINT_PROJECTIONS
 from segue.engine.lora.store import AdapterStore, ReadLimits
@@ -44,7 +47,8 @@ from segue.engine.runner import PassRunner
 from segue.engine.sampler import Sampler
 from segue.engine.step_costs import StepCosts
 from segue.scheduler.cost_model import CostProfile
-from segue.scheduler.handoff import DeviceWhenLanded, FixedHandover, HandoffPolicy, LoadFirst, StreamLayers
+from segue.scheduler.handoff import FixedHandover, FollowPlan, HandoffPolicy, LoadFirst, StreamLayers
+from segue.scheduler.handoff_costs import HandoffCosts, assumed_profile
 from segue.scheduler.plan import SchedulerLimits
 
 _LOG = logging.getLogger(__name__)
@@ -88,6 +92,7 @@ class EngineInstance:
         self.workers = WorkerPool(cpu_config, self._memory, on_event=self._on_worker_event)
         self.workers.start()
         shapes = dict(self._model_config.projection_shapes())
+        costs = handoff_costs(config, self._model_config, dtype.itemsize, self.profile)
         chunk_elems = choose_chunk_elems(self._pool.page_elems, {width for shape in shapes.values() for width in shape})
         self.store = AdapterStore(
             memory=self._host_store,
@@ -99,15 +104,25 @@ class EngineInstance:
             staging_bytes=staging_bytes(config, self._model_config, dtype.itemsize),
             read_limits=_read_limits(config),
             enqueues_at_once=config.device == "cuda",
+            expected_copy_bytes_per_second=costs.copy_bytes_per_second,
             wake=self._wake,
         )
         ring = JobRing(self.workers)
         self.bridge = CpuBridge(self.workers, ring, self._transport(ring, streams.device), self.store.link, self.store)
         backend = self._backend(model, chunk_elems)
+        self.planner = HandoverPlanner(
+            store=self.store,
+            bridge=self.bridge,
+            costs=costs,
+            shapes=shapes,
+            item_bytes=dtype.itemsize,
+            clock=time.monotonic,
+        )
         self._lora = LoraResources(
             store=self.store,
             bridge=self.bridge,
             policy=handoff_policy(config.handoff),
+            planner=self.planner,
             device_lora=backend.lora,
             shapes=shapes,
             dtype=dtype,
@@ -182,6 +197,7 @@ class EngineInstance:
     def set_handoff(self, handoff: HandoffConfig) -> None:
         """Choose the sources of cold layers in this way from now on: for benchmarks that compare ways on one engine."""
         self._lora.policy = handoff_policy(handoff)
+        self.planner.costs = replace(self.planner.costs, harm_weight=handoff.harm_weight)
 
     def wait_for_host_store(self) -> None:
         """Wait until all of the host store can be used; the engine itself waits for no more than a request needs.
@@ -276,6 +292,13 @@ class EngineInstance:
             raise ConfigError(f"device: 'cuda' needs cuda-bindings and triton, and {error}") from error
         return StreamTransport(ring, DriverFlags(self._memory.address, device))
 
+    def _cpu_service(self) -> WorkerService | None:
+        config = self.config
+        if not (config.cpu_decode and config.handoff.helps):
+            return None
+        planner = self.planner if handoff_policy(config.handoff).follows_plan else None
+        return WorkerService(self.store, self.bridge, planner, layers_per_step=config.layers_per_step)
+
     def _engine(self, runner: PassRunner, sampler: Sampler, profile: CostProfile | None) -> Engine:
         config = self.config
         return Engine(
@@ -301,6 +324,7 @@ class EngineInstance:
             sampler=sampler,
             step_costs=StepCosts(profile, self.store),
             runs_ahead=config.device == "cuda" if config.runs_ahead is None else config.runs_ahead,
+            cpu_service=self._cpu_service(),
             meter=self._meter,
             clock=time.monotonic,
             check_invariants=config.check_invariants,
@@ -345,8 +369,8 @@ def default_read_threads(cores: int, cpu_workers: int) -> int:
 def handoff_policy(config: HandoffConfig) -> HandoffPolicy:
     """The policy that the configuration names."""
     match HandoffMode(config.mode):
-        case HandoffMode.AUTO:
-            return DeviceWhenLanded()
+        case HandoffMode.AUTO | HandoffMode.PLANNER:
+            return FollowPlan()
         case HandoffMode.FIXED:
             return FixedHandover(config.cpu_layers)
         case HandoffMode.STREAM:
@@ -365,6 +389,30 @@ def merged_rows(config: EngineConfig) -> int:
 def _profile(config: EngineConfig, model: ModelConfig) -> CostProfile | None:
     """The file's that the configuration names. Raises ConfigError."""
     return None if config.profile_path is None else load_profile(Path(config.profile_path), layers=model.layers)
+
+
+def handoff_costs(
+    config: EngineConfig, model: ModelConfig, item_bytes: int, profile: CostProfile | None
+) -> HandoffCosts:
+    """What the planner begins with: the profile, or what is assumed of a machine without one.
+
+    Raises ConfigError for a profile of a model with another number of layers.
+    """
+    weight = config.handoff.harm_weight
+    if profile is not None:
+        require(
+            profile.layers == model.layers, "profile", f"is of {profile.layers} layers, the model has {model.layers}"
+        )
+        return HandoffCosts.measured(profile, weight)
+    shapes = dict(model.projection_shapes())
+    assumed = assumed_profile(
+        layers=model.layers,
+        parameters=model.layers * sum(wide * high for wide, high in shapes.values()),
+        item_bytes=item_bytes,
+        rank_elems=rank_elems(shapes),
+        device=config.device,
+    )
+    return HandoffCosts.assumed(assumed, weight)
 
 
 def _cpu_config(config: EngineConfig, model: ModelConfig, item_bytes: int) -> CpuLoraConfig:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -33,12 +34,21 @@ class Lane(Protocol):
         ...
 
     @property
+    def layers_ahead(self) -> int:
+        """Layers that were enqueued, and that the device has not done, when it was last looked."""
+        ...
+
+    @property
     def is_close(self) -> bool:
         """Whether the device has got so far that the next layer is at most two layers ahead of it."""
         ...
 
     def end(self) -> None:
         """Nothing more is enqueued."""
+        ...
+
+    def layer_seconds(self) -> Sequence[float]:
+        """What each layer took on the device, once the lane is quiet; empty where the caller's clock tells."""
         ...
 
     @property
@@ -52,6 +62,7 @@ class LoopLane:
 
     is_quiet = True
     is_close = True
+    layers_ahead = 0
 
     def begin(self) -> None:
         """It is behind everything already."""
@@ -68,6 +79,9 @@ class LoopLane:
     def end(self) -> None:
         """What is enqueued later comes later."""
 
+    def layer_seconds(self) -> Sequence[float]:
+        return ()
+
 
 class StreamLane:
     """A CUDA stream."""
@@ -76,6 +90,7 @@ class StreamLane:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._ended: torch.cuda.Event | None = None
         self._layers: deque[torch.cuda.Event] = deque()
+        self._marks: list[torch.cuda.Event] = []
 
     def begin(self) -> None:
         self._ended = None
@@ -83,6 +98,7 @@ class StreamLane:
         behind = torch.cuda.Event()  # type: ignore[no-untyped-call]
         behind.record()
         self._stream.wait_event(behind)
+        self._marks = [self._timed_mark()]
 
     def enter(self) -> AbstractContextManager[object]:
         return torch.cuda.stream(self._stream)
@@ -91,9 +107,13 @@ class StreamLane:
         self._stream.wait_event(event)
 
     def mark(self) -> None:
-        layer = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        layer.record(self._stream)
+        layer = self._timed_mark()
+        self._marks.append(layer)
         self._layers.append(layer)
+
+    @property
+    def layers_ahead(self) -> int:
+        return len(self._layers)
 
     @property
     def is_close(self) -> bool:
@@ -104,6 +124,14 @@ class StreamLane:
     def end(self) -> None:
         self._ended = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self._ended.record(self._stream)
+
+    def layer_seconds(self) -> Sequence[float]:
+        return [before.elapsed_time(after) / 1e3 for before, after in pairwise(self._marks)]
+
+    def _timed_mark(self) -> torch.cuda.Event:
+        mark = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        mark.record(self._stream)
+        return mark
 
     @property
     def is_quiet(self) -> bool:

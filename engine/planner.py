@@ -11,7 +11,7 @@ from segue.engine.request import Request, RequestState
 from segue.engine.requests import RequestTable
 from segue.engine.residency import Residency
 from segue.scheduler.batch import plan_step
-from segue.scheduler.plan import AdmittedRequest, SchedulerLimits, StepPlan
+from segue.scheduler.plan import AdmittedRequest, CpuService, SchedulerLimits, StepPlan
 from segue.scheduler.policy import PolicyName, step_order
 
 
@@ -33,6 +33,7 @@ class StepPlanner:
         costs: EngineCosts,
         most_adapters: int | None,
         clock: Callable[[], float],
+        cpu: CpuService | None = None,
     ) -> None:
         self._requests = requests
         self._kv = kv
@@ -43,6 +44,7 @@ class StepPlanner:
         self._costs = costs
         self._most_adapters = most_adapters
         self._clock = clock
+        self._cpu = cpu
 
     def plan(self, passes_in_flight: int) -> StepPlan:
         """The next step, while ``passes_in_flight`` passes have not ended."""
@@ -55,18 +57,24 @@ class StepPlanner:
         )
         return plan_step(
             queue,
-            [admitted_view(item, self._kv) for item in self._requests.admitted if item.state is RequestState.ADMITTED],
+            [self._admitted(item) for item in self._requests.admitted if item.state is RequestState.ADMITTED],
             free_pages=self._pool.free_pages,
             passes_in_flight=passes_in_flight,
             residency=self._residency,
             prefixes=self._kv,
             limits=self._limits,
             policy=policy,
+            cpu=self._cpu,
         )
 
+    def _admitted(self, request: Request) -> AdmittedRequest:
+        generated_tokens = request.generated_tokens + request.ahead_tokens
+        left = self._costs.expected_left(generated_tokens, request.submit.max_tokens)
+        return admitted_view(request, self._kv, left)
 
-def admitted_view(request: Request, kv: KvPages) -> AdmittedRequest:
-    """What the scheduler sees of a request that holds pages."""
+
+def admitted_view(request: Request, kv: KvPages, expected_tokens: int = 1) -> AdmittedRequest:
+    """What the scheduler sees of a request that holds pages, and of which so many more tokens are expected."""
     return AdmittedRequest(
         number=request.number,
         tokens=request.planned_tokens,
@@ -80,4 +88,6 @@ def admitted_view(request: Request, kv: KvPages) -> AdmittedRequest:
         generated_tokens=request.generated_tokens,
         first_token_seconds=request.timeline.first_token_seconds,
         preemptions=request.preemptions,
+        cpu_allowed=request.cpu_allowed,
+        expected_tokens=expected_tokens,
     )

@@ -13,6 +13,8 @@ from segue.engine.timeline import Timeline
 from segue.engine.token_counts import TokenCounts
 from segue.scheduler.plan import NO_LEVEL, QueuedRequest, ServiceLevel
 
+_MAX_LOST_PASSES = 3
+
 
 class RequestState(Enum):
     """QUEUED holds no pages. ADMITTED holds pages and computes. ENDING was cancelled or failed while rows of it are in
@@ -94,6 +96,7 @@ class Request:
             level=self.level,
             has_token=self.generated_tokens > 0,
             preemptions=self.preemptions,
+            cpu_allowed=self.cpu_allowed,
         )
 
     @property
@@ -110,6 +113,11 @@ class Request:
     def is_busy(self) -> bool:
         """Whether it can neither be given rows nor be preempted: it is in a pass, or its last token is under way."""
         return self.in_pass or self.generated_tokens + self.ahead_tokens >= self.submit.max_tokens
+
+    @property
+    def cpu_allowed(self) -> bool:
+        """Whether its passes may use CPU workers, which have not failed it too often."""
+        return self.lost_passes < _MAX_LOST_PASSES
 
     def sampling_row(self) -> SamplingRow:
         """What the token behind all that is under way is drawn by."""

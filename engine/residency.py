@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from segue.engine.lora.store import AdapterStore
 from segue.engine.memory.pool import PagePool
+from segue.engine.request import RequestState
 from segue.engine.requests import RequestTable
 from segue.scheduler.eviction import EvictionCandidate
 from segue.types import Tier
@@ -37,6 +38,14 @@ class Residency:
     def is_in_host(self, version_id: int) -> bool:
         """Whether nothing is left to read from disk, and what was read was verified."""
         return self._store.tier(version_id) is not Tier.DISK and self._store.is_verified(version_id)
+
+    def keep_in_host(self) -> None:
+        """Have adapters without pages that admitted requests use read again, where others needed their host bytes."""
+        for request in self._requests.admitted:
+            version_id = request.version_id
+            if version_id is None or request.state is not RequestState.ADMITTED or self._store.has_pages(version_id):
+                continue
+            self._store.start_load(version_id)
 
     def evictable(self) -> Sequence[EvictionCandidate]:
         """Adapters whose pages can be had at once. A request that only waits does not keep its adapter's pages."""

@@ -5,18 +5,26 @@ only when the pool has room for its adapter, its prompt's KV and one page more. 
 admitted after it, so the oldest is never preempted, and the oldest's prompt is computed first: it always ends. In the
 queue a request is overtaken only as the policy's order has it, and while one before it computes the greater part of its
 prompt.
+
+Without room for its adapter a request is admitted where CPU workers can serve it alone, and sooner than pages come
+free; its adapter gets pages as soon as there are some. Where the workers fail the oldest, they are taken from younger
+requests: those of all are enough.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from segue.scheduler.eviction import choose_victims
 from segue.scheduler.plan import (
+    AdapterPages,
     AdapterResidency,
     Admission,
     AdmittedRequest,
+    CpuService,
     PassPlan,
     PassRows,
     PrefixMatch,
@@ -45,15 +53,18 @@ def plan_step(
     prefixes: PrefixPages,
     limits: SchedulerLimits,
     policy: StepPolicy = _FIRST_COME,
+    cpu: CpuService | None = None,
 ) -> StepPlan:
     """Plan one step. ``queue`` is in the order in which requests are to be admitted, which under FirstCome is that of
     arrival; ``admitted`` is in the order of admission.
 
-    Of the queue no more is read than is needed.
+    Of the queue no more is read than is needed. Without ``cpu`` no adapter is served that has no pages.
     """
-    draft = _Draft(free_pages=free_pages, residency=residency, prefixes=prefixes, limits=limits, policy=policy)
+    draft = _Draft(free_pages=free_pages, residency=residency, prefixes=prefixes, limits=limits, policy=policy, cpu=cpu)
+    draft.serve_oldest(admitted)
     draft.plan_decodes(admitted)
     decodes = len(draft.batch)
+    draft.plan_adapters(admitted)
     # Whoever was preempted for lack of pages must not be outrun by a newcomer that takes them.
     if not draft.preempt and not draft.starved:
         draft.plan_admissions(queue, admitted)
@@ -63,6 +74,7 @@ def plan_step(
         preempt=tuple(draft.preempt),
         reclaim_pages=draft.reclaim_pages,
         grow=tuple(draft.grow),
+        adapters=tuple(draft.given),
         admit=tuple(draft.admit),
         batch=tuple(draft.batch),
         passes=tuple(draft.passes),
@@ -76,7 +88,8 @@ class _Draft:
 
     ``decodes`` are the requests whose rows decode in ``batch``, ``newcomers`` those in ``admit``. All that are admitted
     then have these ``adapters`` and ``prompt_tokens`` to compute. ``held`` are the idle pages that admissions share,
-    and ``released_pages`` counts those that preemptions make idle.
+    and ``released_pages`` counts those that preemptions make idle. ``reserved`` adapters have been given pages, or are
+    used by admissions; ``on_cpu`` are without pages and used by requests that are, or are to be, admitted.
     """
 
     free_pages: int
@@ -84,10 +97,12 @@ class _Draft:
     prefixes: PrefixPages
     limits: SchedulerLimits
     policy: StepPolicy
+    cpu: CpuService | None
     evict: list[int] = field(default_factory=list)
     preempt: list[int] = field(default_factory=list)
     reclaim_pages: int = 0
     grow: list[int] = field(default_factory=list)
+    given: list[AdapterPages] = field(default_factory=list)
     admit: list[Admission] = field(default_factory=list)
     newcomers: dict[int, QueuedRequest] = field(default_factory=dict)
     adapters: set[int] = field(default_factory=set)
@@ -97,6 +112,7 @@ class _Draft:
     passes: list[PassPlan] = field(default_factory=list)
     starved: bool = False
     reserved: set[int] = field(default_factory=set)
+    on_cpu: set[int] = field(default_factory=set)
     held: set[int] = field(default_factory=set)
     released_pages: int = 0
 
@@ -145,20 +161,86 @@ class _Draft:
 
     def _take_page(self, younger: Sequence[AdmittedRequest]) -> bool:
         """Take one page, preempting these requests in the policy's order until there is one; False if there is none."""
-        if self.make_room(1):
-            self.free_pages -= 1
+        if not self._preempt_for(1, younger):
+            return False
+        self.free_pages -= 1
+        return True
+
+    def _preempt_for(self, pages: int, younger: Sequence[AdmittedRequest], needed_version: int | None = None) -> bool:
+        """Have so many pages, preempting these requests in the policy's order until there are; False if in vain."""
+        if self.make_room(pages, needed_version):
             return True
         can_go = [item for item in younger if not item.in_flight and item.number not in self.preempt]
         victims = iter(self.policy.victims(can_go))
-        while not self.make_room(1):
+        while not self.make_room(pages, needed_version):
             victim = next(victims, None)
             if victim is None:
                 return False
             self.preempt.append(victim.number)
             self.free_pages += victim.own_pages
             self.released_pages += victim.sole_pages
-        self.free_pages -= 1
         return True
+
+    def serve_oldest(self, admitted: Sequence[AdmittedRequest]) -> None:
+        """Where the oldest request's adapter has no pages and the workers do not serve it, take them from younger ones.
+
+        Before anything else is decided: who is preempted takes part in nothing.
+        """
+        if not admitted or admitted[0].in_flight or not self._lacks_pages(admitted[0].version_id):
+            return
+        oldest = admitted[0]
+        if oldest.version_id is not None and not self._runs_on_cpu(oldest):
+            pages = self.residency.pages_to_reserve(oldest.version_id)
+            if self._preempt_for(pages + 1, admitted[1:], oldest.version_id):
+                self._give_pages(oldest.version_id, pages)
+            else:
+                self.starved = True
+
+    def _lacks_pages(self, version_id: int | None) -> bool:
+        """Whether an adapter has no pages, and has not been given any by this plan."""
+        if version_id is None or version_id in self.reserved:
+            return False
+        return self.residency.pages_to_reserve(version_id) > 0
+
+    def _give_pages(self, version_id: int, pages: int) -> None:
+        self.free_pages -= pages
+        self.reserved.add(version_id)
+        self.given.append(AdapterPages(version_id, pages))
+
+    def plan_adapters(self, admitted: Sequence[AdmittedRequest]) -> None:
+        """Give adapters that the CPU alone has served their pages, those of the oldest requests first."""
+        for request in admitted:
+            version_id = request.version_id
+            if version_id is None or request.number in self.preempt or not self._lacks_pages(version_id):
+                continue
+            pages = self.residency.pages_to_reserve(version_id)
+            if not (self.preempt or self.starved) and self.make_room(pages + 1, version_id):
+                self._give_pages(version_id, pages)
+            else:
+                self.on_cpu.add(version_id)
+
+    def _runs_on_cpu(self, request: AdmittedRequest | QueuedRequest) -> bool:
+        """Whether the request, whose adapter has no pages, can be served without."""
+        if self.cpu is None or request.version_id is None or not request.cpu_allowed:
+            return False
+        return self.cpu.pass_seconds(request.version_id, 1, 0.0) < math.inf
+
+    def _joins_on_cpu(
+        self, request: QueuedRequest, rows: int, missing_pages: int, admitted: Sequence[AdmittedRequest]
+    ) -> bool:
+        """Whether the request, with so many rows to compute, is to be admitted without pages for its adapter.
+
+        Half of the passes are left to adapters that load: those are done with them soon.
+        """
+        others = len(self.on_cpu - {request.version_id})
+        if self.cpu is None or others >= self.limits.max_passes // 2 or not self._runs_on_cpu(request):
+            return False
+        step_seconds = self.cpu.step_seconds(len(admitted))
+        steps = steps_to_pages(admitted, missing_pages, self.cpu.held_pages)
+        wait_seconds = step_seconds * steps if steps < math.inf else math.inf
+        assert request.version_id is not None
+        passes = -(-rows // self.limits.budget_tokens)
+        return passes * self.cpu.pass_seconds(request.version_id, -(-rows // passes), step_seconds) <= wait_seconds
 
     def plan_admissions(self, queue: Iterable[QueuedRequest], admitted: Sequence[AdmittedRequest]) -> None:
         """Admit from the head of the queue, until one does not fit."""
@@ -187,12 +269,20 @@ class _Draft:
                 return
             self.held |= held
             if not self.make_room(adapter_pages + reserve, request.version_id):
-                self.held -= held
-                return
-            self.free_pages -= adapter_pages + kv_pages
-            if request.version_id is not None:
+                rows = request.tokens - match.pages * self.limits.page_tokens
+                missing = adapter_pages + reserve - self.free_pages
+                on_cpu = adapter_pages > 0 and self._joins_on_cpu(request, rows, missing, admitted)
+                if request.version_id is None or not on_cpu or not self.make_room(reserve, request.version_id):
+                    self.held -= held
+                    return
+                adapter_pages = 0
+                self.on_cpu.add(request.version_id)
+            elif request.version_id is not None:
                 self.reserved.add(request.version_id)
+                self.on_cpu.discard(request.version_id)
+            if request.version_id is not None:
                 self.adapters.add(request.version_id)
+            self.free_pages -= adapter_pages + kv_pages
             self.newcomers[request.number] = request
             self.prompt_tokens += request.tokens - match.pages * self.limits.page_tokens
             self.admit.append(
@@ -243,7 +333,7 @@ class _Draft:
         shared, left = -1, 0
         for version_id, members in cold.items():
             count = sum(rows.count for rows in members)
-            can_share = self.residency.is_in_host(version_id)
+            can_share = version_id not in self.on_cpu and self.residency.is_in_host(version_id)
             if can_share and count <= left:
                 before = passes[shared]
                 passes[shared] = PassPlan(rows=(*before.rows, *members), version_ids=(*before.version_ids, version_id))
@@ -261,13 +351,32 @@ class _Draft:
         stalled = {*self.preempt, *(rows.number for rows in self.batch)}
         for position, request in enumerate(admitted):
             needs_page = request.pages * page_tokens < request.tokens and request.number not in self.grow
-            if not (request.in_flight or request.number in stalled or needs_page):
+            needs_adapter = request.version_id in self.on_cpu and not self._runs_on_cpu(request)
+            if not (request.in_flight or request.number in stalled or needs_page or needs_adapter):
                 count = request.tokens - request.computed_tokens
                 rows = PassRows(request.number, request.computed_tokens, count)
                 yield PromptRows(rows, request.version_id, request.level, position == 0)
         for item in self.admit:
             start, newcomer = item.cached_pages * page_tokens, self.newcomers[item.number]
             yield PromptRows(PassRows(item.number, start, newcomer.tokens - start), item.version_id, newcomer.level)
+
+
+def steps_to_pages(admitted: Sequence[AdmittedRequest], missing_pages: int, held_pages: Callable[[int], int]) -> float:
+    """Steps until so many pages are expected to come free; infinite where they never do.
+
+    They do when requests end, which is a step for each token that is expected of them, and with the last user of an
+    adapter the adapter's.
+    """
+    users = Counter(request.version_id for request in admitted)
+    freed = 0
+    for request in sorted(admitted, key=lambda item: item.expected_tokens):
+        freed += request.own_pages + request.sole_pages
+        users[request.version_id] -= 1
+        if request.version_id is not None and users[request.version_id] == 0:
+            freed += held_pages(request.version_id)
+        if freed >= missing_pages:
+            return request.expected_tokens
+    return math.inf
 
 
 def _within(budget_tokens: int, members: Sequence[PassRows]) -> tuple[PassRows, ...]:

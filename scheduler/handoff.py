@@ -3,14 +3,14 @@
 A cold prefill reaches its layers one after another while their weights stream in. When it reaches a layer, a policy
 sees what has arrived and says: the device, the CPU workers, or wait. The device is always right once the layer has
 landed, or is landing in an order that the prefill's stream can wait for; the CPU is possible once the layer's bytes are
-in host memory and checked.
+in host memory and checked. What is best of it is said by a plan for all layers: see ``handoff_plan``.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 
 class LayerSource(Enum):
@@ -27,7 +27,8 @@ class LayerView:
 
     ``landed``: its weights are on the device. ``enqueued``: the device is bringing them, and what is enqueued behind
     that finds them. ``adapter_landed``: those of all layers have landed. ``in_host``: its bytes can be read by CPU
-    workers. ``cpu_allowed`` is False after CPU workers failed this prefill too often.
+    workers. ``cpu_allowed`` is False after CPU workers failed this prefill too often. ``planned`` is what a plan says,
+    None where there is none or it does not reach so far.
     """
 
     layer: int
@@ -37,6 +38,7 @@ class LayerView:
     in_host: bool
     ready_workers: int
     cpu_allowed: bool = True
+    planned: LayerSource | None = None
 
     @property
     def device_possible(self) -> bool:
@@ -50,17 +52,32 @@ class LayerView:
 class HandoffPolicy(Protocol):
     """Decides a layer's source. Pure: the same view gives the same answer."""
 
+    @property
+    def follows_plan(self) -> bool:
+        """Whether it wants to see what a plan says."""
+        ...
+
     def choose(self, view: LayerView) -> LayerSource: ...
 
 
 @dataclass(frozen=True, slots=True)
-class DeviceWhenLanded:
-    """The device where the layer has landed or is about to, else the CPU where it can, else wait."""
+class FollowPlan:
+    """What the plan says, where that can be done.
+
+    A layer that has landed comes from the device, whatever was planned. One that is planned for the CPU, and cannot be
+    served there, waits for its weights; one that is not planned takes what can serve it first.
+    """
+
+    follows_plan: ClassVar[bool] = True
 
     def choose(self, view: LayerView) -> LayerSource:
+        if view.landed:
+            return LayerSource.DEVICE
+        if view.planned is LayerSource.CPU and view.cpu_possible:
+            return LayerSource.CPU
         if view.device_possible:
             return LayerSource.DEVICE
-        return LayerSource.CPU if view.cpu_possible else LayerSource.WAIT
+        return LayerSource.CPU if view.planned is None and view.cpu_possible else LayerSource.WAIT
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +88,7 @@ class FixedHandover:
     """
 
     cpu_layers: int
+    follows_plan: ClassVar[bool] = False
 
     def choose(self, view: LayerView) -> LayerSource:
         if view.layer < self.cpu_layers and view.cpu_possible:
@@ -82,6 +100,8 @@ class FixedHandover:
 class StreamLayers:
     """Never the CPU: each layer waits for its own weights."""
 
+    follows_plan: ClassVar[bool] = False
+
     def choose(self, view: LayerView) -> LayerSource:
         return LayerSource.DEVICE if view.device_possible else LayerSource.WAIT
 
@@ -89,6 +109,8 @@ class StreamLayers:
 @dataclass(frozen=True, slots=True)
 class LoadFirst:
     """Never the CPU: the first layer waits for the whole adapter."""
+
+    follows_plan: ClassVar[bool] = False
 
     def choose(self, view: LayerView) -> LayerSource:
         return LayerSource.DEVICE if view.adapter_landed else LayerSource.WAIT

@@ -35,6 +35,7 @@ class QueuedRequest:
     """A request that holds no pages. ``tokens`` counts its prompt and what it had generated before a preemption.
 
     ``has_token``: its first token was sent before it was preempted, which happened ``preemptions`` times.
+    ``cpu_allowed`` is False after CPU workers failed it too often.
     """
 
     number: int
@@ -43,6 +44,7 @@ class QueuedRequest:
     level: ServiceLevel = NO_LEVEL
     has_token: bool = False
     preemptions: int = 0
+    cpu_allowed: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +54,8 @@ class AdmittedRequest:
     Of its ``pages``, ``own_pages`` come free when it is preempted, and ``sole_pages`` are shared prefixes that no other
     request uses: they become idle then. ``in_flight``: some of its rows are in a pass that has not ended, so it can
     neither be given rows nor be preempted. ``generated_tokens`` of its answer have come, the first of them at
-    ``first_token_seconds``.
+    ``first_token_seconds``; ``expected_tokens`` more are expected. ``cpu_allowed`` is False after CPU workers failed it
+    too often.
     """
 
     number: int
@@ -67,6 +70,8 @@ class AdmittedRequest:
     generated_tokens: int = 0
     first_token_seconds: float | None = None
     preemptions: int = 0
+    cpu_allowed: bool = True
+    expected_tokens: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +104,23 @@ class AdapterResidency(Protocol):
 
     def evictable(self) -> Sequence[EvictionCandidate]:
         """Adapters whose pages no admitted request, copy or step refers to."""
+        ...
+
+
+class CpuService(Protocol):
+    """CPU workers that serve adapters without pages, and what that takes."""
+
+    def pass_seconds(self, version_id: int, tokens: int, step_seconds: float) -> float:
+        """Seconds of a pass of so many rows of which they compute all deltas, between steps that take
+        ``step_seconds``; infinite where they cannot, now or when the adapter has been read."""
+        ...
+
+    def step_seconds(self, requests: int) -> float:
+        """Seconds of a step in which so many requests decode."""
+        ...
+
+    def held_pages(self, version_id: int) -> int:
+        """Pages that the adapter has."""
         ...
 
 
@@ -135,13 +157,21 @@ class SchedulerLimits:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Admission:
     """A request to admit: the first pages of its KV that are there already, the KV pages to give it besides, and the
-    pages to give its adapter (0: it has them or needs none)."""
+    pages to give its adapter (0: it has them, needs none, or is served by the CPU until there are some)."""
 
     number: int
     version_id: int | None
     cached_pages: int
     kv_pages: int
     adapter_pages: int
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterPages:
+    """Pages to give an adapter that the CPU alone has served so far."""
+
+    version_id: int
+    pages: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +185,7 @@ class PassRows:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassPlan:
-    """A pass to start for rows of adapters that are still loading."""
+    """A pass to start for rows of adapters that are still loading, or of one that has no pages."""
 
     rows: tuple[PassRows, ...]
     version_ids: tuple[int, ...]
@@ -167,14 +197,16 @@ class StepPlan:
 
     Requests in ``preempt`` give their pages back, adapters in ``evict`` theirs, and ``reclaim_pages`` idle pages are
     given up, after the admitted requests have taken hold of those they share. ``grow`` names requests that get one
-    more page. ``batch`` runs to its end in this step: the rows that decode, then rows of prompts whose adapters are
-    warm. ``layers_per_pass`` is how far each pass advances, None for as far as it can.
+    more page. ``adapters`` go over from the CPU to the device. ``batch`` runs to its end in this step: the rows that
+    decode, then rows of prompts whose adapters are warm. ``layers_per_pass`` is how far each pass advances, None for
+    as far as it can.
     """
 
     evict: tuple[int, ...] = ()
     preempt: tuple[int, ...] = ()
     reclaim_pages: int = 0
     grow: tuple[int, ...] = ()
+    adapters: tuple[AdapterPages, ...] = ()
     admit: tuple[Admission, ...] = ()
     batch: tuple[PassRows, ...] = ()
     passes: tuple[PassPlan, ...] = ()

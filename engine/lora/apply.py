@@ -6,7 +6,7 @@ policy chooses each adapter's source, so a pass may begin on the CPU and go over
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -17,6 +17,7 @@ from segue.cpu_lora import DeltaTask, Job, JobState
 from segue.engine.lanes import Lane
 from segue.engine.lora.bridge import ColumnRanges, CpuBridge, PostedJob, WorkerLostError, element_type
 from segue.engine.lora.device_lora import DeviceLora, LoraSegment
+from segue.engine.lora.handover import HandoverPlanner, PassHandover
 from segue.engine.lora.manifest import Projection
 from segue.engine.lora.points import POINT_PROJECTIONS, LoraPoint
 from segue.engine.lora.store import AdapterStore, HostModule, LayerState
@@ -56,7 +57,9 @@ class _CpuPart:
 class LoraResources:
     """What appliers share: the adapters, what computes deltas, the policy, and each projection's (in, out) features.
 
-    Another ``policy`` may be set while passes run; they ask it from their next layer on."""
+    ``planner`` makes the plans of a policy that follows them. Another ``policy`` may be set while passes run; they ask
+    it from their next layer on.
+    """
 
     store: AdapterStore
     bridge: CpuBridge
@@ -64,6 +67,7 @@ class LoraResources:
     policy: HandoffPolicy
     shapes: dict[Projection, tuple[int, int]]
     dtype: torch.dtype
+    planner: HandoverPlanner
     clock: Callable[[], float]
 
 
@@ -74,6 +78,8 @@ class LoraApplier:
     never waits. Another keeps close to the device in its ``lane`` with layers that it would not take from the device:
     what is not enqueued yet can still choose weights that land meanwhile. ``close`` must be called when the pass is
     given up before its end.
+
+    An adapter that has no pages at the beginning is served by the CPU alone to the pass's end, whatever the policy.
     """
 
     def __init__(
@@ -84,11 +90,15 @@ class LoraApplier:
         self._segments = segments
         self._resources = resources
         self._lane = lane
-        self._device = resources.device_lora.begin(segments)
         self._cpu_allowed = cpu_allowed
         self._versions = tuple(dict.fromkeys(segment.version_id for segment in segments))
         store = resources.store
         self._landed = {version for version in self._versions if store.is_landed(version)}
+        self.without_pages = {version for version in self._versions if not store.has_pages(version)}
+        self._device = resources.device_lora.begin(
+            [segment for segment in segments if segment.version_id not in self.without_pages]
+        )
+        self._handovers = self._begin_handovers()
         self._sources: dict[int, LayerSource] = {}
         self._held: list[int] = []
         self._part: _CpuPart | None = None
@@ -131,6 +141,9 @@ class LoraApplier:
                 yield
             self.blocked = Blocked.NOTHING
             self._sources[version_id] = source
+            if version_id in self._handovers:
+                at_once = source is LayerSource.CPU or self._layer_state(version_id, layer) is LayerState.LANDED
+                self._handovers[version_id].enter(source, at_once=at_once)
             landing = self._resources.store.landing_event(version_id, layer)
             if source is LayerSource.DEVICE and landing is not None:
                 self._lane.wait(landing)
@@ -183,8 +196,16 @@ class LoraApplier:
         self._drop_held()
         self._lane.mark()
 
+    def conclude(self, requests: Sequence[int], lane_seconds: Sequence[float]) -> None:
+        """The pass, for which ``requests`` wait for their first token, has ended well: what its layers took corrects
+        the costs. ``lane_seconds``: see ``Lane.layer_seconds``."""
+        for version_id, handover in self._handovers.items():
+            handover.conclude(requests, self.records.get(version_id, ()), lane_seconds)
+
     def close(self) -> None:
         """Give up the pass: a job under way becomes an orphan that holds its host weights until it is complete."""
+        for handover in self._handovers.values():
+            handover.give_up()
         part, self._part = self._part, None
         if part is not None and part.posted is not None:
             self._resources.bridge.leave(part.posted)
@@ -203,17 +224,48 @@ class LoraApplier:
         if version_id in self._landed:
             return LayerSource.DEVICE
         store = self._resources.store
-        state = store.layer_state(version_id, layer)
+        state = self._layer_state(version_id, layer)
+        landed = state is LayerState.LANDED
+        in_host = store.is_in_host(version_id, layer)
+        handover = None if landed or not in_host else self._handovers.get(version_id)
         view = LayerView(
             layer=layer,
-            landed=state is LayerState.LANDED,
+            landed=landed,
             enqueued=state is LayerState.ENQUEUED,
             adapter_landed=store.is_landed(version_id),
-            in_host=store.is_in_host(version_id, layer),
+            in_host=in_host,
             ready_workers=self._resources.bridge.ready_workers,
             cpu_allowed=self._cpu_allowed,
+            planned=None if handover is None else handover.planned(layer, self._lane.layers_ahead),
         )
+        if version_id in self.without_pages:
+            return self._choose_without_pages(version_id, view)
         return self._resources.policy.choose(view)
+
+    def _choose_without_pages(self, version_id: int, view: LayerView) -> LayerSource:
+        """The CPU, or a wait for what is being read. Raises WorkerLostError where neither will ever be."""
+        if view.cpu_possible:
+            return LayerSource.CPU
+        if view.in_host or not self._resources.store.is_coming_to_host(version_id):
+            raise WorkerLostError
+        return LayerSource.WAIT
+
+    def _layer_state(self, version_id: int, layer: int) -> LayerState:
+        return self._resources.store.layer_state(version_id, layer)
+
+    def _begin_handovers(self) -> dict[int, PassHandover]:
+        """The plans of the adapters that are loading."""
+        planner = self._resources.planner
+        if not self._resources.policy.follows_plan:
+            return {}
+        rows = dict.fromkeys(self._versions, 0)
+        for segment in self._segments:
+            rows[segment.version_id] += segment.row_stop - segment.row_start
+        return {
+            version_id: planner.begin(version_id, count, sum(rows.values()), cpu_allowed=self._cpu_allowed)
+            for version_id, count in rows.items()
+            if version_id not in self._landed and version_id not in self.without_pages
+        }
 
     def _cpu_part(self, layer: int, point: LoraPoint) -> _CpuPart | None:
         segments = tuple(item for item in self._segments if self._sources[item.version_id] is LayerSource.CPU)

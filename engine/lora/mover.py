@@ -7,6 +7,7 @@ them: a copy that is dropped while one does is kept aside, off its adapter, unti
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from queue import Empty, SimpleQueue
@@ -17,6 +18,7 @@ import numpy.typing as npt
 import torch
 
 from segue.engine.device import DeviceStreams
+from segue.engine.lora.backlog import CopyBacklog
 from segue.engine.lora.copier import CopierThread
 from segue.engine.lora.events import LayerEnqueued, LayerHost, LayerLanded, LoadFailed, StoreEvent, Verified
 from segue.engine.lora.host_memory import HostExtents
@@ -40,7 +42,6 @@ from segue.engine.rate import RateMeter
 
 # Until the first transfers have been measured.
 _ASSUMED_READ_BYTES_PER_SECOND = 1e9
-_ASSUMED_COPY_BYTES_PER_SECOND = 10e9
 
 
 class HostStore(Protocol):
@@ -73,7 +74,9 @@ class WeightMover:
         staging_bytes: int,
         read_limits: ReadLimits,
         enqueues_at_once: bool,
+        copy_bytes_per_second: float,
     ) -> None:
+        """``copy_bytes_per_second`` is what is expected of the link until copies have been measured."""
         self.extents = HostExtents(len(memory.store))
         self._pool = pool
         self._enqueues_at_once = enqueues_at_once
@@ -83,7 +86,8 @@ class WeightMover:
         self._copies: dict[CopyJob, tuple[Adapter, HostCopy, DeviceCopy]] = {}
         self._events: list[StoreEvent] = []
         self._read_rate = RateMeter(_ASSUMED_READ_BYTES_PER_SECOND)
-        self._copy_rate = RateMeter(link.bytes_per_second or _ASSUMED_COPY_BYTES_PER_SECOND)
+        self._copy_rate = RateMeter(min(link.bytes_per_second or copy_bytes_per_second, copy_bytes_per_second))
+        self._backlog = CopyBacklog(self._copy_rate)
         self._completions: SimpleQueue[Completion] = SimpleQueue()
         host = torch.from_numpy(memory.store)
         self._reader = ReaderPool(
@@ -184,6 +188,7 @@ class WeightMover:
             device.started += 1
             device.copies += 1
             host.copies += 1
+            self._backlog.put(device, job.planned.host_bytes)
             self._copies[job] = (adapter, host, device)
             jobs.append(job)
         # A load's layers stay in order: what follows others in the queue goes there as well.
@@ -236,6 +241,33 @@ class WeightMover:
             return copy_seconds
         return copy_seconds + self._read_rate.seconds_for(adapter.manifest.weight_bytes)
 
+    def link_seconds(self, link_bytes: int) -> float:
+        """How long the link takes for so many bytes, at the rate measured so far."""
+        return self._copy_rate.seconds_for(link_bytes)
+
+    @property
+    def loads(self) -> int:
+        """Adapters with copies under way."""
+        return self._backlog.loads
+
+    def busy_seconds(self) -> float:
+        """For how long the link has copies to do."""
+        return self._backlog.busy_seconds()
+
+    def landing_seconds(self, adapter: Adapter) -> list[float | None]:
+        """When each layer is expected to land, in seconds from now, behind the copies before it.
+
+        0 where it has, infinite where the adapter has no pages, and None where it is not in host memory yet.
+        """
+        device = adapter.device
+        if device is None:
+            return [math.inf] * len(adapter.layers)
+        expected = iter(self._backlog.landing_seconds(device))
+        return [
+            0.0 if state is LayerState.LANDED else next(expected) if state in UNDER_WAY else None
+            for state in adapter.layers
+        ]
+
     def close(self, adapters: Sequence[Adapter]) -> None:
         """Stop the threads and give back every page and descriptor of ``adapters``, which are all there are."""
         self._reader.close()
@@ -251,6 +283,7 @@ class WeightMover:
     def check(self, adapters: Sequence[Adapter]) -> None:
         """Raise AssertionError unless jobs, host bytes, pages and the copies of ``adapters``, all there are, agree."""
         self.extents.check()
+        self._backlog.check()
         hosts = [adapter.host for adapter in adapters if adapter.host is not None]
         for host in self._leaving_hosts:
             assert host not in hosts, f"the host copy at {host.offset} is both used and dropped"
@@ -316,6 +349,7 @@ class WeightMover:
 
     def _on_copy_ended(self, done: CopyEnded) -> Adapter:
         adapter, host, device = self._copies.pop(done.job)
+        self._backlog.end(device, done.monotonic_seconds)
         layer = done.job.layer
         host.copies -= 1
         device.copies -= 1

@@ -70,8 +70,10 @@ class AdapterStore:
         staging_bytes: int = 0,
         read_limits: ReadLimits | None = None,
         enqueues_at_once: bool = False,
+        expected_copy_bytes_per_second: float = 10e9,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """``expected_copy_bytes_per_second`` is taken for the link's rate until copies have been measured."""
         self.link = LinkThrottle(copy_bytes_per_second)
         self._pool = pool
         self._chunk_elems = chunk_elems
@@ -90,6 +92,7 @@ class AdapterStore:
             staging_bytes=staging_bytes,
             read_limits=read_limits or ReadLimits(),
             enqueues_at_once=enqueues_at_once,
+            copy_bytes_per_second=expected_copy_bytes_per_second,
         )
 
     # -- versions and their users ------------------------------------------------------------------------------------
@@ -228,6 +231,32 @@ class AdapterStore:
         """
         device = self._adapters[version_id].device
         return None if device is None else device.landing_events[layer]
+
+    def landing_seconds(self, version_id: int) -> list[float | None]:
+        """When each layer is expected to land, in seconds from now, behind the copies before it.
+
+        0 where it has, infinite where the version has no pages, and None where it is not in host memory yet.
+        """
+        return self._mover.landing_seconds(self._adapters[version_id])
+
+    def link_seconds(self, link_bytes: int) -> float:
+        """How long the link to the device takes for so many bytes, at the rate measured so far."""
+        return self._mover.link_seconds(link_bytes)
+
+    @property
+    def link_busy_seconds(self) -> float:
+        """For how long the link has copies to do."""
+        return self._mover.busy_seconds()
+
+    @property
+    def loads(self) -> int:
+        """Versions with copies under way."""
+        return self._mover.loads
+
+    def is_coming_to_host(self, version_id: int) -> bool:
+        """Whether all layers are in host memory, or are being read."""
+        adapter = self._adapters[version_id]
+        return adapter.host is not None and adapter.phase in (ReadPhase.READING, ReadPhase.VERIFIED)
 
     def is_in_host(self, version_id: int, layer: int) -> bool:
         """Whether a layer is in host memory; it may be on the device as well."""

@@ -48,6 +48,9 @@ class FakeLateLane:
     def end(self) -> None:
         self.queries_left = QUERIES
 
+    def layer_seconds(self) -> tuple[float, ...]:
+        return ()
+
     @property
     def is_quiet(self) -> bool:
         if self.queries_left is None:

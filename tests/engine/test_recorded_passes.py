@@ -137,7 +137,7 @@ def test_one_after_the_other_nothing_is_left_of_the_pass_before(world: World, cu
 
 def test_beside_batches_and_more_passes_than_sets(world: World, cuda: FakeCuda) -> None:
     """Over a slow link, so that each is on its way for long; the third pass finds no set."""
-    with harness_of(world, handoff=HandoffConfig(), copy_bytes_per_second=4e6, layers_per_step=1) as harness:
+    with harness_of(world, handoff=fixed(1), copy_bytes_per_second=4e6, layers_per_step=1) as harness:
         asked = []
         for seed, adapter in enumerate([None, "all", "some", "attention", "all", None]):
             prompt = make_prompt(5 + 3 * seed, seed)

@@ -26,10 +26,10 @@ from segue.scheduler.batch import plan_step
 from segue.scheduler.cost_model import CostProfile, StepCoefficients
 from segue.scheduler.plan import NO_LEVEL, PassRows, ServiceLevel, StepPlan, pages_for
 from segue.scheduler.policy import PolicyName, step_order
-from tests.scheduler.fakes import LIMITS, FakeResidency
+from tests.scheduler.fakes import LIMITS, FakeCpuService, FakeResidency
 
 PAGES = 24
-NEEDS = {0: 3, 1: 5, 2: 8}
+NEEDS = {0: 3, 1: 7, 2: 12}
 LANDING_STEPS = 3
 PASS_STEPS = 2
 PROFILE = CostProfile(
@@ -69,6 +69,7 @@ class World:
 
     policy: PolicyName
     residency: FakeResidency = field(default_factory=lambda: FakeResidency(needs=NEEDS))
+    cpu: FakeCpuService = field(default_factory=FakeCpuService)
     landing: dict[int, int] = field(default_factory=dict)
     adapter_pages: dict[int, tuple[int, ...]] = field(default_factory=dict)
     flying: list[tuple[int, PassRows]] = field(default_factory=list)
@@ -121,6 +122,7 @@ class World:
             residency=self.residency,
             prefixes=self.kv,
             limits=LIMITS,
+            cpu=self.cpu,
             policy=policy,
         )
         if running:
@@ -137,8 +139,10 @@ class World:
         for item in plan.batch:
             version_id = self.known(item.number).version_id
             assert version_id is None or version_id in self.residency.warm, "a batch would wait for weights"
-        in_passes = {version_id for group in plan.passes for version_id in group.version_ids}
-        assert in_passes <= self.residency.resident, "a pass has no weights"
+        for group in plan.passes:
+            members = [self.known(item.number) for item in group.rows]
+            on_cpu = {*group.version_ids} <= self.cpu.versions and all(item.cpu_allowed for item in members)
+            assert on_cpu or {*group.version_ids} <= self.residency.resident, "a pass has no weights"
         self._commit(plan.batch)
         self._end_passes()
         return plan
@@ -190,14 +194,21 @@ class World:
         self.kv.reclaim(plan.reclaim_pages)
         for number in plan.grow:
             self.kv.allocate(self.known(number), 1)
+        for given in plan.adapters:
+            assert given.version_id in self.requests.versions_in_use(), "nobody uses it"
+            self._give_adapter(given.version_id, given.pages)
         for item in plan.admit:
             if item.adapter_pages:
                 assert item.version_id is not None
-                self.adapter_pages[item.version_id] = self.pool.allocate(item.adapter_pages, "adapter")
-                self.residency.resident.add(item.version_id)
-                self.landing[item.version_id] = self.steps + LANDING_STEPS
+                self._give_adapter(item.version_id, item.adapter_pages)
             self.requests.admit(self.known(item.number))
             self.kv.allocate(self.known(item.number), item.kv_pages)
+
+    def _give_adapter(self, version_id: int, pages: int) -> None:
+        assert version_id not in self.residency.resident, "it has its pages"
+        self.adapter_pages[version_id] = self.pool.allocate(pages, "adapter")
+        self.residency.resident.add(version_id)
+        self.landing[version_id] = self.steps + LANDING_STEPS
 
     def _commit(self, rows: tuple[PassRows, ...]) -> None:
         for item in rows:
@@ -248,6 +259,7 @@ class Scheduling(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.world = World(self.policy)
+        self.world.cpu.versions = set(NEEDS)
         self.number = 0
 
     @rule(
@@ -298,6 +310,18 @@ class Scheduling(RuleBasedStateMachine):
         if live:
             self.world.cancel(live[place % len(live)])
 
+    @rule(versions=st.sets(st.sampled_from([0, 1, 2])))
+    def have_workers_for(self, versions: set[int]) -> None:
+        """From now on CPU workers can serve these adapters without pages, and no others."""
+        self.world.cpu.versions = versions
+
+    @rule(place=st.integers(0, 30))
+    def lose_passes(self, place: int) -> None:
+        """The workers have failed a request too often, which is admitted: others compute nothing."""
+        live = self.world.requests.admitted
+        if live:
+            live[place % len(live)].lost_passes = 3
+
     @rule(version_id=st.sampled_from([0, 1, 2]))
     def close(self, version_id: int) -> None:
         if all(request.version_id != version_id for request in self.world.requests):
@@ -310,8 +334,9 @@ class Scheduling(RuleBasedStateMachine):
         self.world.check()
 
     def teardown(self) -> None:
-        """Every request ends, and then every page is free, idle or an adapter's."""
+        """Every request ends, also without workers, and then every page is free, idle or an adapter's."""
         world = self.world
+        world.cpu.versions = set()
         work = sum(len(r.submit.prompt_token_ids) + r.submit.max_tokens + 8 for r in world.requests)
         for _ in range(2 * work * (1 + len(world.requests))):
             if not len(world.requests):

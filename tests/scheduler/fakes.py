@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -46,6 +47,27 @@ class FakeResidency:
             )
             for version_id in sorted(self.warm - self.in_use)
         ]
+
+
+@dataclass
+class FakeCpuService:
+    """Workers that serve these adapters, all passes in the same time, beside steps of one second."""
+
+    versions: set[int] = field(default_factory=set)
+    seconds: float = 0.0
+    held: dict[int, int] = field(default_factory=dict)
+
+    def pass_seconds(self, version_id: int, tokens: int, step_seconds: float) -> float:
+        assert tokens > 0
+        assert step_seconds in (0.0, 1.0)
+        return self.seconds if version_id in self.versions else math.inf
+
+    def step_seconds(self, requests: int) -> float:
+        assert requests >= 0
+        return 1.0
+
+    def held_pages(self, version_id: int) -> int:
+        return self.held.get(version_id, 0)
 
 
 @dataclass
@@ -108,6 +130,7 @@ def plan(
     residency: FakeResidency | None = None,
     prefixes: FakePrefixes | None = None,
     passes_in_flight: int = 0,
+    cpu: FakeCpuService | None = None,
     limits: SchedulerLimits = LIMITS,
     policy: StepPolicy = FIRST_COME,
 ) -> StepPlan:
@@ -120,4 +143,5 @@ def plan(
         prefixes=prefixes or FakePrefixes(),
         limits=limits,
         policy=policy,
+        cpu=cpu,
     )

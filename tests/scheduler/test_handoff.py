@@ -7,8 +7,8 @@ import itertools
 import pytest
 
 from segue.scheduler.handoff import (
-    DeviceWhenLanded,
     FixedHandover,
+    FollowPlan,
     HandoffPolicy,
     LayerSource,
     LayerView,
@@ -17,7 +17,7 @@ from segue.scheduler.handoff import (
 )
 
 POLICIES: tuple[HandoffPolicy, ...] = (
-    DeviceWhenLanded(),
+    FollowPlan(),
     FixedHandover(0),
     FixedHandover(3),
     StreamLayers(),
@@ -27,7 +27,8 @@ POLICIES: tuple[HandoffPolicy, ...] = (
 
 def views() -> list[LayerView]:
     arrivals = ((False, False), (False, True), (True, False))
-    flags = itertools.product(range(6), arrivals, (False, True), (False, True), (0, 2), (False, True))
+    plans = (None, *LayerSource)
+    flags = itertools.product(range(6), arrivals, (False, True), (False, True), (0, 2), (False, True), plans)
     return [
         LayerView(
             layer=layer,
@@ -37,8 +38,9 @@ def views() -> list[LayerView]:
             in_host=in_host,
             ready_workers=workers,
             cpu_allowed=allowed,
+            planned=planned,
         )
-        for layer, (landed, enqueued), adapter_landed, in_host, workers, allowed in flags
+        for layer, (landed, enqueued), adapter_landed, in_host, workers, allowed, planned in flags
     ]
 
 
@@ -57,10 +59,22 @@ def test_nothing_waits_for_ever(policy: HandoffPolicy) -> None:
             assert policy.choose(view) is not LayerSource.WAIT, view
 
 
-def test_device_when_landed_never_waits_where_something_can_serve() -> None:
+def test_a_plan_is_followed_where_it_can_be() -> None:
     for view in views():
-        waits = DeviceWhenLanded().choose(view) is LayerSource.WAIT
-        assert waits == (not view.landed and not view.enqueued and not view.cpu_possible)
+        source = FollowPlan().choose(view)
+        if view.landed:
+            assert source is LayerSource.DEVICE
+        elif view.planned is LayerSource.CPU and view.cpu_possible:
+            assert source is LayerSource.CPU
+        elif view.planned is not None:
+            assert source is (LayerSource.DEVICE if view.enqueued else LayerSource.WAIT)
+
+
+def test_without_a_plan_nothing_waits_where_something_can_serve() -> None:
+    for view in views():
+        if view.planned is None:
+            waits = FollowPlan().choose(view) is LayerSource.WAIT
+            assert waits == (not view.landed and not view.enqueued and not view.cpu_possible)
 
 
 def test_fixed_handover_keeps_the_cpu_although_the_layer_has_landed() -> None:

@@ -1,0 +1,93 @@
+"""The copies that the link has before it, and when each layer will be through."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+from segue.engine.lora.states import DeviceCopy
+from segue.engine.rate import RateMeter
+
+# What is late may come at any time, but it has not.
+_SOON_SECONDS = 1e-6
+
+
+@dataclass(slots=True)
+class _Load:
+    """The bytes of a load's layers under way, in order, and of all of them."""
+
+    layers: deque[int] = field(default_factory=deque)
+    total_bytes: int = 0
+
+
+class CopyBacklog:
+    """Copies in the order in which ``CopyQueue`` gives them out: the next layer of each load before any other."""
+
+    def __init__(self, rate: RateMeter, clock: Callable[[], float] = time.monotonic) -> None:
+        """``rate`` is the link's, in bytes per second."""
+        self._rate = rate
+        self._clock = clock
+        self._loads: dict[DeviceCopy, _Load] = {}
+        self._total_bytes = 0
+        self._busy_since = 0.0
+
+    @property
+    def loads(self) -> int:
+        """Loads with copies under way."""
+        return len(self._loads)
+
+    def put(self, load: DeviceCopy, copy_bytes: int) -> None:
+        """The next layer of a load is to be copied."""
+        if not self._loads:
+            self._busy_since = self._clock()
+        own = self._loads.setdefault(load, _Load())
+        own.layers.append(copy_bytes)
+        own.total_bytes += copy_bytes
+        self._total_bytes += copy_bytes
+
+    def end(self, load: DeviceCopy, now: float) -> None:
+        """The first layer under way of a load has landed, or will not."""
+        self._busy_since = now
+        own = self._loads[load]
+        copy_bytes = own.layers.popleft()
+        own.total_bytes -= copy_bytes
+        self._total_bytes -= copy_bytes
+        if not own.layers:
+            del self._loads[load]
+
+    def landing_seconds(self, load: DeviceCopy) -> Sequence[float]:
+        """When each of the load's layers under way will be through, in seconds from now.
+
+        Other loads' layers are taken as equally large.
+        """
+        own = self._loads.get(load)
+        if own is None:
+            return ()
+        turns = len(own.layers)
+        # By the last of these turns that each other load takes: what it brings in every turn until then.
+        until = [0.0] * turns
+        for other in self._loads.values():
+            if other is not own:
+                until[min(len(other.layers), turns) - 1] += other.total_bytes / len(other.layers)
+        others = list(accumulate(reversed(until)))[::-1]
+        under_way_seconds = self._clock() - self._busy_since
+        through = accumulate(mine + theirs for mine, theirs in zip(own.layers, others, strict=True))
+        return [self._left(ahead_bytes, under_way_seconds) for ahead_bytes in through]
+
+    def busy_seconds(self) -> float:
+        """For how long the link has copies to do."""
+        return self._left(self._total_bytes, self._clock() - self._busy_since) if self._loads else 0.0
+
+    def check(self) -> None:
+        """Raises AssertionError unless the sums are those of the layers under way."""
+        for own in self._loads.values():
+            assert own.layers, "a load without layers is under way"
+            assert own.total_bytes == sum(own.layers), f"{own.total_bytes} bytes of the layers {list(own.layers)}"
+        total_bytes = sum(own.total_bytes for own in self._loads.values())
+        assert self._total_bytes == total_bytes, f"{self._total_bytes} bytes under way, not {total_bytes}"
+
+    def _left(self, ahead_bytes: float, under_way_seconds: float) -> float:
+        return max(self._rate.seconds_for(round(ahead_bytes)) - under_way_seconds, _SOON_SECONDS)
