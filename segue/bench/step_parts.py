@@ -17,12 +17,11 @@ _PARTS = (
     ("LoRA shrink", r"shrink_kernel"),
     ("LoRA expand", r"expand_kernel"),
     ("attention", r"BatchPrefill|BatchDecode|MergeStates|VariableLength"),
-    ("KV append", r"AppendPagedKVCache|append_kv|rope_append"),
     ("norms", r"RMSNorm|rms_norm"),
-    ("rope", r"[Rr]o[Pp]e|Rotary"),
+    ("rotation, KV store", r"rotate_and_store"),
     ("activation", r"act_and_mul"),
     ("sampling", r"^(edit|scan|choose|search|find_edge)\w*kernel"),
-    ("GEMMs", r"gemm|nvjet|cutlass|gemv|splitK|cublas"),
+    ("GEMMs", r"gemm|nvjet|cutlass|gemv|splitK|cublas|few_rows_linear"),
     ("copies", r"[Mm]emcpy|[Mm]emset|copy|Copy|CatArray|index"),
 )
 

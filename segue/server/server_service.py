@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
-from importlib import metadata
 from typing import Any
 
 import grpc.aio
@@ -19,6 +18,7 @@ from segue.server.cost_profile import profile_to_proto
 from segue.server.engine_client import EngineClient, EngineStatus
 from segue.v1 import server_pb2 as pb
 from segue.v1 import server_pb2_grpc
+from segue.version import segue_version
 
 _Context = grpc.aio.ServicerContext[Any, Any]
 _DEFAULT_INTERVAL_SECONDS = 1.0
@@ -50,7 +50,7 @@ class ServerService(server_pb2_grpc.ServerServiceServicer):
             model=self._model_name,
             device=ready.device,
             dtype=ready.dtype,
-            version=metadata.version("segue"),
+            version=segue_version(),
             layers=ready.layers,
             vocab_size=ready.vocab_size,
             context_tokens=ready.context_tokens,
