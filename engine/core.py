@@ -183,10 +183,10 @@ class Engine:
         self._residency.keep_in_host()
         if any(flight.needs_reading for flight in self._flights):
             self._settle(len(self._flights))
-        plan = self._planner.plan(len(self._passes))
+        plan = self._planner.plan(self._passes, self._runner.idle_sets)
         if plan.preempt and self._flights:
             self._settle(len(self._flights))
-            plan = self._planner.plan(len(self._passes))
+            plan = self._planner.plan(self._passes, self._runner.idle_sets)
         before = len(self._flights)
         self._carry_out(plan)
         self._settle(before if self._runs_ahead else len(self._flights))

@@ -126,6 +126,11 @@ class ForwardPass:
         return self._applier.job if self._applier.blocked is Blocked.DELTAS else None
 
     @property
+    def awaits_weights(self) -> bool:
+        """Whether it rests until weights have come."""
+        return self.state is PassState.BLOCKED and self._applier.blocked is Blocked.WEIGHTS
+
+    @property
     def can_go_on(self) -> bool:
         """Whether ``advance`` may bring it further with nothing coming from outside but the device's own progress."""
         return self.state is PassState.RESTING or self.must_look_again

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from segue.engine.costs import EngineCosts
+from segue.engine.forward_pass import ForwardPass
 from segue.engine.kv import KvPages
 from segue.engine.memory.pool import PagePool
 from segue.engine.request import Request, RequestState
@@ -46,8 +47,8 @@ class StepPlanner:
         self._clock = clock
         self._cpu = cpu
 
-    def plan(self, passes_in_flight: int) -> StepPlan:
-        """The next step, while ``passes_in_flight`` passes have not ended."""
+    def plan(self, passes: Sequence[ForwardPass], idle_sets: int | None) -> StepPlan:
+        """The next step, while ``passes`` have not ended; ``idle_sets``: see ``PassRunner.idle_sets``."""
         queue, policy = step_order(
             self._policy,
             self._requests.waiting,
@@ -59,7 +60,9 @@ class StepPlanner:
             queue,
             [self._admitted(item) for item in self._requests.admitted if item.state is RequestState.ADMITTED],
             free_pages=self._pool.free_pages,
-            passes_in_flight=passes_in_flight,
+            passes_in_flight=counted_passes(
+                len(passes), sum(item.awaits_weights for item in passes), idle_sets, self._limits.max_passes
+            ),
             residency=self._residency,
             prefixes=self._kv,
             limits=self._limits,
@@ -71,6 +74,17 @@ class StepPlanner:
         generated_tokens = request.generated_tokens + request.ahead_tokens
         left = self._costs.expected_left(generated_tokens, request.submit.max_tokens)
         return admitted_view(request, self._kv, left)
+
+
+def counted_passes(under_way: int, awaiting_weights: int, idle_sets: int | None, max_passes: int) -> int:
+    """How many passes a plan must think are under way, of which there are at most ``max_passes``.
+
+    A pass that is not recorded costs the loop several times its own time on the device. So those for which there is no
+    set wait for one, unless all sets are with passes that wait for their weights, which may take long.
+    """
+    if idle_sets is None or (idle_sets == 0 and awaiting_weights == under_way):
+        return under_way
+    return max(under_way, max_passes - idle_sets)
 
 
 def admitted_view(request: Request, kv: KvPages, expected_tokens: int = 1) -> AdmittedRequest:

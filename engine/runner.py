@@ -42,6 +42,11 @@ class PreparedPass(Protocol):
 class PassPreparer(Protocol):
     """Prepares passes that run faster than operation by operation."""
 
+    @property
+    def idle(self) -> int:
+        """How many more passes it can run beside those under way."""
+        ...
+
     def begin(self, rows: Sequence[RequestRows], segments: Sequence[LoraSegment]) -> PreparedPass | None:
         """A pass over these rows, behind all that the loop thread has enqueued; None for one that it does not run.
 
@@ -70,6 +75,11 @@ class PassRunner:
         self._attention = attention
         self._resources = resources
         self._lanes = Lanes.on(model.device)
+
+    @property
+    def idle_sets(self) -> int | None:
+        """How many more passes can be recorded ones; None where none ever is."""
+        return None if self._passes is None else self._passes.idle
 
     def start(self, rows: Sequence[RequestRows], *, cpu_allowed: bool) -> ForwardPass:
         """A pass over these rows that has not run yet, beside the loop's work; their adapters are still loading."""

@@ -150,6 +150,11 @@ class PassGraphSets:
         self._sets = tuple(sets)
         self._idle = list(reversed(self._sets))
 
+    @property
+    def idle(self) -> int:
+        """How many more passes can run at once."""
+        return len(self._idle)
+
     def begin(self, rows: Sequence[RequestRows], segments: Sequence[LoraSegment]) -> RecordedPass | None:
         """A pass over these rows, with all that the host must bring for it on its way; None where none can be had."""
         if not self._idle:
