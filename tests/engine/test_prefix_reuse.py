@@ -11,7 +11,7 @@ import pytest
 
 from segue.engine.config import HandoffConfig
 from segue.engine.forward_pass import PassState
-from segue.engine.lora import transfer
+from segue.engine.lora import reader
 from segue.engine.lora.checkpoint import WEIGHTS_FILE
 from tests.checkpoints import (
     ALL_TARGETS,
@@ -142,11 +142,11 @@ def test_nothing_enters_before_the_read_was_verified(
     """All layers were read and a pass has computed the whole prompt; then the file turns out to have changed."""
     may_look = threading.Event()
 
-    def fake_check(_descriptor: int, _identity: object) -> bool:
+    def fake_verify(_job: object) -> str:
         assert may_look.wait(60)
-        return False
+        return "the weights file changed while it was read"
 
-    monkeypatch.setattr(transfer, "_is_unchanged", fake_check)
+    monkeypatch.setattr(reader, "_verify", fake_verify)
     with EngineHarness(model_dir, adapters_dir, device=device, copy_bytes_per_second=2e6) as harness:
         number = harness.submit(PROMPT, "a", max_tokens=NEW_TOKENS)
         harness.run_until(lambda: any(item.state is PassState.DONE for item in harness.engine.passes))
