@@ -14,11 +14,11 @@ from typing import Self
 import psutil
 import torch
 
-from segue.config import ConfigError, require
-from segue.cpu_lora import CpuLoraConfig, JobRing, SharedLayout, SharedMemory, WorkerEvent, WorkerEventKind, WorkerPool
+from segue.config import ConfigError
+from segue.cpu_lora import JobRing, SharedLayout, SharedMemory, WorkerEvent, WorkerEventKind, WorkerPool
 from segue.engine.attention import TorchAttention
 from segue.engine.backend import Backend
-from segue.engine.config import EngineConfig, HandoffConfig, HandoffMode, LoadFormat
+from segue.engine.config import EngineConfig, HandoffConfig, LoadFormat
 from segue.engine.core import Engine
 from segue.engine.costs import EngineCosts
 from segue.engine.cuda.toolchain import prepare_cuda
@@ -28,10 +28,8 @@ from segue.engine.lora.apply import LoraResources
 from segue.engine.lora.bridge import CpuBridge, HostTransport, RowTransport
 from segue.engine.lora.cpu_service import WorkerService
 from segue.engine.lora.device_lora import TorchDeviceLora
-from segue.engine.lora.handover import HandoverPlanner, rank_elems
-from segue.engine.lora.manifest import Projection
-from segue.engine.lora.points import POINT_PROJECTIONS
-from segue.engine.lora.store import AdapterStore, ReadLimits
+from segue.engine.lora.handover import HandoverPlanner
+from segue.engine.lora.store import AdapterStore
 from segue.engine.lora.transfer import TransferOps
 from segue.engine.memory.adapter_layout import choose_chunk_elems
 from segue.engine.memory.pool import PagePool
@@ -41,23 +39,23 @@ from segue.engine.models.config import ModelConfig
 from segue.engine.models.decoder import DecoderModel
 from segue.engine.models.rope import RotaryEmbedding
 from segue.engine.pool_size import PageNeeds, cpu_pages, cuda_pages, staging_bytes
-from segue.engine.profile import load_profile
 from segue.engine.progress import ReportProgress, log_lines
 from segue.engine.runner import PassRunner
 from segue.engine.sampler import Sampler
+from segue.engine.settings import (
+    handoff_costs,
+    handoff_policy,
+    measured_profile,
+    merged_rows,
+    read_limits,
+    worker_config,
+)
 from segue.engine.step_costs import StepCosts
 from segue.scheduler.cost_model import CostProfile
-from segue.scheduler.handoff import FixedHandover, FollowPlan, HandoffPolicy, LoadFirst, StreamLayers
-from segue.scheduler.handoff_costs import HandoffCosts, assumed_profile
 from segue.scheduler.plan import SchedulerLimits
 
 _LOG = logging.getLogger(__name__)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Up to about so many rows a pass takes the time in which the device reads the model's weights.
-_MERGED_ROWS = 128
-_MOST_READ_THREADS = 4
-# The engine's loop and the front end.
-_BUSY_CORES = 2
 
 
 class EngineInstance:
@@ -76,7 +74,7 @@ class EngineInstance:
         torch.set_num_threads(config.torch_threads)
         self.config = config
         self._model_config = ModelConfig.load(Path(config.model_dir))
-        self.profile = profile or _profile(config, self._model_config)
+        self.profile = profile or measured_profile(config, self._model_config)
         self._context_tokens = config.max_context_tokens or self._model_config.max_position_embeddings
         dtype = _DTYPES[config.dtype]
         if config.device == "cuda":
@@ -85,7 +83,7 @@ class EngineInstance:
         model = self._load_model(dtype, streams.device)
         self.wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._worker_restarts = 0
-        cpu_config = _cpu_config(config, self._model_config, dtype.itemsize)
+        cpu_config = worker_config(config, self._model_config, dtype.itemsize)
         self._memory = SharedMemory.create(SharedLayout.plan(cpu_config))
         self._host_store = PreparedStore(self._memory, streams)
         self._pool = self._page_pool(dtype, streams.device)
@@ -102,7 +100,7 @@ class EngineInstance:
             ops=_transfer_ops(self._pool, chunk_elems),
             streams=streams,
             staging_bytes=staging_bytes(config, self._model_config, dtype.itemsize),
-            read_limits=_read_limits(config),
+            read_limits=read_limits(config),
             enqueues_at_once=config.device == "cuda",
             expected_copy_bytes_per_second=costs.copy_bytes_per_second,
             wake=self._wake,
@@ -353,81 +351,3 @@ def _transfer_ops(pool: PagePool, chunk_elems: int) -> TransferOps:
 
 def _not_installed(error: ImportError) -> ConfigError:
     return ConfigError(f"device: 'cuda' needs flashinfer-python and triton, and {error}")
-
-
-def _read_limits(config: EngineConfig) -> ReadLimits:
-    threads = config.read_threads or default_read_threads(len(os.sched_getaffinity(0)), config.cpu_workers)
-    return ReadLimits(threads=threads, stall_seconds=config.read_stall_seconds)
-
-
-def default_read_threads(cores: int, cpu_workers: int) -> int:
-    """Threads that read adapters' files: as many as memory keeps busy, if the workers, the engine's loop and the front
-    end leave so many cores; they copy, and compute nothing."""
-    return max(1, min(_MOST_READ_THREADS, cores - cpu_workers - _BUSY_CORES))
-
-
-def handoff_policy(config: HandoffConfig) -> HandoffPolicy:
-    """The policy that the configuration names."""
-    match HandoffMode(config.mode):
-        case HandoffMode.AUTO | HandoffMode.PLANNER:
-            return FollowPlan()
-        case HandoffMode.FIXED:
-            return FixedHandover(config.cpu_layers)
-        case HandoffMode.STREAM:
-            return StreamLayers()
-        case HandoffMode.LOAD_FIRST:
-            return LoadFirst()
-
-
-def merged_rows(config: EngineConfig) -> int:
-    """Rows that passes of adapters in host memory may share: the configuration's, or what suits the device."""
-    if config.merged_rows is not None:
-        return config.merged_rows
-    return _MERGED_ROWS if config.device == "cuda" else 0
-
-
-def _profile(config: EngineConfig, model: ModelConfig) -> CostProfile | None:
-    """The file's that the configuration names. Raises ConfigError."""
-    return None if config.profile_path is None else load_profile(Path(config.profile_path), layers=model.layers)
-
-
-def handoff_costs(
-    config: EngineConfig, model: ModelConfig, item_bytes: int, profile: CostProfile | None
-) -> HandoffCosts:
-    """What the planner begins with: the profile, or what is assumed of a machine without one.
-
-    Raises ConfigError for a profile of a model with another number of layers.
-    """
-    weight = config.handoff.harm_weight
-    if profile is not None:
-        require(
-            profile.layers == model.layers, "profile", f"is of {profile.layers} layers, the model has {model.layers}"
-        )
-        return HandoffCosts.measured(profile, weight)
-    shapes = dict(model.projection_shapes())
-    assumed = assumed_profile(
-        layers=model.layers,
-        parameters=model.layers * sum(wide * high for wide, high in shapes.values()),
-        item_bytes=item_bytes,
-        rank_elems=rank_elems(shapes),
-        device=config.device,
-    )
-    return HandoffCosts.assumed(assumed, weight)
-
-
-def _cpu_config(config: EngineConfig, model: ModelConfig, item_bytes: int) -> CpuLoraConfig:
-    """Slots that hold the widest LoRA point of a full pass."""
-    shapes: dict[Projection, tuple[int, int]] = dict(model.projection_shapes())
-    widest_in = max(in_features for in_features, _ in shapes.values())
-    widest_out = max(
-        sum(shapes[projection][1] for projection in projections) for projections in POINT_PROJECTIONS.values()
-    )
-    return CpuLoraConfig(
-        workers=config.cpu_workers,
-        row_bytes=config.budget_tokens * widest_in * item_bytes,
-        delta_bytes=config.budget_tokens * widest_out * item_bytes,
-        store_bytes=config.host_store_bytes,
-        slots=config.cpu_slots,
-        cores=config.cpu_cores,
-        stall_seconds=config.cpu_stall_seconds,
-    )

@@ -28,9 +28,9 @@ from segue.bench.simulate.run import Measured, measure, placement_rows, simulate
 from segue.bench.simulate.workload import SimulatedRequest, draw_requests
 from segue.config import require, require_positive, to_toml
 from segue.engine.config import EngineConfig, LoadFormat
-from segue.engine.instance import merged_rows
 from segue.engine.lora.catalog import AdapterCatalog
 from segue.engine.models.config import ModelConfig
+from segue.engine.settings import merged_rows
 from segue.scheduler.cost_model import CostProfile
 from segue.scheduler.plan import NO_LEVEL, SchedulerLimits, pages_for
 from segue.types import Tier
