@@ -13,7 +13,7 @@ import torch
 
 from segue.engine.admission import AdmissionControl
 from segue.engine.costs import EngineCosts
-from segue.engine.device_time import DeviceMeter
+from segue.engine.device_time import BatchSpan, DeviceMeter
 from segue.engine.flights import Flight, Flights
 from segue.engine.forward_pass import ForwardPass, PassState, RequestRows
 from segue.engine.kv import KvPages
@@ -65,10 +65,12 @@ class Engine:
         runs_ahead: bool = False,
         cpu_service: CpuService | None = None,
         meter: DeviceMeter | None = None,
+        times_device: bool = False,
         check_invariants: bool = False,
     ) -> None:
         """``runs_ahead``: enqueue a step before the one before is read. ``cpu_service`` serves adapters without pages,
-        if given. ``meter`` measures the batches, ``step_costs`` learns from them."""
+        if given. ``meter`` measures the batches, ``step_costs`` learns from them; ``times_device``: by a CUDA device's
+        events, not the host's clock."""
         self._runner = runner
         self._pool = pool
         self._store = store
@@ -99,6 +101,7 @@ class Engine:
         self._flights = Flights(sampler, clock)
         self._runs_ahead = runs_ahead
         self._meter = meter
+        self._times_device = times_device
         self.step_costs = step_costs
         self._step_start_seconds = 0.0
         self._settled_seconds = 0.0
@@ -288,8 +291,11 @@ class Engine:
         rows = self._rows(planned)
         # Passes beside it share the device: its time would be theirs as well.
         loads = None if self._passes else self.step_costs.loads(rows)
+        span = BatchSpan() if self._times_device else None
         with nullcontext() if self._meter is None else self._meter.batch():
-            self._flights.launch(self._runner.run(rows), self._step_start_seconds, loads)
+            self._flights.launch(self._runner.run(rows), self._step_start_seconds, loads, span)
+        if span is not None:
+            span.close()
         self._progressed = True
 
     def _rows(self, planned: Sequence[PassRows]) -> list[RequestRows]:
@@ -344,7 +350,10 @@ class Engine:
 
     def _observe(self, flight: Flight) -> None:
         now = self._clock()
-        seconds = now - max(flight.start_seconds, self._settled_seconds)
+        if flight.span is None:
+            seconds = now - max(flight.start_seconds, self._settled_seconds)
+        else:
+            seconds = flight.span.seconds()
         self._costs.observe(flight.row_count, len(flight.result.rows), seconds)
         if flight.loads is not None and not self._passes:
             self.step_costs.observe(*flight.loads, seconds)

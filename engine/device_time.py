@@ -101,6 +101,29 @@ class CudaMeter:
             self._ended = batch.end
 
 
+class BatchSpan:
+    """One batch on a CUDA device, from its creation to ``close``, in the order of the current stream.
+
+    It begins when the work before has ended, so batches that follow one another share no time, however late the host
+    looks at what they brought.
+    """
+
+    def __init__(self) -> None:
+        self._begin = _recorded()
+        self._end: torch.cuda.Event | None = None
+
+    def close(self) -> None:
+        """All of the batch has been enqueued."""
+        self._end = _recorded()
+
+    def seconds(self) -> float:
+        """What the device took; waits until it has ended. Raises ValueError before ``close``."""
+        if self._end is None:
+            raise ValueError("the batch has not been enqueued as a whole")
+        self._end.synchronize()
+        return _seconds_between(self._begin, self._end)
+
+
 def device_meter(device: str) -> DeviceMeter:
     """The meter of the device that the configuration names."""
     return CudaMeter() if device == "cuda" else CpuMeter()

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from segue.engine.device_time import BatchSpan
 from segue.engine.forward_pass import PassResult, RequestRows
 from segue.engine.pending import PendingToken
 from segue.engine.request import Request
@@ -21,13 +22,15 @@ from segue.scheduler.cost_model import StepLoad
 @dataclass(frozen=True, slots=True, eq=False)
 class Flight:
     """A pass that was enqueued to its end. ``wanted`` are the requests that get a token, in the order of ``tokens``.
-    ``loads`` are of its rows that decode and its rows of prompts, of a batch whose time is to be learned from."""
+    ``loads`` are of its rows that decode and its rows of prompts, of a batch whose time is to be learned from;
+    ``span`` is its time on the device, where that runs beside the host."""
 
     result: PassResult
     wanted: tuple[Request, ...]
     tokens: PendingTokens | None
     start_seconds: float
     loads: tuple[StepLoad, StepLoad] | None = None
+    span: BatchSpan | None = None
 
     def __iter__(self) -> Iterator[RequestRows]:
         return iter(self.result.rows)
@@ -58,7 +61,11 @@ class Flights:
         return iter(self._flights)
 
     def launch(
-        self, result: PassResult, start_seconds: float, loads: tuple[StepLoad, StepLoad] | None = None
+        self,
+        result: PassResult,
+        start_seconds: float,
+        loads: tuple[StepLoad, StepLoad] | None = None,
+        span: BatchSpan | None = None,
     ) -> Flight:
         """Have the sampler choose the tokens of the requests of which all rows are computed with this pass."""
         chosen = [
@@ -71,7 +78,7 @@ class Flights:
             indices = [index for index, _ in chosen]
             logits = result.logits if len(indices) == len(result.logits) else result.logits[indices]
             tokens = self._sampler.launch(logits, [request.sampling_row() for _, request in chosen])
-        flight = Flight(result, tuple(request for _, request in chosen), tokens, start_seconds, loads)
+        flight = Flight(result, tuple(request for _, request in chosen), tokens, start_seconds, loads, span)
         for rows in flight:
             rows.request.flights += 1
             rows.request.ahead_rows += rows.count

@@ -324,6 +324,7 @@ class EngineInstance:
             runs_ahead=config.device == "cuda" if config.runs_ahead is None else config.runs_ahead,
             cpu_service=self._cpu_service(),
             meter=self._meter,
+            times_device=config.device == "cuda",
             clock=time.monotonic,
             check_invariants=config.check_invariants,
         )

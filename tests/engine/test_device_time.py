@@ -11,7 +11,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from segue.engine.device_time import CpuMeter, CudaMeter, DeviceMeter
+from segue.engine.device_time import BatchSpan, CpuMeter, CudaMeter, DeviceMeter
 from segue.engine.messages import DeviceTime
 from tests.checkpoints import TinyModel, write_random_model
 from tests.engine.harness import EngineHarness
@@ -49,6 +49,9 @@ class FakeEvent:
     def query(self) -> bool:
         return self.device.host_seconds >= self.passed_seconds
 
+    def synchronize(self) -> None:
+        self.device.host_seconds = max(self.device.host_seconds, self.passed_seconds)
+
     def elapsed_time(self, later: FakeEvent) -> float:
         assert self.query()
         assert later.query()
@@ -61,6 +64,28 @@ def fake_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeDevice]:
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     yield FakeEvent.device
     del FakeEvent.device
+
+
+def test_a_batch_has_its_own_time_however_late_the_host_looks(fake_device: FakeDevice) -> None:
+    spans = []
+    for seconds in (3.0, 5.0):
+        spans.append(BatchSpan())
+        fake_device.host(0.5)
+        fake_device.enqueue(seconds)
+        spans[-1].close()
+    fake_device.host(100.0)
+    # While the device has nothing else to do, what the host takes to enqueue counts.
+    assert [span.seconds() for span in spans] == [3.5, 5.0]
+
+
+def test_the_time_of_a_batch_is_waited_for(fake_device: FakeDevice) -> None:
+    span = BatchSpan()
+    with pytest.raises(ValueError, match="not been enqueued"):
+        span.seconds()
+    fake_device.enqueue(2.0)
+    span.close()
+    assert span.seconds() == 2.0
+    assert fake_device.host_seconds == 2.0
 
 
 def run_batch(meter: DeviceMeter, device: FakeDevice, *, prepare: float, compute: float) -> None:
