@@ -56,4 +56,4 @@ def test_kernels_are_compared_with_peers() -> None:
     found = {ratio.name: ratio.value for ratio in ratios(Report.read(folder / "kernels-h200.json").rows)}
     assert len(found) == 10
     name = "1 token, rank 64, q, k, v and o: best peer on an H200 (19.7 us) over this"
-    assert found[name] == pytest.approx(1.89, abs=0.005)
+    assert found[name] == pytest.approx(1.93, abs=0.005)
