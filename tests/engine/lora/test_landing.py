@@ -247,5 +247,9 @@ def test_an_error_of_the_device_at_once_fails_the_version(make_rig: MakeRig, str
     streams.before_work = refuse_copies
     rig.start_copy(version)
     rig.drain_until(lambda: any(isinstance(event, LoadFailed) for event in rig.events))
+    (failure,) = (event for event in rig.events if isinstance(event, LoadFailed))
+    assert failure.version_id == version
+    assert failure.message == "the weights could not be copied to the device: no more"
+    assert not any(isinstance(event, LayerEnqueued | LayerLanded) for event in rig.events)
     streams.go_on_as_far_as_possible()
     rig.drain_until(lambda: rig.pool.free_pages == rig.pool.pages)

@@ -260,6 +260,7 @@ def test_threads_that_stood_in_go_when_the_others_are_back(make_disk_rig: MakeDi
     rig.disk.let_go()
     rig.wait_verified(*versions)
     rig.rig._wait(lambda: len(pool._threads) == IMPATIENT.threads)
+    assert all(rig.store.is_verified(version) for version in versions)
 
 
 def test_what_cannot_even_begin_because_all_hangs_fails_as_well(
