@@ -15,7 +15,7 @@ from segue.engine.admission import AdmissionControl
 from segue.engine.costs import EngineCosts
 from segue.engine.device_time import BatchSpan, DeviceMeter
 from segue.engine.flights import Flight, Flights
-from segue.engine.forward_pass import ForwardPass, PassState, RequestRows
+from segue.engine.forward_pass import ForwardPass, PassResult, PassState, RequestRows
 from segue.engine.kv import KvPages
 from segue.engine.lora.bridge import CpuBridge
 from segue.engine.lora.manifest import AdapterManifest
@@ -135,11 +135,11 @@ class Engine:
 
     @property
     def must_look_again(self) -> bool:
-        """Whether all that can go on are passes that wait for the device: a short sleep costs nothing."""
+        """Whether all that can go on are passes and copies that wait for the device: a short sleep costs nothing."""
         if self._progressed or len(self._flights) > 0:
             return False
         going = [item for item in self._passes if item.can_go_on]
-        return bool(going) and all(item.must_look_again for item in going)
+        return all(item.must_look_again for item in going) and (bool(going) or self._store.awaits_landings)
 
     # -- messages ----------------------------------------------------------------------------------------------------
 
@@ -233,6 +233,9 @@ class Engine:
             self._residency.start_copy(item.version_id, item.pages)
         for admission in plan.admit:
             self._admit(admission)
+        if plan.passes:
+            # The link is busy while the first pass is prepared.
+            self._store.enqueue_copies()
         for pass_plan in plan.passes:
             self._start_pass(pass_plan)
         if plan.batch:
@@ -283,9 +286,11 @@ class Engine:
     def _start_pass(self, plan: PassPlan) -> None:
         rows = self._rows(plan.rows)
         cpu_allowed = all(item.request.cpu_allowed for item in rows)
-        self._passes.append(self._runner.start(rows, cpu_allowed=cpu_allowed))
+        self._passes.append(self._runner.start(rows, cpu_allowed=cpu_allowed, sample=self._flights.sample))
         for item in rows:
             item.request.in_pass = True
+        versions = (item.request.version_id for item in rows)
+        self._store.begin_pass({version_id for version_id in versions if version_id is not None})
 
     def _run_batch(self, planned: Sequence[PassRows]) -> None:
         rows = self._rows(planned)
@@ -302,6 +307,17 @@ class Engine:
         return [RequestRows(self._known(item.number), item.start, item.count) for item in planned]
 
     def _advance_passes(self, max_layers: int | None) -> None:
+        """Enqueue copies as well, between the passes' layers: a pass goes on with what has just been enqueued."""
+        if max_layers is None:
+            self._advance_each(None)
+        while self._store.enqueue_copies():
+            self._progressed = True
+            if max_layers is None and any(item.awaits_weights for item in self._passes):
+                self._advance_each(None)
+        if max_layers is not None:
+            self._advance_each(max_layers)
+
+    def _advance_each(self, max_layers: int | None) -> None:
         for item in list(self._passes):
             if all(rows.request.state is RequestState.ENDING for rows in item.rows):
                 item.close()
@@ -311,9 +327,7 @@ class Engine:
                 for rows in item.rows:
                     rows.request.lost_passes += 1
                     rows.request.timeline.retry()
-            elif item.state is PassState.DONE and self._is_verified(item):
-                self._flights.launch(item.result, self._clock())
-            elif item.state is not PassState.CLOSED:
+            elif not self._has_ended(item):
                 continue
             self._leave(item)
             self._progressed = True
@@ -322,12 +336,19 @@ class Engine:
         versions = {rows.request.version_id for rows in item.rows}
         return all(version_id is None or self._store.is_verified(version_id) for version_id in versions)
 
+    def _has_ended(self, item: ForwardPass) -> bool:
+        return item.state is PassState.CLOSED or (item.state is PassState.DONE and self._is_verified(item))
+
     def _leave(self, item: ForwardPass) -> None:
         """The pass has ended: its requests may be scheduled again, and those that were ending end."""
         self._passes.remove(item)
         for rows in item.rows:
             rows.request.in_pass = False
-            self._settle_request(rows.request)
+        if item.state is PassState.DONE:
+            self._take_result(item.result, item.choice.read())
+        else:
+            for rows in item.rows:
+                self._settle_request(rows.request)
 
     def _settle_request(self, request: Request) -> None:
         if request.state is RequestState.ENDING and not (request.in_pass or request.flights):
@@ -338,15 +359,18 @@ class Engine:
         for flight in list(self._flights)[:count]:
             chosen = self._flights.land(flight)
             self._observe(flight)
-            for rows in flight:
-                if rows.request.state is RequestState.ADMITTED:
-                    self._commit(rows, flight.result.records)
-            for request, token in chosen:
-                if request.state is RequestState.ADMITTED:
-                    self._take(request, token)
-            for rows in flight:
-                self._settle_request(rows.request)
-            self._progressed = True
+            self._take_result(flight.result, chosen)
+
+    def _take_result(self, result: PassResult, chosen: Sequence[tuple[Request, SampledToken | None]]) -> None:
+        for rows in result.rows:
+            if rows.request.state is RequestState.ADMITTED:
+                self._commit(rows, result.records)
+        for request, token in chosen:
+            if request.state is RequestState.ADMITTED:
+                self._take(request, token)
+        for rows in result.rows:
+            self._settle_request(rows.request)
+        self._progressed = True
 
     def _observe(self, flight: Flight) -> None:
         now = self._clock()

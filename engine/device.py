@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from segue.config import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class StreamSpan:
+    """Work of a device's streams: events before and behind it, both recorded."""
+
+    begun: torch.cuda.Event
+    ended: torch.cuda.Event
+
+    def seconds(self, behind: torch.cuda.Event | None) -> float:
+        """How long it took, of which only what came after ``behind`` counts. Both have been reached."""
+        milliseconds: float = self.begun.elapsed_time(self.ended)
+        if behind is not None:
+            milliseconds = min(milliseconds, behind.elapsed_time(self.ended))
+        return milliseconds / 1e3
 
 
 class DeviceStreams(Protocol):
@@ -20,6 +36,11 @@ class DeviceStreams(Protocol):
 
     @property
     def device(self) -> torch.device: ...
+
+    @property
+    def work_beside(self) -> bool:
+        """Whether they work beside the host, which learns of it by events."""
+        ...
 
     @property
     def staging_slots(self) -> int:
@@ -52,15 +73,15 @@ class DeviceStreams(Protocol):
         """
         ...
 
-    def enqueue_copy(self, work: Callable[[], None], after: Iterable[torch.cuda.Event]) -> torch.cuda.Event | None:
+    def enqueue_copy(self, work: Callable[[], None], after: Iterable[torch.cuda.Event]) -> StreamSpan | None:
         """Have the copy stream do what ``work`` enqueues, behind ``after`` and all copies before.
 
-        A fresh event recorded behind it; None where it has been done.
+        None where it has been done.
         """
         ...
 
     def enqueue_landing(self, work: Callable[[], None], after: Iterable[torch.cuda.Event]) -> torch.cuda.Event | None:
-        """The same on the landing stream."""
+        """The same on the landing stream: a fresh event recorded behind it."""
         ...
 
 
@@ -68,6 +89,7 @@ class CpuStreams:
     """On the CPU everything is done when its call returns."""
 
     device = torch.device("cpu")
+    work_beside = False
     staging_slots = 1
 
     def register_host(self, address: int, size_bytes: int) -> None:
@@ -95,6 +117,7 @@ class CpuStreams:
 class CudaStreams:
     """One CUDA device. Raises ConfigError when there is none that torch can use."""
 
+    work_beside = True
     # The copy of one layer runs beside the landing of the one before, which may be late behind other kernels.
     staging_slots = 4
 
@@ -127,23 +150,29 @@ class CudaStreams:
         with torch.cuda.stream(self._copy_stream):
             return torch.empty(size_bytes, dtype=torch.uint8, device=self.device)
 
-    def enqueue_copy(self, work: Callable[[], None], after: Iterable[torch.cuda.Event]) -> torch.cuda.Event:
-        return _enqueue(self._copy_stream, work, after)
+    def enqueue_copy(self, work: Callable[[], None], after: Iterable[torch.cuda.Event]) -> StreamSpan:
+        _wait(self._copy_stream, after)
+        with torch.cuda.stream(self._copy_stream):
+            begun = _timed_event()
+            work()
+            return StreamSpan(begun, _timed_event())
 
     def enqueue_landing(self, work: Callable[[], None], after: Iterable[torch.cuda.Event]) -> torch.cuda.Event:
-        return _enqueue(self._landing_stream, work, after)
+        _wait(self._landing_stream, after)
+        with torch.cuda.stream(self._landing_stream):
+            work()
+            return _timed_event()
 
 
-def _enqueue(
-    stream: torch.cuda.Stream, work: Callable[[], None], after: Iterable[torch.cuda.Event]
-) -> torch.cuda.Event:
+def _wait(stream: torch.cuda.Stream, after: Iterable[torch.cuda.Event]) -> None:
     for event in after:
         stream.wait_event(event)
-    with torch.cuda.stream(stream):
-        work()
-        # Who waits for it on the host sleeps, else a core would be busy with waiting.
-        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        event.record()
+
+
+def _timed_event() -> torch.cuda.Event:
+    """Recorded in the current stream."""
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record()
     return event
 
 

@@ -1,4 +1,4 @@
-"""Batches and passes whose tokens are on their way: chosen on the device, not yet read by the engine.
+"""Batches whose tokens are on their way: chosen on the device, not yet read by the engine.
 
 Where the device runs beside the engine, a step is planned and enqueued while the step before it runs. The plan needs
 no token for that, only how many there are. So a request knows what is under way (``Request.ahead_rows``,
@@ -7,27 +7,28 @@ no token for that, only how many there are. So a request knows what is under way
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
+from segue.engine.choice import Choice
 from segue.engine.device_time import BatchSpan
 from segue.engine.forward_pass import PassResult, RequestRows
 from segue.engine.pending import PendingToken
 from segue.engine.request import Request
-from segue.engine.sampler import PendingTokens, Sampler
+from segue.engine.sampler import Sampler
 from segue.engine.sampling import SampledToken
 from segue.scheduler.cost_model import StepLoad
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Flight:
-    """A pass that was enqueued to its end. ``wanted`` are the requests that get a token, in the order of ``tokens``.
-    ``loads`` are of its rows that decode and its rows of prompts, of a batch whose time is to be learned from;
+    """A batch that was enqueued to its end. ``loads`` are of its rows that decode and its rows of prompts, of a batch whose time is to be learned from;
     ``span`` is its time on the device, where that runs beside the host."""
 
     result: PassResult
-    wanted: tuple[Request, ...]
-    tokens: PendingTokens | None
+    choice: Choice
     start_seconds: float
     loads: tuple[StepLoad, StepLoad] | None = None
     span: BatchSpan | None = None
@@ -43,7 +44,7 @@ class Flight:
     @property
     def needs_reading(self) -> bool:
         """Whether the next token of a request depends on this one in a way that only the engine can tell."""
-        return any(request.counts is not None for request in self.wanted)
+        return any(request.counts is not None for request in self.choice.wanted)
 
 
 class Flights:
@@ -60,6 +61,21 @@ class Flights:
     def __iter__(self) -> Iterator[Flight]:
         return iter(self._flights)
 
+    def sample(self, rows: Sequence[RequestRows], logits: Tensor) -> Choice:
+        """Have the sampler choose the tokens of the requests of which all rows are computed with a pass over ``rows``,
+        of which ``logits`` are [len(rows), vocab]. It is enqueued behind these."""
+        chosen = [
+            (index, item.request)
+            for index, item in enumerate(rows)
+            if item.start + item.count == item.request.planned_tokens
+        ]
+        tokens = None
+        if chosen:
+            indices = [index for index, _ in chosen]
+            wanted = logits if len(indices) == len(logits) else logits[indices]
+            tokens = self._sampler.launch(wanted, [request.sampling_row() for _, request in chosen])
+        return Choice(tuple(request for _, request in chosen), tokens)
+
     def launch(
         self,
         result: PassResult,
@@ -67,25 +83,16 @@ class Flights:
         loads: tuple[StepLoad, StepLoad] | None = None,
         span: BatchSpan | None = None,
     ) -> Flight:
-        """Have the sampler choose the tokens of the requests of which all rows are computed with this pass."""
-        chosen = [
-            (index, rows.request)
-            for index, rows in enumerate(result.rows)
-            if rows.start + rows.count == rows.request.planned_tokens
-        ]
-        tokens = None
-        if chosen:
-            indices = [index for index, _ in chosen]
-            logits = result.logits if len(indices) == len(result.logits) else result.logits[indices]
-            tokens = self._sampler.launch(logits, [request.sampling_row() for _, request in chosen])
-        flight = Flight(result, tuple(request for _, request in chosen), tokens, start_seconds, loads, span)
+        """Have the sampler choose the tokens of a batch, and know of its requests what is under way."""
+        choice = self.sample(result.rows, result.logits)
+        flight = Flight(result, choice, start_seconds, loads, span)
         for rows in flight:
             rows.request.flights += 1
             rows.request.ahead_rows += rows.count
-        if tokens is not None:
-            for place, request in enumerate(flight.wanted):
+        if choice.tokens is not None:
+            for place, request in enumerate(choice.wanted):
                 request.ahead_tokens += 1
-                request.pending_token = PendingToken(tokens.token_ids, place)
+                request.pending_token = PendingToken(choice.tokens.token_ids, place)
         self._flights.append(flight)
         return flight
 
@@ -93,22 +100,22 @@ class Flights:
         """Wait for a flight, the first of all; each request that it has a token for, None where none can be chosen."""
         if flight is not self._flights[0]:
             raise ValueError("flights end in the order in which they were enqueued")
-        tokens = [] if flight.tokens is None else flight.tokens.read()
+        chosen = flight.choice.read()
         del self._flights[0]
         for rows in flight:
             rows.request.flights -= 1
             rows.request.ahead_rows -= rows.count
-        for request in flight.wanted:
+        for request in flight.choice.wanted:
             request.ahead_tokens -= 1
             if request.ahead_tokens == 0:
                 request.pending_token = None
-        return list(zip(flight.wanted, tokens, strict=True))
+        return chosen
 
     def check(self) -> None:
         """Raise AssertionError unless requests and flights agree on what is under way."""
         for request in {rows.request for flight in self._flights for rows in flight}:
             own = [rows for flight in self._flights for rows in flight if rows.request is request]
-            wanted = sum(request in flight.wanted for flight in self._flights)
+            wanted = sum(request in flight.choice.wanted for flight in self._flights)
             assert request.flights == len(own), f"request {request.number}: {request.flights} flights, not {len(own)}"
             assert request.ahead_rows == sum(rows.count for rows in own), f"request {request.number}: rows under way"
             assert request.ahead_tokens == wanted, f"request {request.number}: tokens under way"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from segue.cpu_lora import Job
 from segue.engine.attention import AttentionStep
+from segue.engine.choice import Choice
 from segue.engine.lanes import Lane
 from segue.engine.lora.apply import Blocked, LoraApplier
 from segue.engine.lora.bridge import WorkerLostError
@@ -82,12 +83,16 @@ class PassResult:
     records: Mapping[int, list[LayerRecord]]
 
 
+Sample = Callable[[Sequence[RequestRows], Tensor], Choice]
+"""Has the tokens chosen of a pass over these rows by its logits [len(rows), vocab]."""
+
+
 class ForwardPass:
     """Rows of one or more requests on their way through the layers. Drive it inside ``torch.inference_mode()``.
 
     ``run`` is the model's generator; it yields between layers and whenever ``applier`` is blocked, and returns logits
     [len(rows), vocab], one row for the last token of each request's rows. ``attention`` is closed with the pass, if
-    it is given. Its pages may not change hands before it is DONE, LOST or CLOSED; then ``end`` is called once.
+    it is given. ``sample``, if given, is called in the pass's lane when its logits are enqueued. Its pages may not change hands before it is DONE, LOST or CLOSED; then ``end`` is called once.
     """
 
     def __init__(
@@ -97,6 +102,7 @@ class ForwardPass:
         attention: AttentionStep | None,
         run: Generator[None, None, Tensor],
         lane: Lane,
+        sample: Sample | None,
         end: Callable[[], None],
     ) -> None:
         self.rows = rows
@@ -105,6 +111,8 @@ class ForwardPass:
         self._attention = attention
         self._run = run
         self._lane = lane
+        self._sample = sample
+        self._choice: Choice | None = None
         self._end = end
         self._end_state = PassState.CLOSED
         self._logits: Tensor | None = None
@@ -119,6 +127,13 @@ class ForwardPass:
         if self._logits is None:
             raise ValueError(f"the pass is {self.state.value}: it has no result")
         return PassResult(self.rows, self._logits, self._applier.records)
+
+    @property
+    def choice(self) -> Choice:
+        """The tokens that a DONE pass brought."""
+        if self._choice is None:
+            raise ValueError(f"the pass is {self.state.value}: it has no tokens")
+        return self._choice
 
     @property
     def job(self) -> Job | None:
@@ -175,6 +190,8 @@ class ForwardPass:
                 next(self._run)
             except StopIteration as end:
                 self._logits = end.value
+                if self._sample is not None:
+                    self._choice = self._sample(self.rows, end.value)
                 self._drain(PassState.DONE)
             except WorkerLostError:
                 self._drain(PassState.LOST)

@@ -101,7 +101,6 @@ class EngineInstance:
             streams=streams,
             staging_bytes=staging_bytes(config, self._model_config, dtype.itemsize),
             read_limits=read_limits(config),
-            enqueues_at_once=config.device == "cuda",
             expected_copy_bytes_per_second=costs.copy_bytes_per_second,
             wake=self._wake,
         )

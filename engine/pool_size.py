@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from segue.config import ConfigError
 from segue.engine.config import EngineConfig
-from segue.engine.lora.copier import GROUP_BYTES
+from segue.engine.lora.copy_queue import GROUP_BYTES
 from segue.engine.models.config import ModelConfig
 from segue.scheduler.plan import pages_for
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from segue.engine.attention import AttentionBackend
 from segue.engine.batch import SequenceInput, build_batch
-from segue.engine.forward_pass import ForwardPass, PassResult, PassState, RequestRows, pending_rows
+from segue.engine.forward_pass import ForwardPass, PassResult, PassState, RequestRows, Sample, pending_rows
 from segue.engine.lanes import Lane, Lanes, LoopLane
 from segue.engine.lora.apply import LoraApplier, LoraResources
 from segue.engine.lora.device_lora import LoraSegment
@@ -81,7 +81,7 @@ class PassRunner:
         """How many more passes can be recorded ones; None where none ever is."""
         return None if self._passes is None else self._passes.idle
 
-    def start(self, rows: Sequence[RequestRows], *, cpu_allowed: bool) -> ForwardPass:
+    def start(self, rows: Sequence[RequestRows], *, cpu_allowed: bool, sample: Sample) -> ForwardPass:
         """A pass over these rows that has not run yet, beside the loop's work; their adapters are still loading."""
         lane = self._lanes.take()
         ordered = _by_version(rows)
@@ -91,13 +91,13 @@ class PassRunner:
         prepared = self._prepared(ordered, segments)
         lane.begin()
         if prepared is None:
-            return self._pass(ordered, applier, lane, lambda: self._lanes.give_back(lane))
+            return self._pass(ordered, applier, lane, sample, lambda: self._lanes.give_back(lane))
 
         def end() -> None:
             prepared.end()
             self._lanes.give_back(lane)
 
-        return ForwardPass(ordered, applier, None, prepared.forward(applier), lane, end)
+        return ForwardPass(ordered, applier, None, prepared.forward(applier), lane, sample, end)
 
     @torch.inference_mode()
     def run(self, rows: Sequence[RequestRows]) -> PassResult:
@@ -110,7 +110,7 @@ class PassRunner:
                 return PassResult(ordered, logits, {})
         lane = LoopLane()
         applier = LoraApplier(segments, self._resources, lane, cpu_allowed=False)
-        forward_pass = self._pass(ordered, applier, lane, lambda: None)
+        forward_pass = self._pass(ordered, applier, lane, None, lambda: None)
         state = forward_pass.advance(None)
         if state is not PassState.DONE:
             raise RuntimeError(f"a batch is {state.value}: it must never wait")
@@ -127,6 +127,7 @@ class PassRunner:
         rows: tuple[RequestRows, ...],
         applier: LoraApplier,
         lane: Lane,
+        sample: Sample | None,
         end: Callable[[], None],
     ) -> ForwardPass:
         """One that runs operation by operation, in a lane that has begun."""
@@ -142,7 +143,7 @@ class PassRunner:
             on_device = batch.to(self._model.device)
             fill_pending(on_device.token_ids, pending_rows(rows))
         run = self._model.forward(on_device, attention, applier)
-        return ForwardPass(rows, applier, attention, run, lane, end)
+        return ForwardPass(rows, applier, attention, run, lane, sample, end)
 
 
 def _by_version(rows: Sequence[RequestRows]) -> tuple[RequestRows, ...]:

@@ -17,14 +17,15 @@ _SOON_SECONDS = 1e-6
 
 @dataclass(slots=True)
 class _Load:
-    """The bytes of a load's layers under way, in order, and of all of them."""
+    """The bytes of a load's layers under way, in order, and of all of them; ``enqueued_bytes`` are with the device."""
 
     layers: deque[int] = field(default_factory=deque)
     total_bytes: int = 0
+    enqueued_bytes: int = 0
 
 
 class CopyBacklog:
-    """Copies in the order in which ``CopyQueue`` gives them out: the next layer of each load before any other."""
+    """Copies in the order in which ``CopyQueue`` gives them out."""
 
     def __init__(self, rate: RateMeter, clock: Callable[[], float] = time.monotonic) -> None:
         """``rate`` is the link's, in bytes per second."""
@@ -48,12 +49,17 @@ class CopyBacklog:
         own.total_bytes += copy_bytes
         self._total_bytes += copy_bytes
 
+    def enqueue(self, load: DeviceCopy, copy_bytes: int) -> None:
+        """The device has the next layer of a load, whatever is asked for later."""
+        self._loads[load].enqueued_bytes += copy_bytes
+
     def end(self, load: DeviceCopy, now: float) -> None:
         """The first layer under way of a load has landed, or will not."""
         self._busy_since = now
         own = self._loads[load]
         copy_bytes = own.layers.popleft()
         own.total_bytes -= copy_bytes
+        own.enqueued_bytes = max(own.enqueued_bytes - copy_bytes, 0)
         self._total_bytes -= copy_bytes
         if not own.layers:
             del self._loads[load]
@@ -61,21 +67,28 @@ class CopyBacklog:
     def landing_seconds(self, load: DeviceCopy) -> Sequence[float]:
         """When each of the load's layers under way will be through, in seconds from now.
 
-        Other loads' layers are taken as equally large.
+        Layers of loads that the same pass waits for are taken as equally large.
         """
         own = self._loads.get(load)
         if own is None:
             return ()
         turns = len(own.layers)
+        ahead_bytes = 0
         # By the last of these turns that each other load takes: what it brings in every turn until then.
         until = [0.0] * turns
-        for other in self._loads.values():
-            if other is not own:
+        for device, other in self._loads.items():
+            if other is own:
+                continue
+            if load.turn.is_needed and device.turn.need == load.turn.need:
                 until[min(len(other.layers), turns) - 1] += other.total_bytes / len(other.layers)
+            elif (device.turn.need, device.turn.arrival) < (load.turn.need, load.turn.arrival):
+                ahead_bytes += other.total_bytes
+            else:
+                ahead_bytes += other.enqueued_bytes
         others = list(accumulate(reversed(until)))[::-1]
         under_way_seconds = self._clock() - self._busy_since
         through = accumulate(mine + theirs for mine, theirs in zip(own.layers, others, strict=True))
-        return [self._left(ahead_bytes, under_way_seconds) for ahead_bytes in through]
+        return [self._left(ahead_bytes + through_bytes, under_way_seconds) for through_bytes in through]
 
     def busy_seconds(self) -> float:
         """For how long the link has copies to do."""
@@ -86,6 +99,7 @@ class CopyBacklog:
         for own in self._loads.values():
             assert own.layers, "a load without layers is under way"
             assert own.total_bytes == sum(own.layers), f"{own.total_bytes} bytes of the layers {list(own.layers)}"
+            assert 0 <= own.enqueued_bytes <= own.total_bytes, f"{own.enqueued_bytes} of {own.total_bytes} enqueued"
         total_bytes = sum(own.total_bytes for own in self._loads.values())
         assert self._total_bytes == total_bytes, f"{self._total_bytes} bytes under way, not {total_bytes}"
 

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from segue.engine.device import DeviceStreams
+from segue.engine.device import DeviceStreams, StreamSpan
 from segue.engine.lora.host_plan import HostPlan, PlannedLayer
 from segue.engine.memory.adapter_layout import AdapterLayout
 from segue.gpu_kernels.landing import LANDING_WORDS
@@ -131,24 +131,19 @@ class LayerLander:
         self._next_slot = 0
         self._turn = threading.Lock()
 
-    @property
-    def is_ahead(self) -> bool:
-        """Whether the device copies beside the host."""
-        return len(self._slots) > 1
-
     def start(
         self, layers: Sequence[PlannedLayer], first_layer: int, copy_offset: int, place: LandingPlace
-    ) -> torch.cuda.Event | None:
+    ) -> StreamSpan | None:
         """Have layers of the host copy at ``copy_offset``, which follow one another, copied together and landed.
 
-        A fresh event, recorded behind the landing; None where that has been done.
+        From the copy's beginning to the landing's end; None where it has been done.
         """
         with self._turn:
             return self._start(layers, first_layer, copy_offset, place)
 
     def _start(
         self, layers: Sequence[PlannedLayer], first_layer: int, copy_offset: int, place: LandingPlace
-    ) -> torch.cuda.Event | None:
+    ) -> StreamSpan | None:
         begin = layers[0].host_start
         size_bytes = layers[-1].host_start + layers[-1].host_bytes - begin
         slot = self._take_slot(size_bytes)
@@ -159,14 +154,14 @@ class LayerLander:
         place.behind = None
         try:
             slot.landed = self._streams.enqueue_landing(
-                lambda: self._land_staged(staged, layers, first_layer, place), [] if copied is None else [copied]
+                lambda: self._land_staged(staged, layers, first_layer, place), [] if copied is None else [copied.ended]
             )
         except BaseException:
             if copied is not None:
                 # Whoever learns that this failed gives the host's bytes back.
-                copied.synchronize()
+                copied.ended.synchronize()
             raise
-        return slot.landed
+        return None if copied is None or slot.landed is None else StreamSpan(copied.begun, slot.landed)
 
     def _take_slot(self, size_bytes: int) -> _Slot:
         slot = self._slots[self._next_slot]

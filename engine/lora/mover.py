@@ -19,10 +19,11 @@ import torch
 
 from segue.engine.device import DeviceStreams
 from segue.engine.lora.backlog import CopyBacklog
-from segue.engine.lora.copier import CopierThread
+from segue.engine.lora.copier import CopierThread, CopyPump
 from segue.engine.lora.events import LayerEnqueued, LayerHost, LayerLanded, LoadFailed, StoreEvent, Verified
 from segue.engine.lora.host_memory import HostExtents
-from segue.engine.lora.landing import LayerLander
+from segue.engine.lora.landing import LandingPlace, LayerLander
+from segue.engine.lora.landings import Landings
 from segue.engine.lora.link import LinkThrottle
 from segue.engine.lora.reader import ReaderPool, ReadLimits
 from segue.engine.lora.states import UNDER_WAY, Adapter, DeviceCopy, HostCopy, LayerState, ReadPhase
@@ -31,6 +32,7 @@ from segue.engine.lora.transfer import (
     CopyEnded,
     CopyEnqueued,
     CopyJob,
+    CopyTurn,
     LayerRead,
     ReadEnded,
     ReadFailed,
@@ -73,13 +75,15 @@ class WeightMover:
         ops: TransferOps,
         staging_bytes: int,
         read_limits: ReadLimits,
-        enqueues_at_once: bool,
         copy_bytes_per_second: float,
     ) -> None:
         """``copy_bytes_per_second`` is what is expected of the link until copies have been measured."""
         self.extents = HostExtents(len(memory.store))
         self._pool = pool
-        self._enqueues_at_once = enqueues_at_once
+        self._streams = streams
+        self._link = link
+        self._arrivals = 0
+        self._needs = 0
         self._leaving_hosts: list[HostCopy] = []
         self._leaving_devices: list[DeviceCopy] = []
         self._reads: dict[ReadJob, tuple[Adapter, HostCopy]] = {}
@@ -99,7 +103,7 @@ class WeightMover:
             wake=wake,
             limits=read_limits,
         )
-        lander = LayerLander(
+        self._lander = LayerLander(
             host=host,
             extent_bytes=memory.extent_bytes,
             pool=pool.data,
@@ -108,7 +112,14 @@ class WeightMover:
             streams=streams,
             staging_bytes=staging_bytes,
         )
-        self._copier = CopierThread(lander=lander, link=link, report=self._completions.put, wake=wake)
+        self._landings = Landings()
+        self._pump = CopyPump(self._lander, self._landings)
+        self._copier = CopierThread(lander=self._lander, link=link, report=self._completions.put, wake=wake)
+
+    @property
+    def awaits_landings(self) -> bool:
+        """Whether the device has copies to land, which wakes nobody."""
+        return len(self._landings) > 0
 
     @property
     def leaving_pages(self) -> int:
@@ -140,6 +151,8 @@ class WeightMover:
                     self._on_copy_enqueued(completion)
                 case CopyEnded():
                     touched(self._on_copy_ended(completion))
+        for ended in self._landings.take_landed():
+            touched(self._on_copy_ended(ended))
         for adapter in read.values():
             # All layers that came together are copied together.
             self.start_copies(adapter)
@@ -168,12 +181,41 @@ class WeightMover:
         if adapter.host is not None and adapter.host.reader is not None:
             self._reader.hasten(adapter.host.reader)
 
+    def give_pages(self, adapter: Adapter, pages: tuple[int, ...]) -> None:
+        """The adapter's layers are to land in these pages."""
+        self._arrivals += 1
+        adapter.device = DeviceCopy.to_fill(
+            pages,
+            LandingPlace.on_device(adapter.landing_tables, pages, self._streams),
+            CopyTurn(self._arrivals),
+            len(adapter.layers),
+            by_thread=not self._streams.work_beside or self._link.bytes_per_second is not None,
+        )
+
+    def need(self, adapters: Sequence[Adapter]) -> None:
+        """A pass has begun that waits for these adapters: their copies come behind those of earlier passes."""
+        self._needs += 1
+        for adapter in adapters:
+            device = adapter.device
+            if device is not None and not device.is_complete and not device.turn.is_needed:
+                (self._copier if device.by_thread else self._pump).hasten(device.turn, self._needs)
+
+    def enqueue_copies(self) -> bool:
+        """Have the device copy the next layers whose turn it is, by one copy; whether there was anything to do."""
+        enqueued = self._pump.enqueue()
+        if isinstance(enqueued, CopyEnqueued):
+            self._on_copy_enqueued(enqueued)
+            return True
+        for ended in enqueued:
+            self._completions.put(ended)
+        return len(enqueued) > 0
+
     def start_copies(self, adapter: Adapter) -> None:
-        """Start the copies of the layers that are in host memory, in order."""
+        """Queue the copies of the layers that are in host memory, in order."""
         host, device = adapter.host, adapter.device
         if host is None or device is None or adapter.phase is ReadPhase.FAILED:
             return
-        jobs = []
+        copies = self._copier if device.by_thread else self._pump
         while device.started < host.ready_layers:
             layer = device.started
             job = CopyJob(
@@ -182,6 +224,7 @@ class WeightMover:
                 planned=adapter.plan.layers[layer],
                 copy_offset=host.offset,
                 place=device.place,
+                turn=device.turn,
                 cancelled=device.cancelled,
             )
             adapter.move_layer(layer, LayerState.LANDING)
@@ -190,15 +233,7 @@ class WeightMover:
             host.copies += 1
             self._backlog.put(device, job.planned.host_bytes)
             self._copies[job] = (adapter, host, device)
-            jobs.append(job)
-        # A load's layers stay in order: what follows others in the queue goes there as well.
-        if self._enqueues_at_once and not device.is_queued and self._copier.may_enqueue:
-            for enqueued in self._copier.enqueue(jobs):
-                self._on_copy_enqueued(enqueued)
-            return
-        for job in jobs:
-            device.is_queued = True
-            self._copier.put(job)
+            copies.put(job)
 
     def drop_device(self, adapter: Adapter) -> None:
         """Take the pages from the adapter; they are free when no copy under way refers to them."""
@@ -272,6 +307,7 @@ class WeightMover:
         """Stop the threads and give back every page and descriptor of ``adapters``, which are all there are."""
         self._reader.close()
         self._copier.close()
+        self._close_landings()
         for adapter in adapters:
             os.close(adapter.descriptor)
             if adapter.device is not None:
@@ -279,6 +315,14 @@ class WeightMover:
         for device in self._leaving_devices:
             self._pool.free(device.pages)
         self._leaving_devices.clear()
+
+    def _close_landings(self) -> None:
+        """See all land that was enqueued, what the copier's thread enqueued last among it."""
+        while not self._completions.empty():
+            completion = self._completions.get()
+            if isinstance(completion, CopyEnqueued):
+                self._landings.put(completion)
+        self._landings.close()
 
     def check(self, adapters: Sequence[Adapter]) -> None:
         """Raise AssertionError unless jobs, host bytes, pages and the copies of ``adapters``, all there are, agree."""
@@ -341,11 +385,14 @@ class WeightMover:
         return adapter
 
     def _on_copy_enqueued(self, done: CopyEnqueued) -> None:
-        adapter, _, device = self._copies[done.job]
-        if adapter.device is device:
-            adapter.move_layer(done.job.layer, LayerState.ENQUEUED)
-            device.landing_events[done.job.layer] = done.landed
-            self._events.append(LayerEnqueued(adapter.version_id, done.job.layer, done.monotonic_seconds))
+        self._landings.put(done)
+        for job in done.jobs:
+            adapter, _, device = self._copies[job]
+            self._backlog.enqueue(device, job.planned.host_bytes)
+            if adapter.device is device:
+                adapter.move_layer(job.layer, LayerState.ENQUEUED)
+                device.landing_events[job.layer] = done.span.ended
+                self._events.append(LayerEnqueued(adapter.version_id, job.layer, done.monotonic_seconds))
 
     def _on_copy_ended(self, done: CopyEnded) -> Adapter:
         adapter, host, device = self._copies.pop(done.job)

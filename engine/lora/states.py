@@ -12,7 +12,7 @@ import torch
 from segue.engine.lora.host_plan import HostModule, HostPlan
 from segue.engine.lora.landing import LandingPlace, LandingTables
 from segue.engine.lora.manifest import AdapterManifest
-from segue.engine.lora.transfer import ReadJob
+from segue.engine.lora.transfer import CopyTurn, ReadJob
 from segue.engine.memory.adapter_layout import AdapterLayout
 from segue.scheduler.placement import AdapterCost
 
@@ -86,23 +86,33 @@ class HostCopy:
 class DeviceCopy:
     """Pages of the pool. The copies of ``started`` layers were started, in order; ``copies`` of them are under way.
 
-    ``landing_events`` has a layer's event while it is ENQUEUED. ``is_queued``: its copies go through the copier's
-    queue.
+    ``landing_events`` has a layer's event while it is ENQUEUED. ``by_thread``: its copies are carried out by the thread
+    beside the loop.
     """
 
     pages: tuple[int, ...]
     place: LandingPlace
+    turn: CopyTurn
+    by_thread: bool
     landed_seconds: list[float | None]
     landing_events: list[torch.cuda.Event | None]
     started: int = 0
     copies: int = 0
-    is_queued: bool = False
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     @classmethod
-    def to_fill(cls, pages: tuple[int, ...], place: LandingPlace, layers: int) -> DeviceCopy:
+    def to_fill(
+        cls, pages: tuple[int, ...], place: LandingPlace, turn: CopyTurn, layers: int, *, by_thread: bool
+    ) -> DeviceCopy:
         """Pages in which none of an adapter's ``layers`` layers has landed."""
-        return cls(pages=pages, place=place, landed_seconds=[None] * layers, landing_events=[None] * layers)
+        return cls(
+            pages=pages,
+            place=place,
+            turn=turn,
+            by_thread=by_thread,
+            landed_seconds=[None] * layers,
+            landing_events=[None] * layers,
+        )
 
     @property
     def is_complete(self) -> bool:

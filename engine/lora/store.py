@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -17,12 +17,11 @@ from torch import Tensor
 from segue.engine.device import CpuStreams, DeviceStreams
 from segue.engine.lora.events import LayerEnqueued, LayerHost, LayerLanded, LoadFailed, StoreEvent, Verified
 from segue.engine.lora.host_plan import HostModule, HostPlan, host_modules
-from segue.engine.lora.landing import LandingPlace
 from segue.engine.lora.link import LinkThrottle
 from segue.engine.lora.manifest import AdapterManifest
 from segue.engine.lora.mover import HostStore, WeightMover
 from segue.engine.lora.reader import ReadLimits
-from segue.engine.lora.states import Adapter, DeviceCopy, HostLayer, LayerState, ReadPhase
+from segue.engine.lora.states import Adapter, HostLayer, LayerState, ReadPhase
 from segue.engine.lora.transfer import TransferOps
 from segue.engine.memory.adapter_layout import AdapterLayout
 from segue.engine.memory.pool import PagePool
@@ -51,7 +50,7 @@ __all__ = [
 class AdapterStore:
     """The adapter versions of one engine.
 
-    ``wake`` is called on one of the store's threads whenever ``drain`` has something to apply. ``link`` is throttled to
+    ``wake`` is called on one of the store's threads whenever they leave ``drain`` something to apply. ``link`` is throttled to
     ``copy_bytes_per_second``; others may charge it too. Without ``streams`` the device is the CPU. ``staging_bytes``
     are those of the largest layer that is expected; a larger one makes room when it comes. An unknown version raises
     KeyError where nothing else is said.
@@ -69,7 +68,6 @@ class AdapterStore:
         streams: DeviceStreams | None = None,
         staging_bytes: int = 0,
         read_limits: ReadLimits | None = None,
-        enqueues_at_once: bool = False,
         expected_copy_bytes_per_second: float = 10e9,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -80,18 +78,16 @@ class AdapterStore:
         self._clock = clock
         self._adapters: dict[int, Adapter] = {}
         self._waiting: dict[int, Adapter] = {}
-        self._streams = streams or CpuStreams()
         self._mover = WeightMover(
             memory=memory,
             pool=pool,
             chunk_elems=chunk_elems,
             link=self.link,
-            streams=self._streams,
+            streams=streams or CpuStreams(),
             wake=wake,
             ops=ops or TransferOps(),
             staging_bytes=staging_bytes,
             read_limits=read_limits or ReadLimits(),
-            enqueues_at_once=enqueues_at_once,
             copy_bytes_per_second=expected_copy_bytes_per_second,
         )
 
@@ -184,13 +180,26 @@ class AdapterStore:
             raise ValueError(f"adapter version {version_id} has its pages")
         if len(pages) != adapter.layout.pages:
             raise ValueError(f"adapter version {version_id} needs {adapter.layout.pages} pages, not {len(pages)}")
-        place = LandingPlace.on_device(adapter.landing_tables, pages, self._streams)
-        adapter.device = DeviceCopy.to_fill(pages, place, len(adapter.layers))
+        self._mover.give_pages(adapter, pages)
         adapter.evict_host_when_dropped = False
         self.start_load(version_id)
         self._mover.hasten(adapter)
         self._mover.start_copies(adapter)
         self._start_waiting()
+
+    def begin_pass(self, version_ids: Iterable[int]) -> None:
+        """A pass has begun that waits for these versions: their copies come behind those of earlier passes."""
+        self._mover.need([self._adapters[version_id] for version_id in version_ids])
+
+    def enqueue_copies(self) -> bool:
+        """Have a device that works beside the host copy the next layers whose turn it is; whether there was anything
+        to do. The link is given no more than it is busy with for a few milliseconds."""
+        return self._mover.enqueue_copies()
+
+    @property
+    def awaits_landings(self) -> bool:
+        """Whether the device has copies to land, which ``drain`` sees, and which wakes nobody."""
+        return self._mover.awaits_landings
 
     def drain(self) -> tuple[StoreEvent, ...]:
         """Apply what the threads have completed; the events since the last call, in order."""

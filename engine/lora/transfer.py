@@ -7,14 +7,11 @@ reported as a failure of the job.
 from __future__ import annotations
 
 import logging
+import math
 import threading
-from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
 
-import torch
-
+from segue.engine.device import StreamSpan
 from segue.engine.lora.adapter_path import FileIdentity
 from segue.engine.lora.file_runs import ReadRuns, Target
 from segue.engine.lora.host_plan import HostPlan, PlannedLayer
@@ -47,6 +44,19 @@ class ReadJob:
     copy_offset: int
 
 
+@dataclass(slots=True, eq=False)
+class CopyTurn:
+    """When a load's copies are due. ``need`` numbers the pass that waits for them, in the order in which passes began;
+    while none does it is infinite, and loads go by their ``arrival``."""
+
+    arrival: int
+    need: float = math.inf
+
+    @property
+    def is_needed(self) -> bool:
+        return self.need != math.inf
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class CopyJob:
     """Copy one layer from host memory at ``copy_offset`` to its pages. ``cancelled`` skips it if not begun."""
@@ -56,16 +66,8 @@ class CopyJob:
     planned: PlannedLayer
     copy_offset: int
     place: LandingPlace
+    turn: CopyTurn
     cancelled: threading.Event
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class EnqueuedCopy:
-    """Copy jobs that the device has, and the event recorded behind them."""
-
-    jobs: tuple[CopyJob, ...]
-    landed: torch.cuda.Event
-    start_seconds: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,10 +105,10 @@ class ReadEnded:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CopyEnqueued:
-    """The device lands the layer before it passes the event, which has been recorded."""
+    """The device has these jobs of one load, and they have landed when it is through with ``span``."""
 
-    job: CopyJob
-    landed: torch.cuda.Event
+    jobs: tuple[CopyJob, ...]
+    span: StreamSpan
     monotonic_seconds: float
 
 
@@ -122,47 +124,6 @@ class CopyEnded:
 
 
 Completion = LayerRead | ReadFailed | ReadEnded | CopyEnqueued | CopyEnded
-_Job = TypeVar("_Job", CopyJob, EnqueuedCopy)
-
-
-class JobQueue(Protocol[_Job]):
-    """Where jobs wait; ``put`` may wait for room. After None there are no more."""
-
-    def put(self, job: _Job | None) -> None: ...
-
-    def get(self) -> _Job | None: ...
-
-
-class JobThread(ABC, Generic[_Job]):
-    """A thread that carries out the jobs of a queue, one after the other."""
-
-    def __init__(self, name: str, report: Callable[[Completion], None], jobs: JobQueue[_Job]) -> None:
-        self._report = report
-        self._stopped = threading.Event()
-        self._jobs: JobQueue[_Job] = jobs
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
-
-    def put(self, job: _Job) -> None:
-        """Queue a job, when there is room; exactly one end of it is reported, unless the thread is stopped before."""
-        self._jobs.put(job)
-
-    def close(self) -> None:
-        """Stop at the next piece of work and wait for the thread. Jobs not begun are dropped."""
-        self._stopped.set()
-        self._jobs.put(None)
-        self._thread.join()
-
-    def _run(self) -> None:
-        with torch.inference_mode():
-            while (job := self._jobs.get()) is not None:
-                if self._stopped.is_set():
-                    return
-                self._carry_out(job)
-
-    @abstractmethod
-    def _carry_out(self, job: _Job) -> None:
-        """Do the job and report its end."""
 
 
 def failure_message(error: Exception, doing: str) -> str:

@@ -10,6 +10,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from segue.engine.device import StreamSpan
+
 PATIENCE_SECONDS = 20.0
 
 
@@ -20,7 +22,14 @@ class FakeStream:
         self.work: deque[FakeWork] = deque()
 
 
-class FakeWork:
+class FakeMark:
+    """The event before a piece of work: all work takes a millisecond."""
+
+    def elapsed_time(self, _ended: object) -> float:
+        return 1.0
+
+
+class FakeWork(FakeMark):
     """A piece of a stream's work; it stands for the event recorded behind it as well."""
 
     def __init__(
@@ -34,6 +43,8 @@ class FakeWork:
         self._run = run
 
     def query(self) -> bool:
+        if self.is_done and self.error is not None:
+            raise self.error
         return self.is_done
 
     def synchronize(self) -> None:
@@ -68,6 +79,7 @@ class FakeStreams:
     """
 
     device = torch.device("cpu")
+    work_beside = True
 
     def __init__(self, staging_slots: int = 2, *, driven_by_waiting: bool = False) -> None:
         self.staging_slots = staging_slots
@@ -96,8 +108,9 @@ class FakeStreams:
     def staging(self, size_bytes: int) -> Tensor:
         return torch.full((size_bytes,), 0xFF, dtype=torch.uint8)
 
-    def enqueue_copy(self, work: Callable[[], None], after: Iterable[torch.cuda.Event]) -> torch.cuda.Event:
-        return cast("torch.cuda.Event", self._enqueue(self.copying, work, after))
+    def enqueue_copy(self, work: Callable[[], None], after: Iterable[torch.cuda.Event]) -> StreamSpan:
+        ended = self._enqueue(self.copying, work, after)
+        return StreamSpan(cast("torch.cuda.Event", FakeMark()), cast("torch.cuda.Event", ended))
 
     def enqueue_landing(self, work: Callable[[], None], after: Iterable[torch.cuda.Event]) -> torch.cuda.Event:
         return cast("torch.cuda.Event", self._enqueue(self.landing, work, after))

@@ -10,7 +10,7 @@ import functools
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,14 +21,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from segue.engine.lora import copier, mover
+from segue.engine.device import StreamSpan
+from segue.engine.lora import mover
 from segue.engine.lora.adapter_path import identity_of
 from segue.engine.lora.checkpoint import WEIGHTS_FILE, open_checkpoint
-from segue.engine.lora.copier import CopierThread, LandingsThread
+from segue.engine.lora.copier import CopierThread
+from segue.engine.lora.host_plan import PlannedLayer
+from segue.engine.lora.landing import LandingPlace, LayerLander
 from segue.engine.lora.manifest import AdapterManifest, ModuleWeights, Projection, TensorSpan
 from segue.engine.lora.part_reader import PartReader
 from segue.engine.lora.reader import ReaderPool, ReadLimits
-from segue.engine.lora.transfer import Completion, CopyJob, EnqueuedCopy, ReadEnded, ReadJob
+from segue.engine.lora.transfer import Completion, CopyJob, ReadEnded, ReadJob
 from tests.engine.lora.adapter_folders import SmallModel, peft_config, random_tensors, write_folder
 from tests.engine.lora.fake_streams import PATIENCE_SECONDS, FakeStream, FakeStreams
 from tests.engine.lora.store_rig import NEVER_SECONDS, PATIENT_READS, StoreRig
@@ -140,9 +143,7 @@ class FakeSteppedReader(ReaderPool):
 
 
 class FakeSteppedCopier(CopierThread):
-    """The real copier, in steps. ``job`` is the one under way."""
-
-    job: CopyJob
+    """The real copier, in steps."""
 
     def __init__(self, steps: FakeSteps, **options: Any) -> None:
         self._steps = steps
@@ -155,26 +156,20 @@ class FakeSteppedCopier(CopierThread):
 
     def _carry_out(self, job: CopyJob) -> None:
         self._steps.pause()
-        self.job = job
         super()._carry_out(job)
         self._steps.job_ended()
 
 
-class FakeSteppedLandings(LandingsThread):
-    """The real one, in steps."""
+class FakeNotingLander(LayerLander):
+    """The real lander. ``present`` is the offset of the host copy and the place of what it was asked for last."""
 
-    def __init__(self, steps: FakeSteps, report: Callable[[Completion], None], wake: Callable[[], None]) -> None:
-        self._steps = steps
-        super().__init__(report, wake)
+    present: tuple[int, LandingPlace]
 
-    def put(self, job: EnqueuedCopy) -> None:
-        self._steps.job_put()
-        super().put(job)
-
-    def _carry_out(self, job: EnqueuedCopy) -> None:
-        self._steps.pause()
-        super()._carry_out(job)
-        self._steps.job_ended()
+    def start(
+        self, layers: Sequence[PlannedLayer], first_layer: int, copy_offset: int, place: LandingPlace
+    ) -> StreamSpan | None:
+        self.present = copy_offset, place
+        return super().start(layers, first_layer, copy_offset, place)
 
 
 @dataclass(kw_only=True)
@@ -186,9 +181,9 @@ class SteppedRig(StoreRig):
 
     model: SmallModel = STEPPED_MODEL
     read_limits: ReadLimits = STEPPED_READS
+    enqueues: bool = False
     reader: FakeSteps = field(default_factory=FakeSteps)
     copier: FakeSteps = field(default_factory=FakeSteps)
-    landings: FakeSteps = field(default_factory=FakeSteps)
     grabbed: dict[int, float] = field(default_factory=dict)
     next_read_fails: bool = False
     next_landing_fails: bool = False
@@ -198,7 +193,7 @@ class SteppedRig(StoreRig):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(mover, "ReaderPool", functools.partial(FakeSteppedReader, self.reader))
             patch.setattr(mover, "CopierThread", functools.partial(FakeSteppedCopier, self.copier))
-            patch.setattr(copier, "LandingsThread", functools.partial(FakeSteppedLandings, self.landings))
+            patch.setattr(mover, "LayerLander", FakeNotingLander)
             super().__post_init__()
         self.on_read = self._before_read
         if isinstance(self.streams, FakeStreams):
@@ -208,7 +203,7 @@ class SteppedRig(StoreRig):
 
     @property
     def threads(self) -> tuple[FakeSteps, ...]:
-        return self.reader, self.copier, self.landings
+        return self.reader, self.copier
 
     def check(self) -> None:
         self.store.check()
@@ -241,7 +236,7 @@ class SteppedRig(StoreRig):
 
     def _before_land(self) -> None:
         self.copier.pause()
-        self._look_for_trespass(self._copy_job())
+        self._look_for_trespass(*self._present())
         self._fail_if_told()
 
     def _before_work(self, stream: FakeStream) -> Callable[[], None]:
@@ -251,17 +246,17 @@ class SteppedRig(StoreRig):
             return lambda: None
         if stream is self.streams.landing:
             self._fail_if_told()
-        return functools.partial(self._look_for_trespass, self._copy_job())
+        return functools.partial(self._look_for_trespass, *self._present())
 
-    def _copy_job(self) -> CopyJob:
-        thread = self.store._mover._copier
-        assert isinstance(thread, FakeSteppedCopier)
-        return thread.job
+    def _present(self) -> tuple[int, LandingPlace]:
+        lander = self.store._mover._lander
+        assert isinstance(lander, FakeNotingLander)
+        return lander.present
 
-    def _look_for_trespass(self, job: CopyJob) -> None:
-        if job.copy_offset not in self.store._mover.extents.taken:
+    def _look_for_trespass(self, copy_offset: int, place: LandingPlace) -> None:
+        if copy_offset not in self.store._mover.extents.taken:
             self.trespasses.append("copied from host bytes that are free")
-        if not set(job.place.page_table.tolist()) <= self.pool.owned().keys() - self.grabbed.keys():
+        if not set(place.page_table.tolist()) <= self.pool.owned().keys() - self.grabbed.keys():
             self.trespasses.append("copied to pages that are free")
 
     def _fail_if_told(self) -> None:

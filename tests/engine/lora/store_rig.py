@@ -81,7 +81,9 @@ class FakeSharedMemory:
 @dataclass(kw_only=True)
 class StoreRig:
     """A store with its surroundings. ``reads`` and ``copies`` gate each part of a layer that is read (a layer has one)
-    and each matrix that is landed."""
+    and each matrix that is landed. ``enqueues``: copies for a device that works beside the host are enqueued whenever the
+    store is drained.
+    """
 
     root: Path
     model: SmallModel = MODEL
@@ -91,7 +93,7 @@ class StoreRig:
     copy_bytes_per_second: float | None = None
     staging_bytes: int = 0
     read_limits: ReadLimits = PATIENT_READS
-    enqueues_at_once: bool = False
+    enqueues: bool = True
     reads: FakeGate = field(default_factory=FakeGate)
     copies: FakeGate = field(default_factory=FakeGate)
     streams: DeviceStreams = field(default_factory=CpuStreams)
@@ -126,7 +128,6 @@ class StoreRig:
             staging_bytes=self.staging_bytes,
             streams=self.streams,
             read_limits=self.read_limits,
-            enqueues_at_once=self.enqueues_at_once,
             ops=TransferOps(read_runs=self._read, land=self._land),
         )
         self.capacity_bytes = self.store.host_free_bytes
@@ -154,6 +155,8 @@ class StoreRig:
     def drain(self) -> tuple[StoreEvent, ...]:
         """Drain once and check everything."""
         events = self.store.drain()
+        while self.enqueues and self.store.enqueue_copies():
+            pass
         self.events.extend(events)
         self.check()
         return events
@@ -179,8 +182,10 @@ class StoreRig:
             self.drain()
             if condition():
                 return
+            if isinstance(self.streams, FakeStreams) and self.streams.driven_by_waiting:
+                self.streams.go_on_as_far_as_possible()
             assert time.monotonic() < deadline, "the condition never came to hold"
-            self.wakes.wait(0.5)
+            self.wakes.wait(0.001 if self.store.awaits_landings else 0.5)
 
     def wait_until_a_read_waits(self) -> None:
         self._wait(lambda: self.reads.waiting > 0)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from segue.engine.lora.backlog import CopyBacklog
 from segue.engine.lora.landing import LandingPlace
 from segue.engine.lora.states import DeviceCopy
+from segue.engine.lora.transfer import CopyTurn
 from segue.engine.rate import RateMeter
 
 
@@ -19,11 +22,12 @@ class FakeClock:
         return self.now
 
 
-def load() -> DeviceCopy:
+def load(arrival: int = 0, need: float = 1) -> DeviceCopy:
+    """One that a pass waits for, unless another ``need`` is given."""
     place = LandingPlace(
         page_table=torch.zeros(0, dtype=torch.int64), rows=torch.zeros(0, 8, dtype=torch.int64), starts=(), behind=None
     )
-    return DeviceCopy.to_fill((), place, 3)
+    return DeviceCopy.to_fill((), place, CopyTurn(arrival, need), 3, by_thread=False)
 
 
 def test_loads_share_the_link_layer_by_layer() -> None:
@@ -89,3 +93,23 @@ def test_one_odd_measurement_moves_a_rate_within_bounds() -> None:
         rates.append(100 / rate.seconds_for(100))
     assert 150 < rates[0] < 200
     assert 75 < rates[1] < 100
+
+
+def test_loads_of_earlier_passes_come_first_and_those_of_none_one_after_the_other() -> None:
+    backlog = CopyBacklog(RateMeter(10.0), FakeClock())
+    earlier, later = load(need=1), load(need=2)
+    first, second = load(1, math.inf), load(2, math.inf)
+    for item in (second, first, later, earlier):
+        backlog.put(item, 10)
+        backlog.put(item, 10)
+    assert backlog.landing_seconds(earlier) == pytest.approx([1, 2])
+    assert backlog.landing_seconds(later) == pytest.approx([3, 4])
+    assert backlog.landing_seconds(first) == pytest.approx([5, 6])
+    assert backlog.landing_seconds(second) == pytest.approx([7, 8])
+    # What the device has cannot be overtaken.
+    backlog.enqueue(second, 10)
+    assert backlog.landing_seconds(earlier) == pytest.approx([2, 3])
+    backlog.check()
+    backlog.end(second, 100.0)
+    assert backlog.landing_seconds(earlier) == pytest.approx([1, 2])
+    backlog.check()

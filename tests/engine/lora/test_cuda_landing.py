@@ -97,7 +97,6 @@ def rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[CudaRig]:
         dtype=request.param,
         streams=CudaStreams(),
         staging_bytes=1 << 20,
-        enqueues_at_once=request.param is not torch.float16,
         land=land_layers,
     )
     compile_landing(rig.pool.data, rig.chunk_elems)

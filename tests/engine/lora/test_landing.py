@@ -28,7 +28,7 @@ def streams() -> FakeStreams:
 
 @pytest.fixture
 def on_streams(make_rig: MakeRig, streams: FakeStreams) -> StoreRig:
-    return make_rig(streams=streams)
+    return make_rig(streams=streams, staging_bytes=1 << 20)
 
 
 def start(rig: StoreRig, name: str = "one") -> int:
@@ -209,11 +209,16 @@ def test_no_piece_of_a_copy_crosses_an_extent(start: int, stop: int, expected_pi
 
 def test_a_load_from_host_memory_is_enqueued_by_who_asks_for_it(make_rig: MakeRig, streams: FakeStreams) -> None:
     """No other thread has a part in it, and the next step of the engine finds all layers enqueued."""
-    rig = make_rig(streams=streams, enqueues_at_once=True)
+    rig = make_rig(streams=streams)
     version = rig.add("one")
     rig.store.start_load(version)
     rig.drain_until(lambda: rig.store.is_verified(version))
     rig.start_copy(version)
+    assert rig.states(version) == [LayerState.LANDING] * MODEL.layers
+    for layers in range(MODEL.layers):
+        assert rig.states(version)[layers:] == [LayerState.LANDING] * (MODEL.layers - layers)
+        assert rig.store.enqueue_copies()
+    assert not rig.store.enqueue_copies()
     assert rig.states(version) == [LayerState.ENQUEUED] * MODEL.layers
     assert None not in events(rig, version)
     assert rig.pool.data.isnan().all()
@@ -224,7 +229,7 @@ def test_a_load_from_host_memory_is_enqueued_by_who_asks_for_it(make_rig: MakeRi
 
 
 def test_layers_that_come_from_disk_are_enqueued_as_they_come(make_rig: MakeRig, streams: FakeStreams) -> None:
-    rig = make_rig(streams=streams, enqueues_at_once=True)
+    rig = make_rig(streams=streams)
     version = rig.add("one")
     rig.start_copy(version)
     streams.driven_by_waiting = True
@@ -234,7 +239,7 @@ def test_layers_that_come_from_disk_are_enqueued_as_they_come(make_rig: MakeRig,
 
 
 def test_an_error_of_the_device_at_once_fails_the_version(make_rig: MakeRig, streams: FakeStreams) -> None:
-    rig = make_rig(streams=streams, enqueues_at_once=True)
+    rig = make_rig(streams=streams)
     version = rig.add("one")
     rig.store.start_load(version)
     rig.drain_until(lambda: rig.store.is_verified(version))

@@ -277,6 +277,7 @@ class ResidencyMachine(RuleBasedStateMachine):
         """The threads come to the end of their jobs: nothing waits for ever, and whatever can be loaded is."""
         for _ in range(MOST_ROUNDS):
             steps = [thread.step() for thread in self.rig.threads]
+            steps.append(self.run_device())
             self.drain()
             if not any(steps) and all(thread.is_idle for thread in self.rig.threads):
                 break
@@ -290,6 +291,10 @@ class ResidencyMachine(RuleBasedStateMachine):
         assert self.store.device_pages_held == sum(
             self.store.device_pages(version.number) for version in self.known if version.has_pages
         )
+
+    def run_device(self) -> bool:
+        """Have it do all that can be enqueued; whether there was anything. The CPU does its work at once."""
+        return False
 
     def keeps_host_bytes(self, version: Version) -> bool:
         """Whether a quiet version may keep another from loading."""

@@ -38,7 +38,7 @@ class StreamsMachine(ResidencyMachine):
     def enqueue(self, version: Version, streams: int, uses: bool) -> None:
         """The host is as far ahead of the device as it can be, and then each stream as far as it can be of the next."""
         self.admit(version)
-        while any([self.rig.reader.step(), self.rig.copier.step()]):
+        while any([self.rig.reader.step(), self.store.enqueue_copies()]):
             self.drain()
         for name in STREAMS[:streams]:
             while self.streams.go_on(getattr(self.streams, name)):
@@ -46,9 +46,16 @@ class StreamsMachine(ResidencyMachine):
         if uses and self.is_known(version):
             self.use_what_is_enqueued(version)
 
-    @rule(steps=st.integers(1, MOST_STEPS), drains=st.booleans())
-    def step_landings(self, steps: int, drains: bool) -> None:
-        self.step(self.rig.landings, steps, drains)
+    @rule(copies=st.integers(1, MOST_STEPS))
+    def enqueue_next(self, copies: int) -> None:
+        for _ in range(copies):
+            self.store.enqueue_copies()
+        self.drain()
+
+    def run_device(self) -> bool:
+        enqueued = self.store.enqueue_copies()
+        self.streams.go_on_as_far_as_possible()
+        return enqueued or self.store.awaits_landings
 
     @rule_on("has_pages")
     def use(self, version: Version) -> None:
