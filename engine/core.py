@@ -231,7 +231,8 @@ class Engine:
             self._kv.allocate(self._known(number), 1)
         for item in plan.adapters:
             self._residency.start_copy(item.version_id, item.pages)
-        for admission in plan.admit:
+        now, later = _admissions_in_order(plan)
+        for admission in now:
             self._admit(admission)
         if plan.passes:
             # The link is busy while the first pass is prepared.
@@ -241,6 +242,10 @@ class Engine:
         if plan.batch:
             self._run_batch(plan.batch)
         self._advance_passes(plan.layers_per_pass)
+        for admission in later:
+            self._admit(admission)
+            if plan.layers_per_pass is None:
+                self._advance_passes(None)
 
     def _known(self, number: int) -> Request:
         request = self._requests.get(number)
@@ -312,7 +317,7 @@ class Engine:
             self._advance_each(None)
         while self._store.enqueue_copies():
             self._progressed = True
-            if max_layers is None and any(item.awaits_weights for item in self._passes):
+            if max_layers is None and any(item.awaits_copies for item in self._passes):
                 self._advance_each(None)
         if max_layers is not None:
             self._advance_each(max_layers)
@@ -447,3 +452,14 @@ class Engine:
             self._store.release(request.version_id)
             self._versions.settle()
         self._progressed = True
+
+
+def _admissions_in_order(plan: StepPlan) -> tuple[list[Admission], list[Admission]]:
+    """Those whose rows run in this step, and the others: the device need not wait while these get their pages."""
+    running = {rows.number for rows in plan.batch}
+    running.update(rows.number for item in plan.passes for rows in item.rows)
+    now: list[Admission] = []
+    later: list[Admission] = []
+    for admission in plan.admit:
+        (now if admission.number in running else later).append(admission)
+    return now, later

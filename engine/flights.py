@@ -24,8 +24,8 @@ from segue.scheduler.cost_model import StepLoad
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Flight:
-    """A batch that was enqueued to its end. ``loads`` are of its rows that decode and its rows of prompts, of a batch whose time is to be learned from;
-    ``span`` is its time on the device, where that runs beside the host."""
+    """A batch that was enqueued to its end. ``loads`` are of its rows that decode and its rows of prompts, of a batch
+    whose time is to be learned from; ``span`` is its time on the device, where that runs beside the host."""
 
     result: PassResult
     choice: Choice

@@ -91,8 +91,9 @@ class ForwardPass:
     """Rows of one or more requests on their way through the layers. Drive it inside ``torch.inference_mode()``.
 
     ``run`` is the model's generator; it yields between layers and whenever ``applier`` is blocked, and returns logits
-    [len(rows), vocab], one row for the last token of each request's rows. ``attention`` is closed with the pass, if
-    it is given. ``sample``, if given, is called in the pass's lane when its logits are enqueued. Its pages may not change hands before it is DONE, LOST or CLOSED; then ``end`` is called once.
+    [len(rows), vocab], one row for the last token of each request's rows. ``sample``, if given, is called in the pass's
+    lane when its logits are enqueued. ``attention`` is closed with the pass, if it is given. Its pages may not change
+    hands before it is DONE, LOST or CLOSED; then ``end`` is called once.
     """
 
     def __init__(
@@ -144,6 +145,11 @@ class ForwardPass:
     def awaits_weights(self) -> bool:
         """Whether it rests until weights have come."""
         return self.state is PassState.BLOCKED and self._applier.blocked is Blocked.WEIGHTS
+
+    @property
+    def awaits_copies(self) -> bool:
+        """Whether it may go on once copies have been enqueued: it rests until it knows where its deltas come from."""
+        return self.state is PassState.BLOCKED and self._applier.blocked in (Blocked.WEIGHTS, Blocked.DEVICE)
 
     @property
     def can_go_on(self) -> bool:

@@ -116,9 +116,10 @@ class KernelLora:
         )
 
     def begin(self, segments: Sequence[LoraSegment]) -> KernelLoraStep:
-        # With it, rows are written that batches read as well, while the pass may go on on another stream.
-        regime = self.regime(segments)
-        return KernelLoraStep(self, tuple(segments), regime)
+        # Rows that batches read as well are written here, while the pass may go on on another stream.
+        for item in segments:
+            self.tables.row(item.version_id)
+        return KernelLoraStep(self, tuple(segments))
 
     def regime(self, segments: Sequence[LoraSegment]) -> Regime:
         """The tiles for these segments."""
@@ -180,15 +181,17 @@ class KernelLora:
 class KernelLoraStep:
     """See DeviceLoraStep. Plans are made when a point first needs them, and serve all layers."""
 
-    def __init__(self, lora: KernelLora, segments: tuple[LoraSegment, ...], regime: Regime) -> None:
+    def __init__(self, lora: KernelLora, segments: tuple[LoraSegment, ...]) -> None:
         self._lora = lora
         self._segments = segments
-        self._regime = regime
+        self._regime: Regime | None = None
         self._plans: dict[tuple[LoraPoint, frozenset[int]], Tensor | None] = {}
         self._workspace: Tensor | None = None
 
     def add(self, layer: int, point: LoraPoint, x: Tensor, out: Tensor, version_ids: AbstractSet[int]) -> None:
         key = point, frozenset(version_ids)
+        if self._regime is None:
+            self._regime = self._lora.regime(self._segments)
         if key not in self._plans:
             segments = [item for item in self._segments if item.version_id in version_ids]
             plan = self._lora.plan(point, segments, self._regime)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
-from segue.engine.lora.states import DeviceCopy
+from segue.engine.lora.transfer import CopyLoad
 from segue.engine.rate import RateMeter
 
 # What is late may come at any time, but it has not.
@@ -31,7 +31,7 @@ class CopyBacklog:
         """``rate`` is the link's, in bytes per second."""
         self._rate = rate
         self._clock = clock
-        self._loads: dict[DeviceCopy, _Load] = {}
+        self._loads: dict[CopyLoad, _Load] = {}
         self._total_bytes = 0
         self._busy_since = 0.0
 
@@ -40,31 +40,32 @@ class CopyBacklog:
         """Loads with copies under way."""
         return len(self._loads)
 
-    def put(self, load: DeviceCopy, copy_bytes: int) -> None:
-        """The next layer of a load is to be copied."""
+    def put(self, load: CopyLoad, layers: Sequence[int]) -> None:
+        """The next layers of a load, of so many bytes each, are to be copied."""
         if not self._loads:
             self._busy_since = self._clock()
         own = self._loads.setdefault(load, _Load())
-        own.layers.append(copy_bytes)
+        own.layers.extend(layers)
+        copy_bytes = sum(layers)
         own.total_bytes += copy_bytes
         self._total_bytes += copy_bytes
 
-    def enqueue(self, load: DeviceCopy, copy_bytes: int) -> None:
-        """The device has the next layer of a load, whatever is asked for later."""
+    def enqueue(self, load: CopyLoad, copy_bytes: int) -> None:
+        """The device has so many more bytes of a load, whatever is asked for later."""
         self._loads[load].enqueued_bytes += copy_bytes
 
-    def end(self, load: DeviceCopy, now: float) -> None:
-        """The first layer under way of a load has landed, or will not."""
+    def end(self, load: CopyLoad, layers: int, now: float) -> None:
+        """The first layers under way of a load have landed, or will not."""
         self._busy_since = now
         own = self._loads[load]
-        copy_bytes = own.layers.popleft()
+        copy_bytes = sum(own.layers.popleft() for _ in range(layers))
         own.total_bytes -= copy_bytes
         own.enqueued_bytes = max(own.enqueued_bytes - copy_bytes, 0)
         self._total_bytes -= copy_bytes
         if not own.layers:
             del self._loads[load]
 
-    def landing_seconds(self, load: DeviceCopy) -> Sequence[float]:
+    def landing_seconds(self, load: CopyLoad) -> Sequence[float]:
         """When each of the load's layers under way will be through, in seconds from now.
 
         Layers of loads that the same pass waits for are taken as equally large.
@@ -76,12 +77,12 @@ class CopyBacklog:
         ahead_bytes = 0
         # By the last of these turns that each other load takes: what it brings in every turn until then.
         until = [0.0] * turns
-        for device, other in self._loads.items():
+        for item, other in self._loads.items():
             if other is own:
                 continue
-            if load.turn.is_needed and device.turn.need == load.turn.need:
+            if load.is_needed and item.need == load.need:
                 until[min(len(other.layers), turns) - 1] += other.total_bytes / len(other.layers)
-            elif (device.turn.need, device.turn.arrival) < (load.turn.need, load.turn.arrival):
+            elif (item.need, item.arrival) < (load.need, load.arrival):
                 ahead_bytes += other.total_bytes
             else:
                 ahead_bytes += other.enqueued_bytes

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
 
 from segue.engine.device import StreamSpan
 from segue.engine.lora.copy_queue import CopyQueue
 from segue.engine.lora.landing import LayerLander
-from segue.engine.lora.landings import Landings, ends_of
+from segue.engine.lora.landings import Landings
 from segue.engine.lora.link import LinkThrottle
-from segue.engine.lora.transfer import Completion, CopyEnded, CopyEnqueued, CopyJob, CopyTurn, failure_message
+from segue.engine.lora.transfer import Completion, CopyEnded, CopyEnqueued, CopyJob, CopyLoad, failure_message
 
 # How many bytes the link has before it: what is asked for later comes behind them, and while a step runs nothing is
 # added. More of what passes wait for than of what none does.
@@ -23,7 +24,19 @@ _MOST_PREFETCH_AHEAD_BYTES = 64 << 20
 _MOST_ENQUEUED = 64
 
 
-class CopyPump:
+class Copies(Protocol):
+    """Carries out copies in the order of CopyQueue."""
+
+    def put(self, load: CopyLoad, ready: int) -> None:
+        """The load's layers below ``ready`` are in host memory: exactly one end is reported of each."""
+        ...
+
+    def hasten(self, load: CopyLoad, need: float) -> None:
+        """A pass waits for a load: see ``CopyLoad``."""
+        ...
+
+
+class CopyPump(Copies):
     """Copies for a device that works beside the host. The loop has them enqueued when their turn has come."""
 
     def __init__(self, lander: LayerLander, landings: Landings) -> None:
@@ -31,31 +44,28 @@ class CopyPump:
         self._landings = landings
         self._queue = CopyQueue()
 
-    def put(self, job: CopyJob) -> None:
-        """Have it enqueued when its turn has come."""
-        self._queue.put(job)
+    def put(self, load: CopyLoad, ready: int) -> None:
+        self._queue.put(load, ready)
 
-    def hasten(self, turn: CopyTurn, need: float) -> None:
-        """A pass waits for a load: see ``CopyTurn``."""
-        self._queue.hasten(turn, need)
+    def hasten(self, load: CopyLoad, need: float) -> None:
+        self._queue.hasten(load, need)
 
-    def enqueue(self) -> CopyEnqueued | Sequence[CopyEnded]:
-        """Enqueue the next copy, or the ends of jobs that came to nothing. Empty: there are none, or the link has
-        enough before it."""
-        if not self._has_room:
-            return ()
-        jobs = self._queue.take_group(self._landings.ahead_bytes)
-        if not jobs:
-            return ()
-        if jobs[0].cancelled.is_set():
-            return ends_of(jobs, 0.0)
+    def enqueue(self) -> CopyEnqueued | CopyEnded | None:
+        """Enqueue the next copy; its end, where it comes to nothing; None where there is none, or the link has enough
+        before it."""
+        job = self._queue.take_group(self._landings.ahead_bytes) if self._has_room else None
+        if job is None:
+            return None
+        if job.load.is_cancelled:
+            return CopyEnded(job=job, monotonic_seconds=time.monotonic())
         begin = time.monotonic()
-        span = _start(self._lander, jobs)
+        span = _start(self._lander, job)
+        now = time.monotonic()
         if isinstance(span, str):
-            return ends_of(jobs, time.monotonic() - begin, failure=span)
+            return CopyEnded(job=job, failure=span, seconds=now - begin, monotonic_seconds=now)
         if span is None:
             raise RuntimeError("the device works beside the host, and yet a copy was done at once")
-        return CopyEnqueued(jobs=jobs, span=span, monotonic_seconds=time.monotonic())
+        return CopyEnqueued(job=job, span=span, monotonic_seconds=now)
 
     @property
     def _has_room(self) -> bool:
@@ -63,9 +73,9 @@ class CopyPump:
         return self._landings.ahead_bytes < most_bytes and len(self._landings) < _MOST_ENQUEUED
 
 
-class CopierThread:
-    """Carries out copies one after the other: where copying is the host's own work, and on a throttled link, which is a
-    clock of the host's. ``link`` says when each copy's bytes have gone through."""
+class CopierThread(Copies):
+    """Carries out copies one layer after the other: where copying is the host's own work, and on a throttled link,
+    which is a clock of the host's. ``link`` says when each copy's bytes have gone through."""
 
     def __init__(
         self,
@@ -75,7 +85,7 @@ class CopierThread:
         report: Callable[[Completion], None],
         wake: Callable[[], None],
     ) -> None:
-        """``wake`` is called behind each report."""
+        """``wake`` is called behind each report. Nothing is reported any more once the thread is stopped."""
         self._lander = lander
         self._link = link
         self._report = report
@@ -85,54 +95,48 @@ class CopierThread:
         self._thread = threading.Thread(target=self._run, name="segue-lora-copier", daemon=True)
         self._thread.start()
 
-    def put(self, job: CopyJob) -> None:
-        """Queue a job; exactly one end of it is reported, unless the thread is stopped before."""
-        self._queue.put(job)
+    def put(self, load: CopyLoad, ready: int) -> None:
+        self._queue.put(load, ready)
 
-    def hasten(self, turn: CopyTurn, need: float) -> None:
-        """A pass waits for a load: see ``CopyTurn``."""
-        self._queue.hasten(turn, need)
+    def hasten(self, load: CopyLoad, need: float) -> None:
+        self._queue.hasten(load, need)
 
     def close(self) -> None:
         """Stop at the next piece of work and wait for the thread. Jobs not begun are dropped."""
         self._stopped.set()
-        self._queue.put(None)
+        self._queue.end()
         self._thread.join()
 
     def _run(self) -> None:
         with torch.inference_mode():
             while (job := self._queue.get()) is not None:
-                if self._stopped.is_set():
-                    return
                 self._carry_out(job)
 
     def _carry_out(self, job: CopyJob) -> None:
-        if job.cancelled.is_set():
-            self._end(job, 0.0)
+        if job.load.is_cancelled:
+            self._tell(CopyEnded(job=job, monotonic_seconds=time.monotonic()))
             return
         begin = time.monotonic()
-        end_seconds = self._link.book(job.planned.host_bytes)
-        span = _start(self._lander, [job])
-        if isinstance(span, str):
-            self._end(job, time.monotonic() - begin, failure=span)
+        end_seconds = self._link.book(job.host_bytes)
+        span = _start(self._lander, job)
+        if not isinstance(span, str):
+            self._link.wait_until(end_seconds, self._stopped)
+        now = time.monotonic()
+        if isinstance(span, StreamSpan):
+            self._tell(CopyEnqueued(job=job, span=span, monotonic_seconds=now))
             return
-        self._link.wait_until(end_seconds, self._stopped)
-        if span is None:
-            self._end(job, time.monotonic() - begin, landed=not self._stopped.is_set())
-        else:
-            self._report(CopyEnqueued(jobs=(job,), span=span, monotonic_seconds=time.monotonic()))
-            self._wake()
+        landed = span is None and not self._stopped.is_set()
+        self._tell(CopyEnded(job=job, landed=landed, failure=span, seconds=now - begin, monotonic_seconds=now))
 
-    def _end(self, job: CopyJob, seconds: float, *, landed: bool = False, failure: str | None = None) -> None:
-        for end in ends_of((job,), seconds, landed=landed, failure=failure):
-            self._report(end)
+    def _tell(self, completion: Completion) -> None:
+        self._report(completion)
         self._wake()
 
 
-def _start(lander: LayerLander, jobs: Sequence[CopyJob]) -> StreamSpan | str | None:
-    """Have one copy carry these jobs: see ``LayerLander.start``. Why it failed, if it did."""
-    first = jobs[0]
+def _start(lander: LayerLander, job: CopyJob) -> StreamSpan | str | None:
+    """Have one copy carry a job: see ``LayerLander.start``. Why it failed, if it did: the load goes no further then."""
     try:
-        return lander.start([job.planned for job in jobs], first.layer, first.copy_offset, first.place)
-    except Exception as error:  # noqa: BLE001 - whatever it is, the jobs' users must learn that it failed
+        return lander.start(job.layers, job.first_layer, job.load.copy_offset, job.load.place)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the job's users must learn that it failed
+        job.load.is_cancelled = True
         return failure_message(error, "copied to the device")

@@ -11,7 +11,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from segue.engine.device import DeviceStreams, StreamSpan
@@ -34,9 +36,9 @@ class LandLayers(Protocol):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LandingTables:
     """What an adapter's layers are landed by, whatever its pages: ``rows`` is int64 [modules, LANDING_WORDS], layer
-    after layer, in host memory; layer i has the rows ``starts[i]`` to ``starts[i + 1]``."""
+    after layer; layer i has the rows ``starts[i]`` to ``starts[i + 1]``."""
 
-    rows: Tensor
+    rows: NDArray[np.int64]
     starts: tuple[int, ...]
 
     @classmethod
@@ -61,7 +63,7 @@ class LandingTables:
                 )
                 source += module.a.span.elements + module.b.span.elements
             starts.append(len(rows))
-        return cls(rows=torch.tensor(rows, dtype=torch.int64).view(-1, LANDING_WORDS), starts=tuple(starts))
+        return cls(rows=np.array(rows, dtype=np.int64).reshape(-1, LANDING_WORDS), starts=tuple(starts))
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -81,11 +83,14 @@ class LandingPlace:
     @classmethod
     def on_device(cls, tables: LandingTables, pages: Sequence[int], streams: DeviceStreams) -> LandingPlace:
         """Bring both over with one copy, behind what the calling thread has enqueued."""
-        page_words = [*pages, *[0] * (-len(pages) % _ALIGNED_WORDS)]
-        words = streams.upload(torch.cat([torch.tensor(page_words, dtype=torch.int64), tables.rows.view(-1)]))
+        first_row = len(pages) + -len(pages) % _ALIGNED_WORDS
+        host_words = np.zeros(first_row + tables.rows.size, dtype=np.int64)
+        host_words[: len(pages)] = pages
+        host_words[first_row:] = tables.rows.reshape(-1)
+        words = streams.upload(torch.from_numpy(host_words))
         return cls(
             page_table=words[: len(pages)],
-            rows=words[len(page_words) :].view(-1, LANDING_WORDS),
+            rows=words[first_row:].view(-1, LANDING_WORDS),
             starts=tables.starts,
             behind=streams.fence(),
         )

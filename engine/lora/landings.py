@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 
-from segue.engine.lora.transfer import CopyEnded, CopyEnqueued, CopyJob, failure_message
+from segue.engine.lora.transfer import CopyEnded, CopyEnqueued, failure_message
 
 
 class Landings:
@@ -25,7 +25,7 @@ class Landings:
 
     def put(self, copy: CopyEnqueued) -> None:
         """One copy more."""
-        self.ahead_bytes += _bytes_of(copy)
+        self.ahead_bytes += copy.job.host_bytes
         self._under_way.append(copy)
 
     def take_landed(self) -> Iterator[CopyEnded]:
@@ -40,29 +40,15 @@ class Landings:
             except Exception as error:  # noqa: BLE001 - whatever it is, the jobs' users must learn that it failed
                 failure = failure_message(error, "copied to the device")
             self._under_way.popleft()
-            self.ahead_bytes -= _bytes_of(copy)
+            self.ahead_bytes -= copy.job.host_bytes
             self._last = copy.span.ended
-            yield from ends_of(copy.jobs, seconds, landed=failure is None, failure=failure)
+            now = time.monotonic()
+            yield CopyEnded(
+                job=copy.job, landed=failure is None, failure=failure, seconds=seconds, monotonic_seconds=now
+            )
 
     def close(self) -> None:
         """Wait until the device has done all of it: until then it reads the host's memory."""
         while self._under_way:
             self._under_way.popleft().span.ended.synchronize()
         self.ahead_bytes = 0
-
-
-def ends_of(
-    jobs: Sequence[CopyJob], seconds: float, *, landed: bool = False, failure: str | None = None
-) -> tuple[CopyEnded, ...]:
-    """The ends of jobs that one copy carried, which share its ``seconds`` by their bytes."""
-    now = time.monotonic()
-    all_bytes = sum(job.planned.host_bytes for job in jobs)
-    shares = [job.planned.host_bytes / all_bytes if all_bytes else 1 / len(jobs) for job in jobs]
-    return tuple(
-        CopyEnded(job=job, landed=landed, failure=failure, seconds=seconds * share, monotonic_seconds=now)
-        for job, share in zip(jobs, shares, strict=True)
-    )
-
-
-def _bytes_of(copy: CopyEnqueued) -> int:
-    return sum(job.planned.host_bytes for job in copy.jobs)

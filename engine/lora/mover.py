@@ -19,7 +19,7 @@ import torch
 
 from segue.engine.device import DeviceStreams
 from segue.engine.lora.backlog import CopyBacklog
-from segue.engine.lora.copier import CopierThread, CopyPump
+from segue.engine.lora.copier import CopierThread, Copies, CopyPump
 from segue.engine.lora.events import LayerEnqueued, LayerHost, LayerLanded, LoadFailed, StoreEvent, Verified
 from segue.engine.lora.host_memory import HostExtents
 from segue.engine.lora.landing import LandingPlace, LayerLander
@@ -31,8 +31,7 @@ from segue.engine.lora.transfer import (
     Completion,
     CopyEnded,
     CopyEnqueued,
-    CopyJob,
-    CopyTurn,
+    CopyLoad,
     LayerRead,
     ReadEnded,
     ReadFailed,
@@ -87,7 +86,7 @@ class WeightMover:
         self._leaving_hosts: list[HostCopy] = []
         self._leaving_devices: list[DeviceCopy] = []
         self._reads: dict[ReadJob, tuple[Adapter, HostCopy]] = {}
-        self._copies: dict[CopyJob, tuple[Adapter, HostCopy, DeviceCopy]] = {}
+        self._loads: dict[CopyLoad, tuple[Adapter, HostCopy, DeviceCopy]] = {}
         self._events: list[StoreEvent] = []
         self._read_rate = RateMeter(_ASSUMED_READ_BYTES_PER_SECOND)
         self._copy_rate = RateMeter(min(link.bytes_per_second or copy_bytes_per_second, copy_bytes_per_second))
@@ -184,63 +183,55 @@ class WeightMover:
     def give_pages(self, adapter: Adapter, pages: tuple[int, ...]) -> None:
         """The adapter's layers are to land in these pages."""
         self._arrivals += 1
-        adapter.device = DeviceCopy.to_fill(
-            pages,
-            LandingPlace.on_device(adapter.landing_tables, pages, self._streams),
-            CopyTurn(self._arrivals),
-            len(adapter.layers),
-            by_thread=not self._streams.work_beside or self._link.bytes_per_second is not None,
-        )
+        place = LandingPlace.on_device(adapter.landing_tables, pages, self._streams)
+        load = CopyLoad(layers=adapter.plan.layers, place=place, arrival=self._arrivals)
+        by_thread = not self._streams.work_beside or self._link.bytes_per_second is not None
+        adapter.device = DeviceCopy.to_fill(pages, load, by_thread=by_thread)
 
     def need(self, adapters: Sequence[Adapter]) -> None:
         """A pass has begun that waits for these adapters: their copies come behind those of earlier passes."""
         self._needs += 1
         for adapter in adapters:
             device = adapter.device
-            if device is not None and not device.is_complete and not device.turn.is_needed:
-                (self._copier if device.by_thread else self._pump).hasten(device.turn, self._needs)
+            if device is not None and not device.is_complete and not device.load.is_needed:
+                self._copies_of(device).hasten(device.load, self._needs)
 
     def enqueue_copies(self) -> bool:
         """Have the device copy the next layers whose turn it is, by one copy; whether there was anything to do."""
         enqueued = self._pump.enqueue()
         if isinstance(enqueued, CopyEnqueued):
             self._on_copy_enqueued(enqueued)
-            return True
-        for ended in enqueued:
-            self._completions.put(ended)
-        return len(enqueued) > 0
+        elif enqueued is not None:
+            self._completions.put(enqueued)
+        return enqueued is not None
 
     def start_copies(self, adapter: Adapter) -> None:
         """Queue the copies of the layers that are in host memory, in order."""
         host, device = adapter.host, adapter.device
         if host is None or device is None or adapter.phase is ReadPhase.FAILED:
             return
-        copies = self._copier if device.by_thread else self._pump
-        while device.started < host.ready_layers:
-            layer = device.started
-            job = CopyJob(
-                version_id=adapter.version_id,
-                layer=layer,
-                planned=adapter.plan.layers[layer],
-                copy_offset=host.offset,
-                place=device.place,
-                turn=device.turn,
-                cancelled=device.cancelled,
-            )
+        load = device.load
+        first, ready = load.ready, host.ready_layers
+        if first == ready:
+            return
+        for layer in range(first, ready):
             adapter.move_layer(layer, LayerState.LANDING)
-            device.started += 1
-            device.copies += 1
-            host.copies += 1
-            self._backlog.put(device, job.planned.host_bytes)
-            self._copies[job] = (adapter, host, device)
-            copies.put(job)
+        device.copies += ready - first
+        host.copies += ready - first
+        load.copy_offset = host.offset
+        self._loads[load] = (adapter, host, device)
+        self._backlog.put(load, [planned.host_bytes for planned in load.layers[first:ready]])
+        self._copies_of(device).put(load, ready)
+
+    def _copies_of(self, device: DeviceCopy) -> Copies:
+        return self._copier if device.by_thread else self._pump
 
     def drop_device(self, adapter: Adapter) -> None:
         """Take the pages from the adapter; they are free when no copy under way refers to them."""
         device = adapter.device
         assert device is not None
         adapter.device = None
-        device.cancelled.set()
+        device.load.is_cancelled = True
         for layer, state in enumerate(adapter.layers):
             if state in UNDER_WAY or state is LayerState.LANDED:
                 adapter.move_layer(layer, LayerState.ABSENT if adapter.host is None else LayerState.HOST)
@@ -297,7 +288,7 @@ class WeightMover:
         device = adapter.device
         if device is None:
             return [math.inf] * len(adapter.layers)
-        expected = iter(self._backlog.landing_seconds(device))
+        expected = iter(self._backlog.landing_seconds(device.load))
         return [
             0.0 if state is LayerState.LANDED else next(expected) if state in UNDER_WAY else None
             for state in adapter.layers
@@ -342,8 +333,8 @@ class WeightMover:
         for host in hosts:
             jobs = [job for job, (_, target) in self._reads.items() if target is host]
             assert jobs == ([] if host.reader is None else [host.reader]), "read jobs and host copies differ"
-            copies = sum(source is host for _, source, _ in self._copies.values())
-            assert copies == host.copies, f"the host copy at {host.offset} has {copies} copy jobs"
+            copies = sum(device.copies for _, source, device in self._loads.values() if source is host)
+            assert copies == host.copies, f"of the host copy at {host.offset} {copies} layers are copied"
         self._check_pages([adapter.device for adapter in adapters if adapter.device is not None])
 
     def _check_pages(self, devices: list[DeviceCopy]) -> None:
@@ -357,8 +348,8 @@ class WeightMover:
         for page in pages:
             assert page in owned, f"page {page} is free and holds adapter weights"
         for device in devices:
-            copies = sum(target is device for _, _, target in self._copies.values())
-            assert copies == device.copies, f"the pages {device.pages} have {copies} copy jobs"
+            loads = sum(target is device for _, _, target in self._loads.values())
+            assert loads == (device.copies > 0), f"the pages {device.pages} have {loads} loads"
 
     def _on_layer_read(self, done: LayerRead) -> Adapter:
         adapter, host = self._reads[done.job]
@@ -386,33 +377,39 @@ class WeightMover:
 
     def _on_copy_enqueued(self, done: CopyEnqueued) -> None:
         self._landings.put(done)
-        for job in done.jobs:
-            adapter, _, device = self._copies[job]
-            self._backlog.enqueue(device, job.planned.host_bytes)
-            if adapter.device is device:
-                adapter.move_layer(job.layer, LayerState.ENQUEUED)
-                device.landing_events[job.layer] = done.span.ended
-                self._events.append(LayerEnqueued(adapter.version_id, job.layer, done.monotonic_seconds))
+        job = done.job
+        self._backlog.enqueue(job.load, job.host_bytes)
+        adapter, _, device = self._loads[job.load]
+        if adapter.device is device:
+            for layer in job.numbers:
+                adapter.move_layer(layer, LayerState.ENQUEUED)
+                device.landing_events[layer] = done.span.ended
+                self._events.append(LayerEnqueued(adapter.version_id, layer, done.monotonic_seconds))
 
     def _on_copy_ended(self, done: CopyEnded) -> Adapter:
-        adapter, host, device = self._copies.pop(done.job)
-        self._backlog.end(device, done.monotonic_seconds)
-        layer = done.job.layer
-        host.copies -= 1
-        device.copies -= 1
-        device.landing_events[layer] = None
+        job = done.job
+        adapter, host, device = self._loads[job.load]
+        self._backlog.end(job.load, len(job.layers), done.monotonic_seconds)
+        host.copies -= len(job.layers)
+        device.copies -= len(job.layers)
+        if device.copies == 0:
+            del self._loads[job.load]
+        for layer in job.numbers:
+            device.landing_events[layer] = None
         self._free_if_left(host)
         if adapter.device is not device:
             if device.copies == 0:
                 self._leaving_devices.remove(device)
                 self._pool.free(device.pages)
         elif done.landed:
-            adapter.move_layer(layer, LayerState.LANDED)
-            device.landed_seconds[layer] = done.monotonic_seconds
-            self._copy_rate.observe(done.job.planned.host_bytes, done.seconds)
-            self._events.append(LayerLanded(adapter.version_id, layer, done.monotonic_seconds))
+            self._copy_rate.observe(job.host_bytes, done.seconds)
+            for layer in job.numbers:
+                adapter.move_layer(layer, LayerState.LANDED)
+                device.landed_seconds[layer] = done.monotonic_seconds
+                self._events.append(LayerLanded(adapter.version_id, layer, done.monotonic_seconds))
         else:
-            adapter.move_layer(layer, LayerState.HOST)
+            for layer in job.numbers:
+                adapter.move_layer(layer, LayerState.HOST)
             if done.failure is not None and adapter.phase is not ReadPhase.FAILED:
                 self._fail(adapter, done.failure, done.monotonic_seconds)
         return adapter
@@ -424,7 +421,7 @@ class WeightMover:
         if adapter.host is not None and adapter.host.reader is not None:
             self._reader.cancel(adapter.host.reader)
         if adapter.device is not None:
-            adapter.device.cancelled.set()
+            adapter.device.load.is_cancelled = True
         for layer, state in enumerate(adapter.layers):
             if state is LayerState.READING:
                 adapter.move_layer(layer, LayerState.ABSENT)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 
 import torch
 
 from segue.engine.lora.host_plan import HostModule, HostPlan
-from segue.engine.lora.landing import LandingPlace, LandingTables
+from segue.engine.lora.landing import LandingTables
 from segue.engine.lora.manifest import AdapterManifest
-from segue.engine.lora.transfer import CopyTurn, ReadJob
+from segue.engine.lora.transfer import CopyLoad, ReadJob
 from segue.engine.memory.adapter_layout import AdapterLayout
 from segue.scheduler.placement import AdapterCost
 
@@ -84,35 +83,24 @@ class HostCopy:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class DeviceCopy:
-    """Pages of the pool. The copies of ``started`` layers were started, in order; ``copies`` of them are under way.
+    """Pages of the pool, and the ``load`` that fills them; the copies of ``copies`` layers are under way.
 
     ``landing_events`` has a layer's event while it is ENQUEUED. ``by_thread``: its copies are carried out by the thread
     beside the loop.
     """
 
     pages: tuple[int, ...]
-    place: LandingPlace
-    turn: CopyTurn
+    load: CopyLoad
     by_thread: bool
     landed_seconds: list[float | None]
     landing_events: list[torch.cuda.Event | None]
-    started: int = 0
     copies: int = 0
-    cancelled: threading.Event = field(default_factory=threading.Event)
 
     @classmethod
-    def to_fill(
-        cls, pages: tuple[int, ...], place: LandingPlace, turn: CopyTurn, layers: int, *, by_thread: bool
-    ) -> DeviceCopy:
-        """Pages in which none of an adapter's ``layers`` layers has landed."""
-        return cls(
-            pages=pages,
-            place=place,
-            turn=turn,
-            by_thread=by_thread,
-            landed_seconds=[None] * layers,
-            landing_events=[None] * layers,
-        )
+    def to_fill(cls, pages: tuple[int, ...], load: CopyLoad, *, by_thread: bool) -> DeviceCopy:
+        """Pages in which none of the load's layers has landed."""
+        nothing = [None] * len(load.layers)
+        return cls(pages=pages, load=load, by_thread=by_thread, landed_seconds=[*nothing], landing_events=[*nothing])
 
     @property
     def is_complete(self) -> bool:

@@ -50,10 +50,10 @@ __all__ = [
 class AdapterStore:
     """The adapter versions of one engine.
 
-    ``wake`` is called on one of the store's threads whenever they leave ``drain`` something to apply. ``link`` is throttled to
-    ``copy_bytes_per_second``; others may charge it too. Without ``streams`` the device is the CPU. ``staging_bytes``
-    are those of the largest layer that is expected; a larger one makes room when it comes. An unknown version raises
-    KeyError where nothing else is said.
+    ``wake`` is called on one of the store's threads whenever they leave ``drain`` something to apply. ``link`` is
+    throttled to ``copy_bytes_per_second``; others may charge it too. Without ``streams`` the device is the CPU.
+    ``staging_bytes`` are those of the largest layer that is expected; a larger one makes room when it comes. An unknown
+    version raises KeyError where nothing else is said.
     """
 
     def __init__(
@@ -310,7 +310,7 @@ class AdapterStore:
         device = self._adapters[version_id].device
         if device is None:
             raise ValueError(f"adapter version {version_id} has no pages")
-        return device.place.page_table
+        return device.load.place.page_table
 
     def page_ids(self, version_id: int) -> tuple[int, ...]:
         """The same pages in host memory: another tuple each time. Raises ValueError when it has none."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import threading
 from dataclasses import dataclass
 
 from segue.engine.device import StreamSpan
@@ -44,13 +43,23 @@ class ReadJob:
     copy_offset: int
 
 
-@dataclass(slots=True, eq=False)
-class CopyTurn:
-    """When a load's copies are due. ``need`` numbers the pass that waits for them, in the order in which passes began;
-    while none does it is infinite, and loads go by their ``arrival``."""
+@dataclass(slots=True, kw_only=True, eq=False)
+class CopyLoad:
+    """The copies of an adapter's layers from host memory, from ``copy_offset`` on, to its pages.
 
+    Layers below ``ready`` are in host memory, and jobs were made of those below ``taken``. ``need`` numbers the pass
+    that waits for them, in the order in which passes began; while none does it is infinite, and loads go by their
+    ``arrival``. Of a load that ``is_cancelled`` no further job is begun.
+    """
+
+    layers: tuple[PlannedLayer, ...]
+    place: LandingPlace
     arrival: int
+    copy_offset: int = 0
+    ready: int = 0
+    taken: int = 0
     need: float = math.inf
+    is_cancelled: bool = False
 
     @property
     def is_needed(self) -> bool:
@@ -59,15 +68,21 @@ class CopyTurn:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class CopyJob:
-    """Copy one layer from host memory at ``copy_offset`` to its pages. ``cancelled`` skips it if not begun."""
+    """Copy ``layers``, which follow one another, from host memory to their pages."""
 
-    version_id: int
-    layer: int
-    planned: PlannedLayer
-    copy_offset: int
-    place: LandingPlace
-    turn: CopyTurn
-    cancelled: threading.Event
+    load: CopyLoad
+    first_layer: int
+    layers: tuple[PlannedLayer, ...]
+
+    @property
+    def numbers(self) -> range:
+        """The layers' numbers."""
+        return range(self.first_layer, self.first_layer + len(self.layers))
+
+    @property
+    def host_bytes(self) -> int:
+        """What the link carries."""
+        return self.layers[-1].host_start + self.layers[-1].host_bytes - self.layers[0].host_start
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,9 +120,9 @@ class ReadEnded:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CopyEnqueued:
-    """The device has these jobs of one load, and they have landed when it is through with ``span``."""
+    """The device has a job, which has landed when it is through with ``span``."""
 
-    jobs: tuple[CopyJob, ...]
+    job: CopyJob
     span: StreamSpan
     monotonic_seconds: float
 
@@ -117,9 +132,9 @@ class CopyEnded:
     """A copy job has ended: landed, cancelled (neither), or failed. ``seconds`` are those the link was busy with it."""
 
     job: CopyJob
-    landed: bool
-    failure: str | None
-    seconds: float
+    landed: bool = False
+    failure: str | None = None
+    seconds: float = 0.0
     monotonic_seconds: float
 
 

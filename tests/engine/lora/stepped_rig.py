@@ -31,7 +31,7 @@ from segue.engine.lora.landing import LandingPlace, LayerLander
 from segue.engine.lora.manifest import AdapterManifest, ModuleWeights, Projection, TensorSpan
 from segue.engine.lora.part_reader import PartReader
 from segue.engine.lora.reader import ReaderPool, ReadLimits
-from segue.engine.lora.transfer import Completion, CopyJob, ReadEnded, ReadJob
+from segue.engine.lora.transfer import Completion, CopyJob, CopyLoad, ReadEnded, ReadJob
 from tests.engine.lora.adapter_folders import SmallModel, peft_config, random_tensors, write_folder
 from tests.engine.lora.fake_streams import PATIENCE_SECONDS, FakeStream, FakeStreams
 from tests.engine.lora.store_rig import NEVER_SECONDS, PATIENT_READS, StoreRig
@@ -149,9 +149,10 @@ class FakeSteppedCopier(CopierThread):
         self._steps = steps
         super().__init__(**options)
 
-    def put(self, job: CopyJob) -> None:
-        self._steps.job_put()
-        super().put(job)
+    def put(self, load: CopyLoad, ready: int) -> None:
+        for _ in range(load.ready, ready):
+            self._steps.job_put()
+        super().put(load, ready)
         self._steps.wait_until_still()
 
     def _carry_out(self, job: CopyJob) -> None:

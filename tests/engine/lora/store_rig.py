@@ -81,8 +81,8 @@ class FakeSharedMemory:
 @dataclass(kw_only=True)
 class StoreRig:
     """A store with its surroundings. ``reads`` and ``copies`` gate each part of a layer that is read (a layer has one)
-    and each matrix that is landed. ``enqueues``: copies for a device that works beside the host are enqueued whenever the
-    store is drained.
+    and each matrix that is landed. ``enqueues``: copies for a device that works beside the host are enqueued whenever
+    the store is drained.
     """
 
     root: Path
