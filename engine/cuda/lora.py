@@ -141,7 +141,7 @@ class KernelLora:
             return np.zeros(0, dtype=np.int32)
         # Segments of one batch do not overlap, so there are at most as many as rows.
         words, elems = self.capacity(point, regime, int(rows[:, 1].max()))
-        plan = np.zeros(words, dtype=np.int32)
+        plan = np.empty(words, dtype=np.int32)
         used = plan_point(
             rows,
             np.ones(len(rows), dtype=np.float32),
