@@ -19,6 +19,10 @@ from segue.engine.request import Request
 from segue.engine.timeline import LayerRecord
 
 
+# A link or a disk that is not at its limit brings the next layer sooner.
+_HELD_UP_SECONDS = 0.05
+
+
 class PassState(Enum):
     """RESTING can go on at once, BLOCKED waits for something. DRAINING is enqueued as far as it will be, but
     the device has not done all of it. Then it is DONE and has logits, LOST a CPU worker, or was CLOSED early."""
@@ -142,9 +146,9 @@ class ForwardPass:
         return self._applier.job if self._applier.blocked is Blocked.DELTAS else None
 
     @property
-    def awaits_weights(self) -> bool:
-        """Whether it rests until weights have come."""
-        return self.state is PassState.BLOCKED and self._applier.blocked is Blocked.WEIGHTS
+    def is_held_up(self) -> bool:
+        """Whether it has been waiting for weights for long, and nobody knows when they come."""
+        return self.state is PassState.BLOCKED and self._applier.awaited_seconds > _HELD_UP_SECONDS
 
     @property
     def awaits_copies(self) -> bool:

@@ -61,7 +61,7 @@ class StepPlanner:
             [self._admitted(item) for item in self._requests.admitted if item.state is RequestState.ADMITTED],
             free_pages=self._pool.free_pages,
             passes_in_flight=counted_passes(
-                len(passes), sum(item.awaits_weights for item in passes), idle_sets, self._limits.max_passes
+                len(passes), sum(item.is_held_up for item in passes), idle_sets, self._limits.max_passes
             ),
             residency=self._residency,
             prefixes=self._kv,
@@ -76,13 +76,13 @@ class StepPlanner:
         return admitted_view(request, self._kv, left)
 
 
-def counted_passes(under_way: int, awaiting_weights: int, idle_sets: int | None, max_passes: int) -> int:
+def counted_passes(under_way: int, held_up: int, idle_sets: int | None, max_passes: int) -> int:
     """How many passes a plan must think are under way, of which there are at most ``max_passes``.
 
     A pass that is not recorded costs the loop several times its own time on the device. So those for which there is no
-    set wait for one, unless all sets are with passes that wait for their weights, which may take long.
+    set wait for one, unless all sets are with passes that weights do not come for.
     """
-    if idle_sets is None or (idle_sets == 0 and awaiting_weights == under_way):
+    if idle_sets is None or (idle_sets == 0 and held_up == under_way):
         return under_way
     return max(under_way, max_passes - idle_sets)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from segue.scheduler.handoff import LayerSource
 
@@ -83,11 +83,15 @@ class PlannedLayer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HandoffPlan:
-    """What is planned for the layers from ``first_layer`` on; those behind them are decided when they are reached."""
+    """What is planned for the layers from ``first_layer`` on; those behind them are decided when they are reached.
+
+    ``slack_seconds``: as long as no layer is reached, or lands, so much earlier or later, the plan stays the best.
+    """
 
     first_layer: int
     layers: tuple[PlannedLayer, ...]
     harm_seconds: float
+    slack_seconds: float = 0.0
 
     @property
     def finish_seconds(self) -> float:
@@ -166,8 +170,9 @@ def plan_handoff(outlook: PrefillOutlook) -> HandoffPlan:
     ]
     # A layer on the CPU costs its deltas whatever it saves, and all that there is to save are the waits.
     waits = sum(layer.wait_seconds for layer in streamed.layers) if streamed.cost_seconds < math.inf else math.inf
-    if not help_costs or waits <= min(help_costs):
-        return streamed
+    least_cost = min(help_costs, default=math.inf)
+    if not help_costs or waits <= least_cost:
+        return replace(streamed, slack_seconds=least_cost - waits if waits < math.inf else 0.0)
     plans = [streamed, follow(outlook, _best_way(outlook, layers))]
     if all(layer.cpu_possible for layer in layers):
         plans.append(follow(outlook, (True,) * len(layers)))

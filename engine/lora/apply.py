@@ -104,6 +104,12 @@ class LoraApplier:
         self._part: _CpuPart | None = None
         self._added: list[PostedJob] = []
         self._start_seconds = 0.0
+        self._awaited_since: float | None = None
+
+    @property
+    def awaited_seconds(self) -> float:
+        """For how long the pass has been waiting for a layer's weights; 0 if it does not."""
+        return 0.0 if self._awaited_since is None else self._resources.clock() - self._awaited_since
 
     @property
     def job(self) -> Job | None:
@@ -137,8 +143,11 @@ class LoraApplier:
                 source = self._choose(version_id, layer)
                 if source is not LayerSource.WAIT:
                     break
+                if self._awaited_since is None:
+                    self._awaited_since = self._resources.clock()
                 self.blocked = Blocked.WEIGHTS
                 yield
+            self._awaited_since = None
             self.blocked = Blocked.NOTHING
             self._sources[version_id] = source
             if version_id in self._handovers:

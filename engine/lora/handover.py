@@ -241,7 +241,8 @@ class PassHandover:
         if planned is None:
             return True
         elapsed = reach_seconds - self._plan_seconds
-        allowed = max(_DRIFT_SECONDS, _DRIFT_SHARE * (plan.finish_seconds - planned.reach_seconds))
+        drift_seconds = max(_DRIFT_SECONDS, _DRIFT_SHARE * (plan.finish_seconds - planned.reach_seconds))
+        allowed = max(drift_seconds, plan.slack_seconds)
         return elapsed > planned.start_seconds + allowed or elapsed < planned.reach_seconds - allowed
 
     def _log(self, requests: Sequence[int], records: Sequence[LayerRecord], layer_seconds: float) -> None:

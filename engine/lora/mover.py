@@ -198,6 +198,9 @@ class WeightMover:
 
     def enqueue_copies(self) -> bool:
         """Have the device copy the next layers whose turn it is, by one copy; whether there was anything to do."""
+        for ended in self._landings.take_landed():
+            # Applied by ``apply_completed``, as all that ends; but the link has room from now on.
+            self._completions.put(ended)
         enqueued = self._pump.enqueue()
         if isinstance(enqueued, CopyEnqueued):
             self._on_copy_enqueued(enqueued)
