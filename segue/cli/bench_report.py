@@ -20,7 +20,7 @@ _WIDTH_WITHOUT_TERMINAL = 160
 def with_progress(measure: Callable[[Callable[[str], None]], _T]) -> _T:
     """What ``measure`` returns, given a function that shows what it is doing. Raises UserError for what went wrong."""
     from segue.bench.driver import BenchmarkError
-    from segue.bench.simulate.replica import SimulationError
+    from segue.bench.simulate.served import SimulationError
     from segue.engine.models.config import ModelError
 
     try:

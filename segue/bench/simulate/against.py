@@ -25,8 +25,8 @@ from segue.bench.report import Report
 from segue.bench.shapes import SHAPES
 from segue.bench.simulate.config import Placement, ReplicaConfig, SimulationConfig, WorkloadConfig
 from segue.bench.simulate.config import Targets as Times
-from segue.bench.simulate.replica import Served
 from segue.bench.simulate.run import Measured, measure, placement_rows, simulate, simulation_settings
+from segue.bench.simulate.served import Served
 from segue.bench.simulate.workload import SimulatedRequest, draw_requests
 from segue.config import require, require_positive, to_toml
 from segue.engine.config import EngineConfig
