@@ -31,15 +31,23 @@ def with_progress(measure: Callable[[Callable[[str], None]], _T]) -> _T:
 
 
 def check_outputs(json: Path | None, plot: Path | None) -> None:
-    """Raises UserError where the report could not be written, so that nothing is measured in vain."""
+    """Raises UserError or ConfigError where the report could not be written, so that nothing is measured in vain."""
     from segue.bench.plots import PlotError, require_plots
 
     check_folders(json=json, plot=plot)
+    check_commit()
     if plot is not None:
         try:
             require_plots(plot)
         except PlotError as error:
             raise UserError(str(error)) from error
+
+
+def check_commit() -> None:
+    """Raises ConfigError where SEGUE_COMMIT names none."""
+    from segue.bench.machine import named_commit
+
+    named_commit()
 
 
 def check_folders(**paths: Path | None) -> None:
