@@ -17,12 +17,13 @@ import numpy as np
 
 from segue.bench.cases import Case, Measure, decode_cases
 from segue.bench.driver import BenchmarkError, EngineDriver
+from segue.bench.engine_config import engine_config, with_room
 from segue.bench.gemms import Gemms
 from segue.bench.prepare import DTYPES, Written, require_device, require_model, written
 from segue.bench.report import Percentiles, Report, Row
 from segue.bench.step_parts import record_spans, split_by_part
 from segue.config import require, require_positive
-from segue.engine.config import EngineConfig, LoadFormat
+from segue.engine.config import EngineConfig
 from segue.engine.lora.catalog import AdapterCatalog
 from segue.engine.models.config import ModelConfig
 from segue.scheduler.plan import pages_for
@@ -31,7 +32,6 @@ from segue.types import Tier
 _WARM_UP_STEPS = 3
 _FIRST_TOKEN_RUNS = 5
 _BUDGET_TOKENS = 2048
-_SPARE_HOST_BYTES = 64 << 20
 # Host copies of adapters that are on the device may go, so that the host store need not hold all.
 _MOST_HOST_BYTES = 4 << 30
 
@@ -98,21 +98,13 @@ class EngineBenchConfig:
 
     def engine_config(self, model_dir: Path) -> EngineConfig:
         """Raises ConfigError."""
-        return EngineConfig(
-            model_dir=str(model_dir),
-            load_format=(LoadFormat.AUTO if self.shape is None else LoadFormat.DUMMY).value,
-            device=self.device,
-            dtype=self.dtype,
-            torch_threads=self.torch_threads,
+        return dataclasses.replace(
+            engine_config(self, model_dir, max_running=self.largest_batch, max_lora_rank=self.max_rank),
             budget_tokens=self.budget_tokens,
             chunk_tokens=self.budget_tokens,
             max_context_tokens=self.request_tokens,
-            max_running=self.largest_batch,
             max_waiting=self.largest_batch,
-            max_lora_rank=self.max_rank,
-            prefix_cache=False,
             record_ahead=False,
-            cpu_workers=0,
             cpu_slots=1,
         )
 
@@ -297,8 +289,4 @@ def _with_room(config: EngineBenchConfig, found: Written) -> EngineConfig:
     pages = config.largest_batch * (pages_for(config.request_tokens, engine.page_tokens) + 1) + 1
     weight_bytes = [0, *(size.weight_bytes for size in sizes)]
     host_bytes = min(2 * sum(weight_bytes), max(_MOST_HOST_BYTES, 4 * max(weight_bytes)))
-    return dataclasses.replace(
-        engine,
-        pages=pages + sum(size.pages for size in sizes),
-        host_store_bytes=host_bytes + _SPARE_HOST_BYTES,
-    )
+    return with_room(engine, pages=pages + sum(size.pages for size in sizes), host_bytes=host_bytes)

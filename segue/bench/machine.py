@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +16,10 @@ import psutil
 import torch
 
 import segue
+from segue.config import require
 
+_COMMIT_VARIABLE = "SEGUE_COMMIT"
+_COMMIT = re.compile(r"[0-9a-f]{7,40}(-dirty)?")
 _PACKAGES = ("torch", "triton", "flashinfer-python", "numpy", "numba", "segue")
 
 
@@ -54,12 +58,26 @@ def versions() -> Mapping[str, str]:
     return found
 
 
-def commit(root: Path | None = None) -> str | None:
-    """The commit of the checkout at ``root`` (None: where this package lies), "-dirty" added if files differ from it.
+def commit() -> str | None:
+    """The commit of this code: the one that SEGUE_COMMIT names, or else the checkout's. Raises ConfigError."""
+    return named_commit() or checkout_commit(Path(segue.__file__).resolve().parent.parent)
+
+
+def named_commit() -> str | None:
+    """What SEGUE_COMMIT says, for copies of the code without its history; None if it is not set. Raises ConfigError."""
+    name = os.environ.get(_COMMIT_VARIABLE)
+    if name is not None:
+        problem = f"must be 7 to 40 digits of 0-9 and a-f, and may end in -dirty, is {name!r}"
+        require(_COMMIT.fullmatch(name) is not None, _COMMIT_VARIABLE, problem)
+    return name
+
+
+def checkout_commit(root: Path) -> str | None:
+    """The commit of the checkout at ``root``, "-dirty" added if files differ from it.
 
     None where ``root`` is not the top of a git checkout.
     """
-    root = Path(segue.__file__).resolve().parent.parent if root is None else root.resolve()
+    root = root.resolve()
     top = _git(root, "rev-parse", "--show-toplevel")
     if top is None or Path(top).resolve() != root:
         return None

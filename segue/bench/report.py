@@ -113,7 +113,8 @@ class Report:
     """What a benchmark measured, where, and with what. ``settings`` are the benchmark's own options; for kernels also
     the copy bandwidth, measured in the same run.
 
-    ``commit`` is None outside of a git checkout and ends in "-dirty" where tracked files were changed.
+    ``commit`` is None outside of a git checkout and ends in "-dirty" where tracked files were changed; SEGUE_COMMIT may
+    name another.
     """
 
     benchmark: str
@@ -125,7 +126,7 @@ class Report:
 
     @classmethod
     def here(cls, benchmark: str, settings: Mapping[str, Any], rows: Sequence[Row]) -> Self:
-        """The report of rows that were measured on this machine with this code."""
+        """The report of rows that were measured on this machine with this code. Raises ConfigError for SEGUE_COMMIT."""
         return cls(
             benchmark=benchmark,
             machine=Machine.here(),

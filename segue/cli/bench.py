@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,8 +11,24 @@ from rich.table import Table
 
 from segue.cli.bench_coldload import coldload
 from segue.cli.bench_coldstart import coldstart
-from segue.cli.bench_model import DeviceOption, DtypeOption, ModelOption, TorchThreadsOption, shape_and_model
-from segue.cli.bench_options import JsonOption, check_outputs, numbers, show_console, with_progress, write_outputs
+from segue.cli.bench_options import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelOption,
+    PlotOption,
+    RanksOption,
+    RoundsOption,
+    SecondsOption,
+    ShapeOption,
+    TargetsOption,
+    TimingsOption,
+    TorchThreadsOption,
+    model_settings,
+    numbers,
+    preset_of,
+)
+from segue.cli.bench_report import check_outputs, show_console, with_progress, write_outputs
 from segue.cli.bench_scheduler import scheduler
 from segue.cli.bench_simulate import simulate
 from segue.cli.bench_slo import slo
@@ -22,25 +36,14 @@ from segue.cli.common import UserError, one_line_errors
 
 if TYPE_CHECKING:
     from segue.bench.cases import Case
-    from segue.bench.engine import EngineBenchConfig
     from segue.bench.kernels import KernelBenchConfig
     from segue.bench.report import Report
-    from segue.bench.server import ServerBenchConfig
 
 _DEFAULT_SHAPE = "small"
-
-PlotOption = Annotated[
-    Path | None, typer.Option("--plot", metavar="FILE", help="Draw it: .png or .svg; needs the extra 'bench'.")
-]
-
 
 PresetOption = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="table-8b: the table of an 8B model in bfloat16 on CUDA."),
-]
-ShapeOption = Annotated[
-    str | None,
-    typer.Option(metavar="NAME", help="A random model: tiny, small (default), medium, llama-2-7b, llama-3.1-8b."),
 ]
 BatchOption = Annotated[str | None, typer.Option(metavar="N,...", help="Requests that decode together; default 1,16.")]
 MixOption = Annotated[
@@ -51,17 +54,12 @@ MixOption = Annotated[
         "or a number. Default base,one,8.",
     ),
 ]
-RanksOption = Annotated[str | None, typer.Option(metavar="N,...", help="The adapters' ranks; default 16.")]
-TargetsOption = Annotated[
-    str | None, typer.Option(metavar="qkvo|all,...", help="The projections that adapters change; default qkvo.")
-]
+MixRanksOption = Annotated[str | None, typer.Option(metavar="N,...", help="The adapters' ranks; default 16.")]
 PromptOption = Annotated[int | None, typer.Option(metavar="N", help="Tokens of each prompt; default 32.")]
 TtftPromptsOption = Annotated[
     str | None, typer.Option(metavar="N,...", help="Prompts to time to the first token; default 16,128.")
 ]
 StepsOption = Annotated[int, typer.Option(metavar="N", help="Decode steps to time in a round.")]
-RunsOption = Annotated[int, typer.Option(metavar="N", help="Rounds through all cases.")]
-SecondsOption = Annotated[float, typer.Option(metavar="LIMIT", help="No round begins later than this after the start.")]
 PartsOption = Annotated[
     bool, typer.Option("--parts", help="Add what the device does in a decode step, by kind of kernel; on CUDA.")
 ]
@@ -91,12 +89,12 @@ def engine(
     device: DeviceOption = None,
     batch: BatchOption = None,
     mix: MixOption = None,
-    ranks: RanksOption = None,
+    ranks: MixRanksOption = None,
     targets: TargetsOption = None,
     prompt: PromptOption = None,
     ttft_prompts: TtftPromptsOption = None,
     steps: StepsOption = 40,
-    runs: RunsOption = 5,
+    runs: RoundsOption = 5,
     seconds: SecondsOption = 240.0,
     torch_threads: TorchThreadsOption = 1,
     parts: PartsOption = False,
@@ -112,11 +110,13 @@ def engine(
             cases = _preset(preset, (batch, mix, ranks, targets, prompt, ttft_prompts))
             shape = shape or (None if model is not None else "llama-3.1-8b")
             dtype, device = dtype or "bfloat16", device or "cuda"
-        config = _engine_config(
-            cases, shape, model, dtype, device, steps=steps, runs=runs, seconds=seconds, torch_threads=torch_threads
-        )
-        config = dataclasses.replace(config, parts=parts)
-        report = with_progress(lambda progress: _engine_report(config, progress))
+        from segue.bench.engine import EngineBenchConfig, run_engine_bench
+
+        config = EngineBenchConfig(
+            cases=cases, **model_settings(shape, model, dtype, device, default_shape=_DEFAULT_SHAPE),
+            steps=steps, repeats=runs, seconds=seconds, torch_threads=torch_threads, parts=parts,
+        )  # fmt: skip
+        report = with_progress(lambda progress: run_engine_bench(config, progress))
         write_outputs(report, json, plot)
     _show(report)
 
@@ -128,7 +128,7 @@ def server(
     device: DeviceOption = None,
     batch: Annotated[str, typer.Option(metavar="N,...", help="Streams that decode together.")] = "16",
     mix: Annotated[str, typer.Option(metavar="NAME,...", help="As of bench engine.")] = "base",
-    ranks: RanksOption = None,
+    ranks: MixRanksOption = None,
     targets: TargetsOption = None,
     prompt: PromptOption = None,
     max_tokens: Annotated[
@@ -136,7 +136,7 @@ def server(
     ] = 1024,
     window: Annotated[float, typer.Option(metavar="SECONDS", help="Time to measure in a round.")] = 2.0,
     clients: Annotated[int, typer.Option(metavar="N", help="Processes that share the streams.")] = 1,
-    runs: RunsOption = 5,
+    runs: RoundsOption = 5,
     seconds: SecondsOption = 240.0,
     torch_threads: TorchThreadsOption = 1,
     json: JsonOption = None,
@@ -146,25 +146,17 @@ def server(
     with one_line_errors():
         check_outputs(json, plot)
         from segue.bench.cases import decode_cases
-        from segue.bench.server import ServerBenchConfig
+        from segue.bench.engine import EngineBenchConfig
+        from segue.bench.server import ServerBenchConfig, run_server_bench
 
-        cases = _cases(batch, mix, ranks, targets, prompt, None)
-        config = ServerBenchConfig(
-            engine=_engine_config(
-                tuple(dataclasses.replace(case, when=None) for case in decode_cases(cases)),
-                shape,
-                model,
-                dtype,
-                device,
-                steps=max_tokens,
-                runs=runs,
-                seconds=seconds,
-                torch_threads=torch_threads,
-            ),
-            window_seconds=window,
-            clients=clients,
-        )
-        report = with_progress(lambda progress: _server_report(config, progress))
+        cases = decode_cases(_cases(batch, mix, ranks, targets, prompt, None))
+        engine = EngineBenchConfig(
+            cases=tuple(dataclasses.replace(case, when=None) for case in cases),
+            **model_settings(shape, model, dtype, device, default_shape=_DEFAULT_SHAPE),
+            steps=max_tokens, repeats=runs, seconds=seconds, torch_threads=torch_threads,
+        )  # fmt: skip
+        config = ServerBenchConfig(engine=engine, window_seconds=window, clients=clients)
+        report = with_progress(lambda progress: run_server_bench(config, progress))
         write_outputs(report, json, plot)
     _show(report)
 
@@ -192,23 +184,23 @@ def kernels(
         if not torch.cuda.is_available():
             os.environ.setdefault("TRITON_INTERPRET", "1")
         try:
-            from segue.bench.kernels import KernelBenchConfig
+            from segue.bench.kernels import KernelBenchConfig, run_kernel_bench
         except ImportError as error:
             raise UserError(f"the kernels need triton: {error}") from error
         config = KernelBenchConfig(dtype=dtype, runs=runs, check_only=check_only)
         if check_only:
             _show_checks(config)
             return
-        report = with_progress(lambda progress: _kernel_report(config, progress))
+        report = with_progress(lambda progress: run_kernel_bench(config, progress))
         write_outputs(report, json, plot)
     _show(report)
 
 
 def cpu(
     tokens: Annotated[str, typer.Option(metavar="N,...", help="Rows of a call.")] = "1,4,16,64,128,512",
-    ranks: Annotated[str, typer.Option(metavar="N,...", help="The adapters' ranks.")] = "8,64,128",
+    ranks: RanksOption = "8,64,128",
     dtype: Annotated[str, typer.Option(metavar="NAME,...", help="float32, bfloat16.")] = "float32,bfloat16",
-    runs: Annotated[int, typer.Option(metavar="N", help="Timings of each case.")] = 30,
+    runs: TimingsOption = 30,
     cores: Annotated[
         int, typer.Option(metavar="N", help="Also time pools of 1 to N workers, each on a core of its own.")
     ] = 0,
@@ -236,11 +228,11 @@ def cpu(
 
 def disk(
     shape: Annotated[str, typer.Option(metavar="NAME", help="The model that the adapters are for.")] = _DISK_SHAPE,
-    ranks: Annotated[str, typer.Option(metavar="N,...", help="The adapters' ranks.")] = "8,64",
+    ranks: RanksOption = "8,64",
     targets: Annotated[str, typer.Option(metavar="qkvo|all,...", help="What they change.")] = "qkvo,all",
     threads: Annotated[str, typer.Option(metavar="N,...", help="Threads that read.")] = "1,2,4",
     part_bytes: Annotated[int, typer.Option(metavar="N", help="The most that is read at a time.")] = 2 << 20,
-    runs: Annotated[int, typer.Option(metavar="N", help="Timings of each case.")] = 20,
+    runs: TimingsOption = 20,
     json: JsonOption = None,
 ) -> None:
     """Time how adapters come from files in the page cache into host memory, alone and beside a busy loop."""
@@ -284,65 +276,10 @@ def _cases(
 def _preset(name: str, own_cases: tuple[object, ...]) -> tuple[Case, ...]:
     from segue.bench.cases import PRESETS
 
-    if name not in PRESETS:
-        raise UserError(f"--preset: must be one of {', '.join(PRESETS)}, is {name!r}")
+    cases = preset_of(PRESETS, name)
     if any(option is not None for option in own_cases):
         raise UserError("--preset names all cases: leave out --batch, --mix, --ranks, --targets and the prompts")
-    return PRESETS[name]
-
-
-def _engine_config(
-    cases: tuple[Case, ...],
-    shape: str | None,
-    model: Path | None,
-    dtype: str | None,
-    device: str | None,
-    *,
-    steps: int,
-    runs: int,
-    seconds: float,
-    torch_threads: int,
-) -> EngineBenchConfig:
-    from segue.bench.engine import EngineBenchConfig
-
-    shape, model_dir = shape_and_model(shape, model, _DEFAULT_SHAPE)
-    return EngineBenchConfig(
-        cases=cases,
-        shape=shape,
-        model_dir=model_dir,
-        dtype=dtype or "float32",
-        device=device or "cpu",
-        steps=steps,
-        repeats=runs,
-        seconds=seconds,
-        torch_threads=torch_threads,
-    )
-
-
-def _engine_report(config: EngineBenchConfig, progress: Callable[[str], None]) -> Report:
-    from segue.bench.engine import run_engine_bench
-    from segue.engine.models.config import ModelError
-
-    try:
-        return run_engine_bench(config, progress)
-    except ModelError as error:
-        raise UserError(str(error)) from error
-
-
-def _server_report(config: ServerBenchConfig, progress: Callable[[str], None]) -> Report:
-    from segue.bench.server import run_server_bench
-    from segue.engine.models.config import ModelError
-
-    try:
-        return run_server_bench(config, progress)
-    except ModelError as error:
-        raise UserError(str(error)) from error
-
-
-def _kernel_report(config: KernelBenchConfig, progress: Callable[[str], None]) -> Report:
-    from segue.bench.kernels import run_kernel_bench
-
-    return run_kernel_bench(config, progress)
+    return cases
 
 
 def _show(report: Report) -> None:

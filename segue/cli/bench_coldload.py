@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from segue.cli.bench_model import (
+from segue.cli.bench_options import (
     CpuWorkersOption,
     DeviceOption,
     DtypeOption,
+    JsonOption,
     ModelOption,
+    SeedOption,
+    TargetOption,
+    TinyShapeOption,
     TorchThreadsOption,
-    shape_and_model,
+    model_settings,
 )
-from segue.cli.bench_options import JsonOption, check_outputs, show_console, with_progress, write_outputs
+from segue.cli.bench_report import check_outputs, show_console, with_progress, write_outputs
 from segue.cli.common import UserError, one_line_errors
 
 if TYPE_CHECKING:
@@ -33,14 +36,12 @@ def coldload(
             help="caraserve: Llama 2 7B in bfloat16 on CUDA, 256 adapters of rank 64, 9 requests/s for 5 minutes.",
         ),
     ] = None,
-    shape: Annotated[
-        str | None, typer.Option(metavar="NAME", help="A random model: tiny (default), small, llama-2-7b, ...")
-    ] = None,
+    shape: TinyShapeOption = None,
     model: ModelOption = None,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
     rank: Annotated[int | None, typer.Option(metavar="N", help="The adapters' rank; default 8.")] = None,
-    targets: Annotated[str | None, typer.Option(metavar="qkvo|all", help="Default qkvo.")] = None,
+    targets: TargetOption = None,
     contents: Annotated[int | None, typer.Option(metavar="N", help="Adapters, asked for in turn; default 32.")] = None,
     rate: Annotated[float | None, typer.Option(metavar="R", help="Requests a second; default 4.")] = None,
     seconds: Annotated[
@@ -51,7 +52,7 @@ def coldload(
     ] = None,
     cpu_workers: CpuWorkersOption = None,
     torch_threads: TorchThreadsOption = 1,
-    seed: Annotated[int | None, typer.Option(metavar="N", help="Of all that is drawn.")] = None,
+    seed: SeedOption = None,
     json: JsonOption = None,
 ) -> None:
     """Serve requests that each need another adapter, with all adapters on the device and with all in host memory.
@@ -60,17 +61,21 @@ def coldload(
     """
     with one_line_errors():
         check_outputs(json, None)
+        from segue.bench.coldstart.load import run_load_bench
+
         config = _config(
-            preset, shape, model,
-            dtype=dtype, device=device, rank=rank, targets=targets, contents=contents, requests_per_second=rate,
+            preset, shape, model, dtype, device,
+            rank=rank, targets=targets, contents=contents, requests_per_second=rate,
             seconds=seconds, rounds=rounds, cpu_workers=cpu_workers, torch_threads=torch_threads, seed=seed,
         )  # fmt: skip
-        report = with_progress(lambda progress: _report(config, progress))
+        report = with_progress(lambda progress: run_load_bench(config, progress))
         write_outputs(report, json, None)
     _show(report)
 
 
-def _config(preset: str | None, shape: str | None, model: Path | None, **values: Any) -> LoadConfig:
+def _config(
+    preset: str | None, shape: str | None, model: Path | None, dtype: str | None, device: str | None, **values: Any
+) -> LoadConfig:
     from segue.bench.coldstart.config import default_workers
     from segue.bench.coldstart.load_config import LoadConfig
     from segue.bench.random_checkpoints import Targets
@@ -86,20 +91,9 @@ def _config(preset: str | None, shape: str | None, model: Path | None, **values:
     if preset is None:
         base |= {"rank": 8, "contents": 32, "requests_per_second": 4.0, "seconds": 20.0}
     else:
-        base |= {"dtype": "bfloat16", "device": "cuda"}
-    shape, model_dir = shape_and_model(shape, model, "tiny" if preset is None else "llama-2-7b")
-    config: LoadConfig = LoadConfig(shape=shape, model_dir=model_dir, **{**base, **given})
-    return config
-
-
-def _report(config: LoadConfig, progress: Callable[[str], None]) -> Report:
-    from segue.bench.coldstart.load import run_load_bench
-    from segue.engine.models.config import ModelError
-
-    try:
-        return run_load_bench(config, progress)
-    except ModelError as error:
-        raise UserError(str(error)) from error
+        dtype, device = dtype or "bfloat16", device or "cuda"
+    settings = model_settings(shape, model, dtype, device, default_shape="tiny" if preset is None else "llama-2-7b")
+    return LoadConfig(**settings, **{**base, **given})
 
 
 def _show(report: Report) -> None:

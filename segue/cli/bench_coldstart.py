@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from segue.cli.bench_model import (
+from segue.cli.bench_options import (
     CpuWorkersOption,
     DeviceOption,
     DtypeOption,
-    ModelOption,
-    TorchThreadsOption,
-    shape_and_model,
-)
-from segue.cli.bench_options import (
     JsonOption,
-    check_folders,
-    check_outputs,
+    ModelOption,
+    SeedOption,
+    TargetsOption,
+    TinyShapeOption,
+    TorchThreadsOption,
+    model_settings,
     numbers,
-    show_console,
-    with_progress,
-    write_outputs,
 )
+from segue.cli.bench_report import check_folders, check_outputs, show_console, with_progress, write_outputs
 from segue.cli.common import UserError, one_line_errors
 
 if TYPE_CHECKING:
-    from segue.bench.coldstart.config import ColdstartConfig
     from segue.bench.coldstart.points import Axes, Point
     from segue.bench.report import Report
     from segue.scheduler.cost_model import CostProfile
@@ -37,58 +31,70 @@ if TYPE_CHECKING:
 _SAMPLES, _DECODES = 60, 16
 _AXES = ("prompts", "ranks", "targets", "adapters", "tiers", "links")
 
+PresetOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="table-8b: six points of an 8B model in bfloat16 on CUDA. corners: all corners and 60 more points of "
+        "the whole map, each with and without 16 decodes.",
+    ),
+]
+PromptsOption = Annotated[str | None, typer.Option(metavar="N,...", help="Tokens; default 32,128.")]
+PointRanksOption = Annotated[str | None, typer.Option(metavar="N,...", help="The adapters' ranks; default 8,64.")]
+AdaptersOption = Annotated[
+    str | None, typer.Option(metavar="N,...", help="Adapters that arrive together; default 1,4.")
+]
+TiersOption = Annotated[str | None, typer.Option(metavar="host|disk,...", help="Default host,disk.")]
+LinksOption = Annotated[
+    str | None,
+    typer.Option(metavar="GB|full,...", help="GB/s that the link to the device carries, or full; default full."),
+]
+SamplesOption = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="All corners and N other points, in random order; without it all points."),
+]
+DecodesOption = Annotated[
+    int | None, typer.Option(metavar="N", help="Measure each point also while N requests decode; default 0.")
+]
+RunsOption = Annotated[int, typer.Option(metavar="N", help="Rounds through the modes at each point.")]
+PointSecondsOption = Annotated[
+    float, typer.Option(metavar="LIMIT", help="No round begins later than this after the model is there.")
+]
+ProfileOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE.toml", help="A cost profile: predict the points of the map that are not measured."),
+]
+ReadOption = Annotated[
+    Path | None,
+    typer.Option("--from", metavar="FILE.json", help="Measure nothing: show this report, and draw its --page."),
+]
+PageOption = Annotated[
+    Path | None, typer.Option(metavar="FILE.html", help="A page of plots and the map of who is fastest where.")
+]
+
 
 def coldstart(
-    preset: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="table-8b: six points of an 8B model in bfloat16 on CUDA. corners: all corners and 60 more points of "
-            "the whole map, each with and without 16 decodes.",
-        ),
-    ] = None,
-    shape: Annotated[
-        str | None, typer.Option(metavar="NAME", help="A random model: tiny (default), small, llama-3.1-8b, ...")
-    ] = None,
+    preset: PresetOption = None,
+    shape: TinyShapeOption = None,
     model: ModelOption = None,
     dtype: DtypeOption = None,
     device: DeviceOption = None,
-    prompts: Annotated[str | None, typer.Option(metavar="N,...", help="Tokens; default 32,128.")] = None,
-    ranks: Annotated[str | None, typer.Option(metavar="N,...", help="Default 8,64.")] = None,
-    targets: Annotated[str | None, typer.Option(metavar="qkvo|all,...", help="Default qkvo.")] = None,
-    adapters: Annotated[
-        str | None, typer.Option(metavar="N,...", help="Adapters that arrive together; default 1,4.")
-    ] = None,
-    tiers: Annotated[str | None, typer.Option(metavar="host|disk,...", help="Default host,disk.")] = None,
-    links: Annotated[
-        str | None,
-        typer.Option(metavar="GB|full,...", help="GB/s that the link to the device carries, or full; default full."),
-    ] = None,
-    samples: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="All corners and N other points, in random order; without it all points."),
-    ] = None,
-    decodes: Annotated[
-        int | None, typer.Option(metavar="N", help="Measure each point also while N requests decode; default 0.")
-    ] = None,
-    runs: Annotated[int, typer.Option(metavar="N", help="Rounds through the modes at each point.")] = 7,
-    seconds: Annotated[
-        float, typer.Option(metavar="LIMIT", help="No round begins later than this after the model is there.")
-    ] = 600.0,
+    prompts: PromptsOption = None,
+    ranks: PointRanksOption = None,
+    targets: TargetsOption = None,
+    adapters: AdaptersOption = None,
+    tiers: TiersOption = None,
+    links: LinksOption = None,
+    samples: SamplesOption = None,
+    decodes: DecodesOption = None,
+    runs: RunsOption = 7,
+    seconds: PointSecondsOption = 600.0,
     cpu_workers: CpuWorkersOption = None,
     torch_threads: TorchThreadsOption = 1,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of the points that are drawn, prompts and bounds.")] = 0,
-    profile: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE.toml", help="A cost profile: predict the points of the map that are not measured."),
-    ] = None,
-    read: Annotated[
-        Path | None,
-        typer.Option("--from", metavar="FILE.json", help="Measure nothing: show this report, and draw its --page."),
-    ] = None,
-    page: Annotated[
-        Path | None, typer.Option(metavar="FILE.html", help="A page of plots and the map of who is fastest where.")
-    ] = None,
+    seed: SeedOption = None,
+    profile: ProfileOption = None,
+    read: ReadOption = None,
+    page: PageOption = None,
     json: JsonOption = None,
 ) -> None:
     """Time requests whose adapters are in host memory or on disk, in five modes: warm, load first, stream, cpu,
@@ -102,18 +108,22 @@ def coldstart(
         if read is not None:
             report = _read(read, json)
         else:
-            points, map_points = _points(
-                preset, (prompts, ranks, targets, adapters, tiers, links), samples, decodes, seed
-            )
-            default_shape = "tiny" if preset is None else "llama-3.1-8b"
+            from segue.bench.coldstart.config import ColdstartConfig, default_workers
+            from segue.bench.coldstart.run import run_coldstart_bench
+
+            seed = seed or 0
+            values = (prompts, ranks, targets, adapters, tiers, links)
+            points, map_points = _points(preset, values, samples, decodes, seed)
             if preset is not None:
                 dtype, device = dtype or "bfloat16", device or "cuda"
-            config = _config(
-                points, shape, model, dtype, device, default_shape=default_shape,
-                runs=runs, seconds=seconds, cpu_workers=cpu_workers, torch_threads=torch_threads, seed=seed,
+            default_shape = "tiny" if preset is None else "llama-3.1-8b"
+            config = ColdstartConfig(
+                points=points, map_points=map_points, profile=_profile(profile),
+                **model_settings(shape, model, dtype, device, default_shape=default_shape),
+                cpu_workers=default_workers() if cpu_workers is None else cpu_workers, torch_threads=torch_threads,
+                runs=runs, seconds=seconds, seed=seed,
             )  # fmt: skip
-            config = dataclasses.replace(config, map_points=map_points, profile=_profile(profile))
-            report = with_progress(lambda progress: _report(config, progress))
+            report = with_progress(lambda progress: run_coldstart_bench(config, progress))
             write_outputs(report, json, None)
         _write_page(report, page)
     _show(report)
@@ -172,37 +182,6 @@ def _link(text: str) -> float | None:
         raise UserError(f"--links: must be numbers of GB/s or full, with commas between them, is {text!r}") from None
 
 
-def _config(
-    points: tuple[Point, ...],
-    shape: str | None,
-    model: Path | None,
-    dtype: str | None,
-    device: str | None,
-    *,
-    default_shape: str,
-    runs: int,
-    seconds: float,
-    cpu_workers: int | None,
-    torch_threads: int,
-    seed: int,
-) -> ColdstartConfig:
-    from segue.bench.coldstart.config import ColdstartConfig, default_workers
-
-    shape, model_dir = shape_and_model(shape, model, default_shape)
-    return ColdstartConfig(
-        points=points,
-        shape=shape,
-        model_dir=model_dir,
-        dtype=dtype or "float32",
-        device=device or "cpu",
-        runs=runs,
-        seconds=seconds,
-        cpu_workers=default_workers() if cpu_workers is None else cpu_workers,
-        torch_threads=torch_threads,
-        seed=seed,
-    )
-
-
 def _profile(path: Path | None) -> CostProfile | None:
     from segue.config import from_table, read_toml
     from segue.scheduler.cost_model import CostProfile
@@ -232,16 +211,6 @@ def _write_page(report: Report, path: Path | None) -> None:
             write_page(report, path)
         except OSError as error:
             raise UserError(str(error)) from error
-
-
-def _report(config: ColdstartConfig, progress: Callable[[str], None]) -> Report:
-    from segue.bench.coldstart.run import run_coldstart_bench
-    from segue.engine.models.config import ModelError
-
-    try:
-        return run_coldstart_bench(config, progress)
-    except ModelError as error:
-        raise UserError(str(error)) from error
 
 
 def _show(report: Report) -> None:

@@ -1,73 +1,82 @@
-"""What the subcommands of ``segue bench`` share."""
+"""Options that several subcommands of ``segue bench`` have, and what their values mean."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import Annotated, Any, TypedDict, TypeVar
 
 import typer
-from rich.console import Console
 
 from segue.cli.common import UserError
 
-if TYPE_CHECKING:
-    from segue.bench.report import Report
-
 _T = TypeVar("_T")
-_WIDTH_WITHOUT_TERMINAL = 160
+_SHAPES = ("tiny", "small", "medium", "llama-2-7b", "llama-3.1-8b")
+
+
+def _random_model(default: str) -> Any:
+    names = ", ".join(f"{name} (default)" if name == default else name for name in _SHAPES)
+    return typer.Option(metavar="NAME", help=f"A random model: {names}.")
+
+
+ShapeOption = Annotated[str | None, _random_model("small")]
+TinyShapeOption = Annotated[str | None, _random_model("tiny")]
+ModelOption = Annotated[Path | None, typer.Option(metavar="DIR", help="The base model's folder, in place of --shape.")]
+DtypeOption = Annotated[str | None, typer.Option(metavar="NAME", help="float32 (default), bfloat16 or float16.")]
+DeviceOption = Annotated[str | None, typer.Option(metavar="NAME", help="cpu (default) or cuda.")]
+TorchThreadsOption = Annotated[int, typer.Option(metavar="N", help="Threads of torch's matrix products.")]
+CpuWorkersOption = Annotated[
+    int | None, typer.Option(metavar="N", help="CPU LoRA workers; default all cores but four, 1 to 12.")
+]
+
+RanksOption = Annotated[str, typer.Option(metavar="N,...", help="The adapters' ranks.")]
+TargetOption = Annotated[
+    str | None,
+    typer.Option(metavar="qkvo|all", help="The projections that adapters change; default qkvo."),
+]
+TargetsOption = Annotated[
+    str | None, typer.Option(metavar="qkvo|all,...", help="The projections that adapters change; default qkvo.")
+]
+SeedOption = Annotated[int | None, typer.Option(metavar="N", help="Of all that is drawn; default 0.")]
+RoundsOption = Annotated[int, typer.Option(metavar="N", help="Rounds through all cases.")]
+TimingsOption = Annotated[int, typer.Option(metavar="N", help="Timings of each case.")]
+SecondsOption = Annotated[float, typer.Option(metavar="LIMIT", help="No round begins later than this after the start.")]
 
 JsonOption = Annotated[Path | None, typer.Option("--json", metavar="FILE.json", help="Write the report here.")]
+PlotOption = Annotated[
+    Path | None, typer.Option("--plot", metavar="FILE", help="Draw it: .png or .svg; needs the extra 'bench'.")
+]
 
 
-def with_progress(measure: Callable[[Callable[[str], None]], _T]) -> _T:
-    """What ``measure`` returns, given a function that shows what it is doing. Raises UserError for what went wrong."""
-    from segue.bench.driver import BenchmarkError
+class ModelSettings(TypedDict):
+    """What a benchmark's configuration says of the model: exactly one of ``shape`` and ``model_dir`` is set."""
 
-    try:
-        with Console(stderr=True).status("") as status:
-            return measure(status.update)
-    except (BenchmarkError, OSError) as error:
-        raise UserError(str(error)) from error
+    shape: str | None
+    model_dir: str | None
+    dtype: str
+    device: str
 
 
-def check_outputs(json: Path | None, plot: Path | None) -> None:
-    """Raises UserError where the report could not be written, so that nothing is measured in vain."""
-    from segue.bench.plots import PlotError, require_plots
-
-    check_folders(json=json, plot=plot)
-    if plot is not None:
-        try:
-            require_plots(plot)
-        except PlotError as error:
-            raise UserError(str(error)) from error
-
-
-def check_folders(**paths: Path | None) -> None:
-    """Raises UserError for a file, by its option's name, whose folder there is not."""
-    for option, path in paths.items():
-        if path is not None and not path.absolute().parent.is_dir():
-            raise UserError(f"--{option}: {path.absolute().parent} is not a folder")
+def model_settings(
+    shape: str | None, model: Path | None, dtype: str | None, device: str | None, *, default_shape: str
+) -> ModelSettings:
+    """What the four options say, or else their defaults. Raises UserError for a shape beside a model's folder."""
+    if shape is not None and model is not None:
+        raise UserError("give --shape or --model, not both")
+    return {
+        "shape": (shape or default_shape) if model is None else None,
+        "model_dir": None if model is None else str(model),
+        "dtype": dtype or "float32",
+        "device": device or "cpu",
+    }
 
 
-def write_outputs(report: Report, json: Path | None, plot: Path | None) -> None:
-    """Write the report where it is wanted. Raises UserError."""
-    from segue.bench.plots import PlotError, write_plot
-
-    try:
-        if json is not None:
-            report.write(json)
-        if plot is not None:
-            write_plot(report, plot)
-    except (OSError, PlotError) as error:
-        raise UserError(str(error)) from error
-
-
-def show_console() -> Console:
-    """Where tables are printed: as wide as the terminal, or wide enough."""
-    console = Console()
-    return console if console.is_terminal else Console(width=_WIDTH_WITHOUT_TERMINAL)
+def preset_of(presets: Mapping[str, _T], name: str) -> _T:
+    """The preset of that name. Raises UserError."""
+    if name not in presets:
+        raise UserError(f"--preset: must be one of {', '.join(presets)}, is {name!r}")
+    return presets[name]
 
 
 def changed(config: Any, **values: object) -> Any:

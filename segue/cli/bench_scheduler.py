@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from segue.cli.bench_options import JsonOption, check_outputs, numbers, show_console, with_progress, write_outputs
+from segue.cli.bench_options import JsonOption, numbers
+from segue.cli.bench_report import check_outputs, show_console, with_progress, write_outputs
 from segue.cli.common import one_line_errors
 
 

@@ -2,81 +2,99 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from segue.cli.bench_options import (
-    JsonOption,
-    changed,
-    check_outputs,
-    numbers,
-    show_console,
-    with_progress,
-    write_outputs,
-)
+from segue.cli.bench_options import JsonOption, SeedOption, changed, numbers, preset_of
+from segue.cli.bench_report import check_outputs, show_console, with_progress, write_outputs
 from segue.cli.common import UserError, one_line_errors
 
 if TYPE_CHECKING:
     from segue.bench.report import Report
-    from segue.bench.simulate.against import AgainstConfig
-    from segue.bench.simulate.config import ReplicaConfig, SimulationConfig, Targets, WorkloadConfig
+    from segue.bench.simulate.config import SimulationConfig, Targets, WorkloadConfig
     from segue.scheduler.cost_model import CostProfile
 
 
+PresetOption = Annotated[
+    str | None, typer.Option(metavar="NAME", help="caraserve: the cluster that CaraServe's authors simulate.")
+]
+ProfileOption = Annotated[
+    str | None,
+    typer.Option(metavar="NAME|FILE.toml", help="What steps cost: caraserve-bgmv, caraserve-mbgmv, or a file."),
+]
+ReplicasOption = Annotated[int | None, typer.Option(metavar="N", help="1 to 1000.")]
+RequestsOption = Annotated[int | None, typer.Option(metavar="N", help="Requests to simulate.")]
+RateOption = Annotated[float | None, typer.Option(metavar="R", help="Requests a second, of the whole cluster.")]
+AttainOption = Annotated[
+    float | None,
+    typer.Option(metavar="SHARE", help="Find the rate at which --attain-with meets this share of its targets."),
+]
+AttainWithOption = Annotated[str, typer.Option(metavar="PLACEMENT", help="Whose rate is found.")]
+PlacementsOption = Annotated[
+    str | None, typer.Option(metavar="NAME,...", help="rank-aware, most-idle, first-fit, random; default all.")
+]
+PolicyOption = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Who goes first on a replica: fcfs (the default) or slo.")
+]
+ArrivalsOption = Annotated[str | None, typer.Option(metavar="NAME", help="poisson, gamma or constant.")]
+BurstinessOption = Annotated[
+    float | None, typer.Option(metavar="CV", help="Of gamma arrivals: standard deviation of a gap over its mean.")
+]
+PopularityOption = Annotated[str | None, typer.Option(metavar="NAME", help="uniform, zipf or azure.")]
+ExponentOption = Annotated[float | None, typer.Option(metavar="S", help="Of Zipf's law.")]
+AdaptersOption = Annotated[int | None, typer.Option(metavar="N", help="Adapters in all.")]
+RanksInTurnOption = Annotated[str | None, typer.Option(metavar="N,...", help="The adapters' ranks, in turn.")]
+BaseShareOption = Annotated[float | None, typer.Option(metavar="SHARE", help="Requests without an adapter.")]
+PromptOption = Annotated[float | None, typer.Option(metavar="N", help="Mean tokens of a prompt.")]
+OutputOption = Annotated[float | None, typer.Option(metavar="N", help="Mean tokens of an answer.")]
+TtftOption = Annotated[float | None, typer.Option(metavar="MS", help="Target: time to the first token.")]
+TpotOption = Annotated[float | None, typer.Option(metavar="MS", help="Target: time per token after the first.")]
+TimePerTokenOption = Annotated[
+    float | None, typer.Option(metavar="MS", help="Target: time per token from the arrival on.")
+]
+AgainstOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SHAPE",
+        help="Serve the requests with an engine of this random model as well, and compare; --profile is its.",
+    ),
+]
+AgainstDtypeOption = Annotated[str, typer.Option(metavar="NAME", help="Of that engine.")]
+AgainstDeviceOption = Annotated[str, typer.Option(metavar="NAME", help="Of that engine: cpu or cuda.")]
+AgainstWorkersOption = Annotated[int, typer.Option(metavar="N", help="Of that engine.")]
+
+
 def simulate(
-    preset: Annotated[
-        str | None, typer.Option(metavar="NAME", help="caraserve: the cluster that CaraServe's authors simulate.")
-    ] = None,
-    profile: Annotated[
-        str | None,
-        typer.Option(metavar="NAME|FILE.toml", help="What steps cost: caraserve-bgmv, caraserve-mbgmv, or a file."),
-    ] = None,
-    replicas: Annotated[int | None, typer.Option(metavar="N", help="1 to 1000.")] = None,
-    requests: Annotated[int | None, typer.Option(metavar="N", help="Requests to simulate.")] = None,
-    rate: Annotated[float | None, typer.Option(metavar="R", help="Requests a second, of the whole cluster.")] = None,
-    attain: Annotated[
-        float | None,
-        typer.Option(metavar="SHARE", help="Find the rate at which --attain-with meets this share of its targets."),
-    ] = None,
-    attain_with: Annotated[str, typer.Option(metavar="PLACEMENT", help="Whose rate is found.")] = "most-idle",
-    placements: Annotated[
-        str | None, typer.Option(metavar="NAME,...", help="rank-aware, most-idle, first-fit, random; default all.")
-    ] = None,
-    policy: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Who goes first on a replica: fcfs (the default) or slo.")
-    ] = None,
-    arrivals: Annotated[str | None, typer.Option(metavar="NAME", help="poisson, gamma or constant.")] = None,
-    burstiness: Annotated[
-        float | None, typer.Option(metavar="CV", help="Of gamma arrivals: standard deviation of a gap over its mean.")
-    ] = None,
-    popularity: Annotated[str | None, typer.Option(metavar="NAME", help="uniform, zipf or azure.")] = None,
-    exponent: Annotated[float | None, typer.Option(metavar="S", help="Of Zipf's law.")] = None,
-    adapters: Annotated[int | None, typer.Option(metavar="N", help="Adapters in all.")] = None,
-    ranks: Annotated[str | None, typer.Option(metavar="N,...", help="The adapters' ranks, in turn.")] = None,
-    base_share: Annotated[float | None, typer.Option(metavar="SHARE", help="Requests without an adapter.")] = None,
-    prompt: Annotated[float | None, typer.Option(metavar="N", help="Mean tokens of a prompt.")] = None,
-    output: Annotated[float | None, typer.Option(metavar="N", help="Mean tokens of an answer.")] = None,
-    ttft_ms: Annotated[float | None, typer.Option(metavar="MS", help="Target: time to the first token.")] = None,
-    tpot_ms: Annotated[float | None, typer.Option(metavar="MS", help="Target: time per token after the first.")] = None,
-    time_per_token_ms: Annotated[
-        float | None, typer.Option(metavar="MS", help="Target: time per token from the arrival on.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(metavar="N", help="Of all that is drawn.")] = None,
-    against: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SHAPE",
-            help="Serve the requests with an engine of this random model as well, and compare; --profile is its.",
-        ),
-    ] = None,
-    dtype: Annotated[str, typer.Option(metavar="NAME", help="Of that engine.")] = "float32",
-    device: Annotated[str, typer.Option(metavar="NAME", help="Of that engine: cpu or cuda.")] = "cpu",
-    cpu_workers: Annotated[int, typer.Option(metavar="N", help="Of that engine.")] = 0,
+    preset: PresetOption = None,
+    profile: ProfileOption = None,
+    replicas: ReplicasOption = None,
+    requests: RequestsOption = None,
+    rate: RateOption = None,
+    attain: AttainOption = None,
+    attain_with: AttainWithOption = "most-idle",
+    placements: PlacementsOption = None,
+    policy: PolicyOption = None,
+    arrivals: ArrivalsOption = None,
+    burstiness: BurstinessOption = None,
+    popularity: PopularityOption = None,
+    exponent: ExponentOption = None,
+    adapters: AdaptersOption = None,
+    ranks: RanksInTurnOption = None,
+    base_share: BaseShareOption = None,
+    prompt: PromptOption = None,
+    output: OutputOption = None,
+    ttft_ms: TtftOption = None,
+    tpot_ms: TpotOption = None,
+    time_per_token_ms: TimePerTokenOption = None,
+    seed: SeedOption = None,
+    against: AgainstOption = None,
+    dtype: AgainstDtypeOption = "float32",
+    device: AgainstDeviceOption = "cpu",
+    cpu_workers: AgainstWorkersOption = 0,
     json: JsonOption = None,
 ) -> None:
     """Compare how requests are placed on replicas, with a cost model in place of devices. Needs no GPU.
@@ -85,6 +103,8 @@ def simulate(
     """
     with one_line_errors():
         check_outputs(json, None)
+        from segue.bench.simulate.run import run_simulate_bench
+
         base = _preset(preset)
         workload = changed(
             base.workload,
@@ -97,14 +117,12 @@ def simulate(
             return
         config = changed(
             base,
-            replica=changed(_replica(base.replica, profile), policy=policy),
-            workload=workload,
-            targets=_targets(base.targets, ttft_ms, tpot_ms, time_per_token_ms),
-            replicas=replicas,
-            requests_per_second=rate,
-            placements=None if placements is None else tuple(placements.split(",")),
-        )
-        report = with_progress(lambda progress: _report(config, _search(attain, attain_with, rate), progress))
+            replica=changed(base.replica, profile=None if profile is None else _profile(profile), policy=policy),
+            workload=workload, targets=_targets(base.targets, ttft_ms, tpot_ms, time_per_token_ms), replicas=replicas,
+            requests_per_second=rate, placements=None if placements is None else tuple(placements.split(",")),
+        )  # fmt: skip
+        search = _search(attain, attain_with, rate)
+        report = with_progress(lambda progress: run_simulate_bench(config, progress, search))
         write_outputs(report, json, None)
     _show(report)
 
@@ -120,7 +138,7 @@ def _compare(
     rate: float | None,
     json: Path | None,
 ) -> None:
-    from segue.bench.simulate.against import AgainstConfig
+    from segue.bench.simulate.against import AgainstConfig, run_against
     from segue.bench.simulate.table import comparison_table, placement_table
 
     if profile is None or rate is None:
@@ -129,35 +147,17 @@ def _compare(
         profile=_profile(profile), workload=workload, requests_per_second=rate, shape=shape, dtype=dtype,
         device=device, cpu_workers=cpu_workers,
     )  # fmt: skip
-    report = with_progress(lambda progress: _against_report(config, progress))
+    report = with_progress(lambda progress: run_against(config, progress))
     write_outputs(report, json, None)
     console = show_console()
     console.print(placement_table(report))
     console.print(comparison_table(report))
 
 
-def _against_report(config: AgainstConfig, progress: Callable[[str], None]) -> Report:
-    from segue.bench.simulate.against import run_against
-    from segue.bench.simulate.replica import SimulationError
-
-    try:
-        return run_against(config, progress)
-    except SimulationError as error:
-        raise UserError(str(error)) from error
-
-
 def _preset(name: str | None) -> SimulationConfig:
     from segue.bench.simulate.presets import DEFAULT, PRESETS
 
-    if name is None:
-        return DEFAULT
-    if name not in PRESETS:
-        raise UserError(f"--preset: must be one of {', '.join(PRESETS)}, is {name!r}")
-    return PRESETS[name]
-
-
-def _replica(base: ReplicaConfig, profile: str | None) -> ReplicaConfig:
-    return base if profile is None else dataclasses.replace(base, profile=_profile(profile))
+    return DEFAULT if name is None else preset_of(PRESETS, name)
 
 
 def _profile(name: str) -> CostProfile:
@@ -193,16 +193,6 @@ def _search(attain: float | None, attain_with: str, rate: float | None) -> tuple
     if attain_with not in tuple(Placement):
         raise UserError(f"--attain-with: must be one of {', '.join(Placement)}, is {attain_with!r}")
     return attain_with, attain
-
-
-def _report(config: SimulationConfig, search: tuple[str, float] | None, progress: Any) -> Report:
-    from segue.bench.simulate.replica import SimulationError
-    from segue.bench.simulate.run import run_simulate_bench
-
-    try:
-        return run_simulate_bench(config, progress, search)
-    except SimulationError as error:
-        raise UserError(str(error)) from error
 
 
 def _show(report: Report) -> None:

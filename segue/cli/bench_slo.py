@@ -8,7 +8,7 @@ from typing import Any
 import typer
 
 from segue.cli import bench_slo_options as options
-from segue.cli.bench_options import check_folders
+from segue.cli.bench_report import check_commit, check_folders
 from segue.cli.common import DEFAULT_SERVER, ServerOption, one_line_errors
 
 _VOID_STATUS = 3
@@ -73,6 +73,7 @@ def slo(
     given: Mapping[str, Any] = dict(locals())
     with one_line_errors():
         check_folders(json=json, csv=csv, html=html)
+        check_commit()
         from segue.cli.bench_slo_run import run
 
         void = run(given)

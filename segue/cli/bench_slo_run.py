@@ -32,7 +32,8 @@ from segue.bench.slo.table import show_result
 from segue.bench.slo.target import ask_target
 from segue.bench.slo.trace import NO_TRACE, Trace
 from segue.bench.slo.trace_files import TraceError, read_function_trace, read_request_trace
-from segue.cli.bench_options import changed, numbers, show_console
+from segue.cli.bench_options import changed, numbers, preset_of
+from segue.cli.bench_report import show_console
 from segue.cli.common import UserError
 from segue.config import ConfigError
 
@@ -100,11 +101,7 @@ def default_clients() -> int:
 
 
 def _preset(name: str | None) -> Preset:
-    if name is None:
-        return DEFAULT
-    if name not in PRESETS:
-        raise UserError(f"--preset: must be one of {', '.join(PRESETS)}, is {name!r}")
-    return PRESETS[name]
+    return DEFAULT if name is None else preset_of(PRESETS, name)
 
 
 def _workload(base: WorkloadConfig, given: Given) -> WorkloadConfig:

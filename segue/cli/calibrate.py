@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from segue.cli.bench_options import JsonOption, check_outputs, numbers, show_console, with_progress, write_outputs
+from segue.cli.bench_options import (
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    ModelOption,
+    RanksOption,
+    ShapeOption,
+    TargetOption,
+    TorchThreadsOption,
+    model_settings,
+    numbers,
+)
+from segue.cli.bench_report import check_outputs, show_console, with_progress, write_outputs
 from segue.cli.common import UserError, one_line_errors
 
 if TYPE_CHECKING:
@@ -30,15 +41,12 @@ def register(app: typer.Typer) -> None:
 
 
 def calibrate(
-    model: Annotated[Path | None, typer.Option(metavar="DIR", help="The base model's folder.")] = None,
-    shape: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="A random model: tiny, small (default), medium, llama-2-7b, llama-3.1-8b."),
-    ] = None,
-    dtype: Annotated[str, typer.Option(metavar="NAME", help="float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[str, typer.Option(metavar="NAME", help="cpu or cuda.")] = "cpu",
-    targets: Annotated[str, typer.Option(metavar="qkvo|all", help="The projections that adapters change.")] = "qkvo",
-    ranks: Annotated[str | None, typer.Option(metavar="N,...", help="The adapters' ranks; default 8,16,32,64.")] = None,
+    model: ModelOption = None,
+    shape: ShapeOption = None,
+    dtype: DtypeOption = None,
+    device: DeviceOption = None,
+    targets: TargetOption = None,
+    ranks: RanksOption = "8,16,32,64",
     batch: Annotated[str | None, typer.Option(metavar="N,...", help="Requests that decode together.")] = None,
     context: Annotated[str | None, typer.Option(metavar="N,...", help="Tokens of their prompts.")] = None,
     prompts: Annotated[str | None, typer.Option(metavar="N,...", help="Tokens of prompts alone.")] = None,
@@ -47,7 +55,7 @@ def calibrate(
     ] = None,
     rounds: Annotated[int | None, typer.Option(metavar="N", help="At most so many rounds through all points.")] = None,
     seconds: Annotated[float, typer.Option(metavar="LIMIT", help="All of it ends about then.")] = 110.0,
-    torch_threads: Annotated[int, typer.Option(metavar="N", help="Threads of torch's matrix products.")] = 1,
+    torch_threads: TorchThreadsOption = 1,
     out: Annotated[Path, typer.Option(metavar="FILE.toml", help="The profile, for segue serve --profile.")] = Path(
         "profile.toml"
     ),
@@ -60,11 +68,13 @@ def calibrate(
             raise UserError(f"--out: {out.absolute().parent} is not a folder")
         config = _config(
             model, shape, dtype, device, targets=targets, seconds=seconds, torch_threads=torch_threads,
-            ranks=_numbers("--ranks", ranks), batches=_numbers("--batch", batch),
+            ranks=numbers("--ranks", ranks), batches=_numbers("--batch", batch),
             contexts=_numbers("--context", context), prompts=_numbers("--prompts", prompts),
             cpu_workers=min(2, len(os.sched_getaffinity(0))) if cpu_workers is None else cpu_workers, rounds=rounds,
         )  # fmt: skip
-        calibration = with_progress(lambda progress: _calibration(config, progress))
+        from segue.bench.calibrate.run import run_calibration
+
+        calibration = with_progress(lambda progress: run_calibration(config, progress))
         write_outputs(calibration.report, json, None)
         _write_profile(calibration, out)
     _show(calibration, out)
@@ -74,28 +84,14 @@ def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
     return None if text is None else numbers(option, text)
 
 
-def _config(model: Path | None, shape: str | None, dtype: str, device: str, **options: object) -> CalibrateConfig:
+def _config(
+    model: Path | None, shape: str | None, dtype: str | None, device: str | None, **options: Any
+) -> CalibrateConfig:
     from segue.bench.calibrate.config import CalibrateConfig
 
     given = {name: value for name, value in options.items() if value is not None}
     points = _CUDA if device == "cuda" else {}
-    return CalibrateConfig(
-        model_dir=None if model is None else str(model),
-        shape=shape or (None if model is not None else "small"),
-        dtype=dtype,
-        device=device,
-        **{**points, **given},  # type: ignore[arg-type]
-    )
-
-
-def _calibration(config: CalibrateConfig, progress: Callable[[str], None]) -> Calibration:
-    from segue.bench.calibrate.run import run_calibration
-    from segue.engine.models.config import ModelError
-
-    try:
-        return run_calibration(config, progress)
-    except ModelError as error:
-        raise UserError(str(error)) from error
+    return CalibrateConfig(**model_settings(shape, model, dtype, device, default_shape="small"), **{**points, **given})
 
 
 def _write_profile(calibration: Calibration, out: Path) -> None:

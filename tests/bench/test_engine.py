@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from segue.bench import engine
+from segue.bench import engine, engine_config
 from segue.bench.cases import BASE, Case, Measure, Mix, cross_cases
 from segue.bench.driver import BenchmarkError, EngineDriver
 from segue.bench.engine import EngineBenchConfig, run_engine_bench
@@ -76,7 +76,7 @@ def test_a_request_that_fails_ends_the_measurement(driver: EngineDriver) -> None
 
 def test_more_adapters_than_the_host_store_holds_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "_MOST_HOST_BYTES", 0)
-    monkeypatch.setattr(engine, "_SPARE_HOST_BYTES", 4096)
+    monkeypatch.setattr(engine_config, "_SPARE_HOST_BYTES", 4096)
     case = Case(Measure.DECODE_STEP, 10, Mix(10, (4,), Targets.QKVO), 5)
     report = run_engine_bench(EngineBenchConfig(shape="tiny", cases=(case,), steps=2, repeats=1), lambda _: None)
     assert [(row.batch, row.adapters, row.runs) for row in report.rows] == [(10, 10, 2)]

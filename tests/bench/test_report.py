@@ -3,14 +3,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 
 import msgspec
 import pytest
+from typer.testing import CliRunner
 
-from segue.bench.machine import Machine, commit, versions
+from segue.bench.machine import Machine, checkout_commit, commit, versions
 from segue.bench.report import Percentiles, Report, ReportError, Row
+from segue.cli.main import build_app
+from segue.config import ConfigError
 
 
 def row(**changes: object) -> Row:
@@ -111,19 +115,39 @@ def git(folder: Path, *arguments: str) -> str:
 
 
 def test_the_commit_tells_changed_files(tmp_path: Path) -> None:
-    assert commit(tmp_path) is None
+    assert checkout_commit(tmp_path) is None
     git(tmp_path, "init")
-    assert commit(tmp_path) is None
+    assert checkout_commit(tmp_path) is None
     (tmp_path / "file").write_text("one")
     (tmp_path / "inner").mkdir()
     git(tmp_path, "add", "file")
     git(tmp_path, "commit", "-m", "one")
     head = git(tmp_path, "rev-parse", "HEAD")
     (tmp_path / "untracked").write_text("")
-    assert commit(tmp_path) == head
+    assert checkout_commit(tmp_path) == head
     (tmp_path / "file").write_text("two")
-    assert commit(tmp_path) == f"{head}-dirty"
-    assert commit(tmp_path / "inner") is None
+    assert checkout_commit(tmp_path) == f"{head}-dirty"
+    assert checkout_commit(tmp_path / "inner") is None
+
+
+def test_a_commit_may_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEGUE_COMMIT", "0123abc-dirty")
+    assert commit() == Report.here("engine", {}, ()).commit == "0123abc-dirty"
+    monkeypatch.delenv("SEGUE_COMMIT")
+    assert commit() != "0123abc-dirty"
+
+
+@pytest.mark.parametrize("name", ["", "012345", "0123abg", "0" * 41, "0123abc-new", "0123ABC", "0123abc\n"])
+def test_what_names_no_commit_is_refused_before_anything_is_measured(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SEGUE_COMMIT", name)
+    problem = f"SEGUE_COMMIT: must be 7 to 40 digits of 0-9 and a-f, and may end in -dirty, is {name!r}"
+    with pytest.raises(ConfigError, match=f"^{re.escape(problem)}$"):
+        commit()
+    for command in ("engine", "slo"):
+        result = CliRunner().invoke(build_app(), ("bench", command))
+        assert (result.exit_code, result.stdout, result.stderr) == (1, "", f"segue: {problem}\n")
 
 
 def test_a_short_commit_still_tells_changed_files() -> None:

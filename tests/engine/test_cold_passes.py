@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from segue.engine.config import HandoffConfig
-from segue.types import TokenLogprob
+from segue.types import Tier, TokenLogprob
 from tests.checkpoints import ALL_TARGETS, TinyModel, write_random_adapter, write_random_model
 from tests.engine.harness import EngineHarness
-from tests.engine.worlds import MILD, World, prompts
+from tests.engine.worlds import MILD, Answered, World, prompts
 
 # Kernels are compiled when they are first met.
 pytestmark = pytest.mark.timeout(700)
@@ -70,24 +70,34 @@ def harness_of(world: World, device: str, **config: Any) -> EngineHarness:
 @pytest.mark.parametrize("cpu_layers", range(LAYERS + 1))
 def test_handed_over_at_every_layer(world: World, device: str, cpu_layers: int) -> None:
     handoff = HandoffConfig(mode="fixed", cpu_layers=cpu_layers)
+    answered: list[Answered] = []
     with harness_of(world, device, handoff=handoff) as harness:
         for name, prompt in zip(ADAPTERS, prompts(len(ADAPTERS), seed=cpu_layers), strict=True):
             harness.bring_to_host([name])
             number = harness.submit(prompt, name, max_tokens=NEW_TOKENS, logprobs=0)
             harness.run(TIMEOUT_SECONDS)
-            world.compare_half(name, prompt, harness.answers[number], NEW_TOKENS)
+            answered.append((name, prompt, harness.answers[number]))
             finished = harness.answers[number].finished
             assert finished is not None
             assert finished.timing.cpu_layers == cpu_layers
+    world.compare_half(answered, NEW_TOKENS)
 
 
-@pytest.mark.parametrize("tokens", PROMPT_TOKENS)
-def test_prompts_of_any_length(world: World, device: str, tokens: int) -> None:
-    prompt = [3 + place * place % 253 for place in range(tokens)]
+def test_prompts_of_any_length(world: World, device: str) -> None:
+    """Each finds its adapter on disk."""
+    answered: list[Answered] = []
     with harness_of(world, device, handoff=HandoffConfig(mode="stream")) as harness:
-        number = harness.submit(prompt, "b", max_tokens=NEW_TOKENS, logprobs=0)
-        harness.run(TIMEOUT_SECONDS)
-        world.compare_half("b", prompt, harness.answers[number], NEW_TOKENS)
+        for tokens in PROMPT_TOKENS:
+            prompt = [3 + place * place % 253 for place in range(tokens)]
+            number = harness.submit(prompt, "b", max_tokens=NEW_TOKENS, logprobs=0)
+            harness.run(TIMEOUT_SECONDS)
+            answer = harness.answers[number]
+            assert answer.finished is not None
+            assert answer.finished.timing.tier is Tier.DISK
+            answered.append(("b", prompt, answer))
+            harness.bring_to_host(["b"])
+            harness.engine.versions.evict(harness.open("b"))
+    world.compare_half(answered, NEW_TOKENS)
 
 
 @pytest.mark.parametrize("cpu_layers", [0, 2])
@@ -98,14 +108,15 @@ def test_several_adapters_in_one_pass(world: World, device: str, cpu_layers: int
         harness.bring_to_host(ADAPTERS)
         numbers = [harness.submit(prompt, name, max_tokens=NEW_TOKENS, logprobs=0) for name, prompt in asked]
         harness.run(TIMEOUT_SECONDS)
-        for number, (name, prompt) in zip(numbers, asked, strict=True):
-            world.compare_half(name, prompt, harness.answers[number], NEW_TOKENS)
+        answers = [harness.answers[number] for number in numbers]
+    world.compare_half([(*item, answer) for item, answer in zip(asked, answers, strict=True)], NEW_TOKENS)
 
 
 def test_the_same_bits_alone_and_beside_others(world: World, device: str) -> None:
     """A cold first token, again and again: alone, beside requests that decode, beside other cold passes."""
     (prompt,) = prompts(1, seed=9)
     seen: list[list[TokenLogprob]] = []
+    cold: list[Answered] = []
     with harness_of(world, device, handoff=HandoffConfig(mode="stream"), merged_rows=0, max_passes=8) as harness:
         for others in ([], [None] * 6, ["a", "c"], [None, None, "a", "d"]):
             harness.bring_to_host(ADAPTERS)
@@ -114,7 +125,7 @@ def test_the_same_bits_alone_and_beside_others(world: World, device: str) -> Non
             for _ in range(4):
                 harness.step()
             number = harness.submit(prompt, "b", max_tokens=1, logprobs=5)
-            cold = [
+            arriving = [
                 (harness.submit(item, name, max_tokens=NEW_TOKENS, logprobs=0), name, item)
                 for name, item in asked
                 if name
@@ -122,8 +133,8 @@ def test_the_same_bits_alone_and_beside_others(world: World, device: str) -> Non
             harness.run(TIMEOUT_SECONDS)
             seen.append(harness.answers[number].logprobs)
             assert all(len(harness.answers[item].tokens) == 40 for item in beside)
-            for item, name, own in cold:
-                world.compare_half(name, own, harness.answers[item], NEW_TOKENS)
+            cold += [(name, own, harness.answers[item]) for item, name, own in arriving]
+    world.compare_half(cold, NEW_TOKENS)
     assert all(item == seen[0] for item in seen[1:])
 
 

@@ -6,13 +6,9 @@ import itertools
 import os
 from dataclasses import dataclass
 
-import torch
-
+from segue.bench.prepare import DTYPES, require_device, require_model
 from segue.bench.random_checkpoints import Targets
-from segue.bench.shapes import SHAPES
 from segue.config import require, require_positive
-
-_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,14 +40,10 @@ class CalibrateConfig:
     torch_threads: int = 1
 
     def __post_init__(self) -> None:
-        if self.model_dir is None:
-            require(self.shape in SHAPES, "shape", f"must be one of {', '.join(SHAPES)}, is {self.shape!r}")
-        else:
-            require(self.shape is None, "shape", f"is {self.shape!r}, but the model is the one in model_dir")
-        require(self.dtype in _DTYPES, "dtype", f"must be one of {', '.join(_DTYPES)}, is {self.dtype!r}")
+        require_model(self.shape, self.model_dir)
+        require(self.dtype in DTYPES, "dtype", f"must be one of {', '.join(DTYPES)}, is {self.dtype!r}")
         require(self.device in ("cpu", "cuda"), "device", f"must be 'cpu' or 'cuda', is {self.device!r}")
-        available = self.device != "cuda" or torch.cuda.is_available()
-        require(available, "device", "is 'cuda', and torch finds no CUDA device")
+        require_device(self.device)
         known = tuple(Targets)
         require(self.targets in known, "targets", f"must be one of {', '.join(known)}, is {self.targets!r}")
         for name, least in (("ranks", 2), ("batches", 3), ("contexts", 1), ("prompts", 5), ("cpu_tokens", 2)):

@@ -11,17 +11,17 @@ from pathlib import Path
 
 from segue.bench.cases import Mix
 from segue.bench.coldstart.points import Point
+from segue.bench.engine_config import engine_config, with_room
 from segue.bench.prepare import AdapterSize, Written, require_device, require_model, written
 from segue.bench.random_checkpoints import Targets
 from segue.config import require, require_positive
-from segue.engine.config import EngineConfig, LoadFormat
+from segue.engine.config import EngineConfig
 from segue.engine.lora.catalog import AdapterCatalog
 from segue.engine.models.config import ModelConfig
 from segue.scheduler.cost_model import CostProfile
 from segue.scheduler.plan import pages_for
 
 _BUDGET_TOKENS = 2048
-_SPARE_HOST_BYTES = 64 << 20
 _MOST_WORKERS, _OTHER_CORES = 12, 4
 DECODE_PROMPT = 128
 """Prompt tokens of the requests that decode meanwhile."""
@@ -105,20 +105,14 @@ class ColdstartConfig:
     def engine_config(self, model_dir: Path) -> EngineConfig:
         """Without pages and host bytes. Raises ConfigError."""
         running = max(point.adapters + point.decodes for point in self.points)
-        return EngineConfig(
-            model_dir=str(model_dir),
-            load_format=(LoadFormat.AUTO if self.shape is None else LoadFormat.DUMMY).value,
-            device=self.device,
-            dtype=self.dtype,
-            torch_threads=self.torch_threads,
+        return dataclasses.replace(
+            engine_config(
+                self, model_dir, max_running=running, max_lora_rank=self.max_rank, cpu_workers=self.cpu_workers
+            ),
             budget_tokens=self.budget_tokens,
             max_context_tokens=self.context_tokens,
-            max_running=running,
             max_waiting=running,
-            max_lora_rank=self.max_rank,
-            prefix_cache=False,
             record_ahead=False,
-            cpu_workers=self.cpu_workers,
             cpu_cores=worker_cores(self.cpu_workers),
         )
 
@@ -192,7 +186,5 @@ def _with_room(config: ColdstartConfig, found: Written) -> Prepared:
     host_bytes = max(sum(sizes[name].weight_bytes for name in point.mix.adapter_names) for point in config.points)
     host_bytes += sum(sizes[name].weight_bytes for name in config.decode_names)
     # An eighth more: where an extent is freed another need not fit.
-    sized = dataclasses.replace(
-        engine, pages=arriving + decoding + 1, host_store_bytes=host_bytes * 9 // 8 + _SPARE_HOST_BYTES
-    )
+    sized = with_room(engine, pages=arriving + decoding + 1, host_bytes=host_bytes * 9 // 8)
     return Prepared(model=found.model, catalog=found.catalog, engine=sized, sizes=sizes)

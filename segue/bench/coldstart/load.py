@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Sequence
 import numpy as np
 
 from segue.bench.coldstart.config import away_from
-from segue.bench.coldstart.load_config import MOST_TOKENS, LoadConfig, with_room
+from segue.bench.coldstart.load_config import MOST_TOKENS, LoadConfig, with_room_for_all
 from segue.bench.coldstart.load_view import Served, Server, report_rows
 from segue.bench.coldstart.points import Mode
 from segue.bench.driver import BenchmarkError, EngineDriver
@@ -44,7 +44,7 @@ def run_load_bench(config: LoadConfig, progress: Callable[[str], None]) -> Repor
         longest="shape",
     ) as found:
         progress("starting the engine")
-        engine = with_room(config, found)
+        engine = with_room_for_all(config, found)
         with away_from(engine.cpu_cores), EngineDriver(engine, found.catalog) as driver:
             driver.wait_until_settled(config.cpu_workers, _READY_SECONDS)
             progress(f"reading {len(found.names)} adapters")

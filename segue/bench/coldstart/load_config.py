@@ -9,12 +9,13 @@ from pathlib import Path
 
 from segue.bench.cases import Mix
 from segue.bench.coldstart.config import worker_cores
+from segue.bench.engine_config import engine_config, with_room
 from segue.bench.prepare import Written, require_device, require_model
 from segue.bench.random_checkpoints import Targets
 from segue.bench.simulate.config import WorkloadConfig
 from segue.bench.simulate.workload import SimulatedRequest, draw_requests
 from segue.config import require, require_positive
-from segue.engine.config import EngineConfig, LoadFormat
+from segue.engine.config import EngineConfig
 from segue.scheduler.plan import pages_for
 
 # Of Alpaca's instructions and answers (Kwon et al., "PagedAttention", SOSP 2023, figure 11). Their spread is a choice.
@@ -22,7 +23,6 @@ _PROMPT_MEAN, _PROMPT_SIGMA = 19.31, 0.6
 _OUTPUT_MEAN, _OUTPUT_SIGMA = 58.45, 0.8
 MOST_TOKENS = 1024
 """Of a prompt, and of an answer; longer ones are cut."""
-_SPARE_HOST_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,26 +86,20 @@ class LoadConfig:
 
     def engine_config(self, model_dir: Path) -> EngineConfig:
         """As a server's, without pages and host bytes. Raises ConfigError."""
-        return EngineConfig(
-            model_dir=str(model_dir),
-            load_format=(LoadFormat.AUTO if self.shape is None else LoadFormat.DUMMY).value,
-            device=self.device,
-            dtype=self.dtype,
-            torch_threads=self.torch_threads,
+        return dataclasses.replace(
+            engine_config(
+                self, model_dir, max_running=self.max_running, max_lora_rank=self.rank, cpu_workers=self.cpu_workers
+            ),
             max_context_tokens=2 * MOST_TOKENS,
-            max_running=self.max_running,
-            max_lora_rank=self.rank,
-            prefix_cache=False,
-            cpu_workers=self.cpu_workers,
             cpu_cores=worker_cores(self.cpu_workers),
         )
 
 
-def with_room(config: LoadConfig, found: Written) -> EngineConfig:
+def with_room_for_all(config: LoadConfig, found: Written) -> EngineConfig:
     """An engine whose pool and whose host store hold all adapters, and the pool the longest requests."""
     engine = config.engine_config(found.model_dir)
     sizes = found.sizes(engine.page_tokens).values()
     kv_pages = pages_for(2 * MOST_TOKENS, engine.page_tokens) + 1
     pages = sum(size.pages for size in sizes) + config.max_running * kv_pages + 1
     host_bytes = sum(size.weight_bytes for size in sizes)
-    return dataclasses.replace(engine, pages=pages, host_store_bytes=host_bytes * 17 // 16 + _SPARE_HOST_BYTES)
+    return with_room(engine, pages=pages, host_bytes=host_bytes * 17 // 16)

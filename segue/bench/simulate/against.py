@@ -18,16 +18,18 @@ import torch
 from segue.bench.adapter_folders import write_adapters
 from segue.bench.cases import Mix
 from segue.bench.driver import EngineDriver, ServedRequest, TimedRequest
+from segue.bench.engine_config import engine_config, with_room
+from segue.bench.prepare import DTYPES
 from segue.bench.random_checkpoints import TARGET_PROJECTIONS, Targets
 from segue.bench.report import Report
 from segue.bench.shapes import SHAPES
 from segue.bench.simulate.config import Placement, ReplicaConfig, SimulationConfig, WorkloadConfig
 from segue.bench.simulate.config import Targets as Times
-from segue.bench.simulate.replica import Served
 from segue.bench.simulate.run import Measured, measure, placement_rows, simulate, simulation_settings
+from segue.bench.simulate.served import Served
 from segue.bench.simulate.workload import SimulatedRequest, draw_requests
 from segue.config import require, require_positive, to_toml
-from segue.engine.config import EngineConfig, LoadFormat
+from segue.engine.config import EngineConfig
 from segue.engine.lora.catalog import AdapterCatalog
 from segue.engine.models.config import ModelConfig
 from segue.engine.settings import merged_rows
@@ -35,11 +37,9 @@ from segue.scheduler.cost_model import CostProfile
 from segue.scheduler.plan import NO_LEVEL, SchedulerLimits, pages_for
 from segue.types import Tier
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _WORKERS_SECONDS = 120.0
 _WARM_UP_REQUESTS = 4
 _WARM_UP_TOKENS = 8
-_SPARE_HOST_BYTES = 64 << 20
 # What a prediction may be off by.
 TOLERANCE = 0.15
 
@@ -67,7 +67,7 @@ class AgainstConfig:
 
     def __post_init__(self) -> None:
         require(self.shape in SHAPES, "shape", f"must be one of {', '.join(SHAPES)}, is {self.shape!r}")
-        require(self.dtype in _DTYPES, "dtype", f"must be one of {', '.join(_DTYPES)}, is {self.dtype!r}")
+        require(self.dtype in DTYPES, "dtype", f"must be one of {', '.join(DTYPES)}, is {self.dtype!r}")
         known, adapted = tuple(Targets), self.adapter_targets
         require(adapted in known, "adapter_targets", f"must be one of {', '.join(known)}, is {adapted!r}")
         rate = self.requests_per_second
@@ -84,7 +84,7 @@ class AgainstConfig:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        return _DTYPES[self.dtype]
+        return DTYPES[self.dtype]
 
 
 def run_against(config: AgainstConfig, progress: Callable[[str], None]) -> Report:
@@ -162,16 +162,11 @@ def _engine_config(
     config: AgainstConfig, model_dir: Path, model: ModelConfig, requests: Sequence[SimulatedRequest]
 ) -> EngineConfig:
     """With pages for the longest requests, as many as may run, and for all adapters."""
-    engine = EngineConfig(
-        model_dir=str(model_dir),
-        load_format=LoadFormat.DUMMY.value,
-        device=config.device,
-        dtype=config.dtype,
-        torch_threads=config.torch_threads,
+    engine = engine_config(
+        config,
+        model_dir,
         max_running=config.max_running,
-        max_waiting=len(requests),
         max_lora_rank=max(config.workload.ranks),
-        prefix_cache=False,
         cpu_workers=config.cpu_workers,
     )
     longest = max(item.prompt_tokens + item.output_tokens for item in requests)
@@ -180,10 +175,10 @@ def _engine_config(
     page_bytes = _page_bytes(config, engine, model)
     # Rows of an adapter's matrices begin at multiples of a chunk, so that it takes more than its bytes.
     adapter_pages = 2 * -(-adapter_bytes // page_bytes) + adapters
-    return dataclasses.replace(
-        engine,
+    return with_room(
+        dataclasses.replace(engine, max_waiting=len(requests)),
         pages=config.max_running * (pages_for(longest, engine.page_tokens) + 1) + adapter_pages,
-        host_store_bytes=adapter_bytes + _SPARE_HOST_BYTES,
+        host_bytes=adapter_bytes,
     )
 
 

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 
 from segue.bench.simulate.config import ReplicaConfig, Targets
-from segue.bench.simulate.replica import Flight, Replica, Served
+from segue.bench.simulate.device import Flight
+from segue.bench.simulate.replica import Replica
+from segue.bench.simulate.served import Served
 from segue.bench.simulate.workload import SimulatedRequest
 from segue.scheduler.placement import PlacementPolicy, PlacementRequest
 

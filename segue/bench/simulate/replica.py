@@ -2,100 +2,20 @@
 
 from __future__ import annotations
 
-import bisect
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from segue.bench.simulate.config import ReplicaConfig, Targets
+from segue.bench.simulate.device import Flight, SimulatedDevice
+from segue.bench.simulate.queue import SimulatedQueue
 from segue.bench.simulate.residency import NoPrefixes, SimulatedResidency
+from segue.bench.simulate.served import Served, SimulationError
 from segue.bench.simulate.workload import SimulatedRequest
 from segue.scheduler.batch import plan_step
 from segue.scheduler.cost_model import CostProfile, StepLoad
 from segue.scheduler.placement import PlacementRequest
-from segue.scheduler.plan import (
-    Admission,
-    AdmittedRequest,
-    PassPlan,
-    PassRows,
-    QueuedRequest,
-    ServiceLevel,
-    StepPlan,
-    pages_for,
-)
-from segue.scheduler.policy import PolicyName, prompt_seconds, step_order
+from segue.scheduler.plan import Admission, PassRows, ServiceLevel, StepPlan, pages_for
 from segue.scheduler.tally import Tally, context_tokens
-from segue.scheduler.waiting import WaitingLine
-
-# What prompts took is forgotten over so many seconds of steps: some answers long.
-SHARE_SECONDS = 10.0
-
-
-class SimulationError(Exception):
-    """A simulation that cannot go on. The message is one line."""
-
-
-@dataclass(slots=True)
-class Served:
-    """A request on a replica. Times are in seconds of the simulation.
-
-    Of its ``tokens``, ``computed`` have KV. ``prompt_rows`` are to be computed before its next token.
-    """
-
-    request: SimulatedRequest
-    arrived: float
-    tokens: int
-    prompt_rows: int
-    level: ServiceLevel
-    preemptions: int = 0
-    computed: int = 0
-    pages: int = 0
-    generated: int = 0
-    in_flight: bool = False
-    first_token: float | None = None
-    finished: float | None = None
-
-    @property
-    def number(self) -> int:
-        return self.request.number
-
-    @property
-    def version_id(self) -> int | None:
-        return None if self.request.adapter is None else self.request.adapter.version_id
-
-    def queued_view(self) -> QueuedRequest:
-        """What the scheduler sees of it while it waits."""
-        return QueuedRequest(
-            number=self.number,
-            tokens=self.tokens,
-            version_id=self.version_id,
-            level=self.level,
-            has_token=self.generated > 0,
-            preemptions=self.preemptions,
-        )
-
-    @property
-    def rank(self) -> int:
-        return 0 if self.request.adapter is None else self.request.adapter.rank
-
-
-@dataclass(frozen=True, slots=True)
-class Flight:
-    """A pass under way, which ends at ``ends``."""
-
-    plan: PassPlan
-    ends: float
-
-
-@dataclass(slots=True)
-class _Pass:
-    """A pass of an adapter that was loading when it began: ``layers`` are still to run, and it ends no earlier than
-    ``ready_at``."""
-
-    plan: PassPlan
-    load: StepLoad
-    layers: int
-    ready_at: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,19 +34,16 @@ class Replica:
     def __init__(self, config: ReplicaConfig, targets: Targets) -> None:
         self._config = config
         self._targets = targets
-        self._queue: list[Served] = []
-        self._waiting = WaitingLine()
+        self._queue = SimulatedQueue(config)
         self._admitted: dict[int, Served] = {}
         self._residency = SimulatedResidency(config)
+        self._device = SimulatedDevice(config, self._residency)
         self._prefixes = NoPrefixes()
         self._free_pages = config.pages
-        self._queued_pages = 0
         self._flights = 0
-        self._passes: list[_Pass] = []
         self._decodes = Tally()
         self._prompts = Tally()
         self._step_rows: tuple[PassRows, ...] | None = None
-        self._prompt_share = 0.0
         self.preemptions = 0
 
     @property
@@ -147,7 +64,7 @@ class Replica:
 
     @property
     def prompt_share(self) -> float:
-        return self._prompt_share
+        return self._device.prompt_share
 
     @property
     def time_per_token_seconds(self) -> float:
@@ -160,7 +77,7 @@ class Replica:
         return self._residency.is_resident(version_id)
 
     def has_room(self, request: PlacementRequest) -> bool:
-        pages = pages_for(request.prompt_tokens, self._config.limits.page_tokens) + 1 + self._queued_pages
+        pages = pages_for(request.prompt_tokens, self._config.limits.page_tokens) + 1 + self._queue.pages
         adapter = request.adapter
         if adapter is not None and not self._residency.is_resident(adapter.version_id):
             pages += self._residency.pages_of(adapter)
@@ -184,7 +101,7 @@ class Replica:
             self._residency.announce(request.adapter)
         if needed > self._config.pages:
             raise SimulationError(f"a request needs {needed} pages, a replica has {self._config.pages}")
-        self._enqueue(served)
+        self._queue.add(served)
         self._decodes.add(request.adapter, 1, served.tokens)
         self._prompts.add(request.adapter, served.tokens, context_tokens(0, served.tokens))
         return served
@@ -204,7 +121,7 @@ class Replica:
         while plan.preempt and not (plan.batch or plan.passes):
             plan = self._plan(now)
             landings += self._make_room(plan)
-        if not plan.batch and not plan.passes and not self._passes:
+        if not plan.batch and not plan.passes and not self._device.has_passes:
             if not self._flights and not landings and not self._residency.landing:
                 raise SimulationError("no request can run, and nothing is under way that could change it")
             return Begun(None, (), landings)
@@ -239,14 +156,13 @@ class Replica:
         assert self.decodes.context_tokens == sum(item.tokens for item in everybody)
         assert self.prompts.tokens == sum(item.prompt_rows for item in everybody)
         assert self.decodes.max_rank == max((item.rank for item in everybody), default=0)
-        assert self._queued_pages == sum(self._pages(item.tokens) + 1 for item in self._queue)
-        self._waiting.check([item.number for item in self._queue])
+        self._queue.check()
 
     def _plan(self, now: float) -> StepPlan:
-        queue, policy = step_order(PolicyName(self._config.policy), self._waiting, now=now, profile=self.profile)
+        queue, policy = self._queue.order(now)
         return plan_step(
             queue,
-            [self._view(item) for item in self._admitted.values()],
+            [item.admitted_view() for item in self._admitted.values()],
             free_pages=self._free_pages,
             passes_in_flight=self._flights,
             residency=self._residency,
@@ -257,32 +173,6 @@ class Replica:
 
     def _pages(self, tokens: int) -> int:
         return pages_for(tokens, self._config.limits.page_tokens)
-
-    def _enqueue(self, served: Served) -> None:
-        """Into the order of arrival: one that was preempted comes before those that arrived later."""
-        bisect.insort(self._queue, served, key=lambda item: item.request.number)
-        by_seconds = served.level.first_token_by_seconds
-        self._waiting.add(
-            served.queued_view(), by_seconds - prompt_seconds(self.profile, served.tokens, 0, served.level)
-        )
-        self._queued_pages += self._pages(served.tokens) + 1
-
-    @staticmethod
-    def _view(item: Served) -> AdmittedRequest:
-        return AdmittedRequest(
-            number=item.request.number,
-            tokens=item.tokens,
-            computed_tokens=item.computed,
-            pages=item.pages,
-            own_pages=item.pages,
-            sole_pages=0,
-            version_id=item.version_id,
-            in_flight=item.in_flight,
-            level=item.level,
-            generated_tokens=item.generated,
-            first_token_seconds=item.first_token,
-            preemptions=item.preemptions,
-        )
 
     def _make_room(self, plan: StepPlan) -> tuple[tuple[int, float], ...]:
         """Carry out all of a plan but its rows. Returns the landings that were booked."""
@@ -301,10 +191,7 @@ class Replica:
         return tuple(landings)
 
     def _admit(self, admission: Admission) -> Iterable[tuple[int, float]]:
-        place = bisect.bisect_left(self._queue, admission.number, key=lambda item: item.request.number)
-        served = self._queue.pop(place)
-        self._waiting.admit(served.number)
-        self._queued_pages -= self._pages(served.tokens) + 1
+        served = self._queue.admit(admission.number)
         served.pages = admission.kv_pages
         self._free_pages -= admission.kv_pages + admission.adapter_pages
         self._admitted[served.number] = served
@@ -324,11 +211,11 @@ class Replica:
         else:
             self._prompts.add(served.request.adapter, served.tokens, context_tokens(0, served.tokens))
         served.computed, served.prompt_rows = 0, served.tokens
-        self._enqueue(served)
+        self._queue.add(served)
 
     def _give_back(self, served: Served) -> None:
         self._free_pages += served.pages
-        self._waiting.shares.stop_running(served.level.tenant)
+        self._queue.stop_running(served)
         served.pages = 0
         if served.version_id is not None:
             self._residency.release(served.version_id)
@@ -353,48 +240,15 @@ class Replica:
         return decodes.load, prompts.load
 
     def _time_of(self, batch: Sequence[PassRows], plan: StepPlan, now: float) -> tuple[float, tuple[Flight, ...]]:
-        """Seconds of a step, and the passes that it brings to their end.
-
-        The device computes the rows of passes as well: each pass on its own, layers between two steps of those that
-        decode, or all prompts in one iteration where they do not ride. A pass ends with the step or, where its weights
-        come later, when they have come.
-        """
+        """Seconds of a step with the passes that begin now, and the passes that it brings to their end."""
         decodes, prompts = self._loads(batch)
-        cores = self._config.cpu_cores
         for item in plan.passes:
             one, more = self._loads(item.rows)
             load = one.joined(more, shared_adapter=bool(one.tokens))
-            ready_at = now + self.profile.cold_prefill_seconds(load, cores)
-            self._passes.append(_Pass(item, load, self.profile.layers, ready_at))
+            self._device.begin(item, load, now)
             if not self.profile.prompts_ride:
                 prompts = prompts.joined(load)
-        seconds = self._advance_passes(plan.layers_per_pass)
-        seconds += self.profile.step_seconds(decodes, prompts)
-        weight = math.exp(-seconds / SHARE_SECONDS)
-        share = 1 - self.profile.decode_seconds(decodes) / seconds
-        self._prompt_share += (1 - weight) * (share - self._prompt_share)
-        over = [item for item in self._passes if not item.layers]
-        self._passes = [item for item in self._passes if item.layers]
-        return seconds, tuple(Flight(item.plan, max(now + seconds, item.ready_at)) for item in over)
-
-    def _advance_passes(self, most_layers: int | None) -> float:
-        """Run layers of the passes, at most so many of each; seconds that this takes.
-
-        Beside requests that decode a layer runs only when its weights have landed, or the CPU helps.
-        """
-        total, seconds = self.profile.layers, 0.0
-        for item in self._passes:
-            layers = item.layers
-            if self.profile.prompts_ride and most_layers is not None:
-                landed = total
-                if not self._config.cpu_cores:
-                    shares = map(self._residency.landed_share, item.plan.version_ids)
-                    landed = int(total * min(shares))
-                layers = max(0, min(layers, most_layers, item.layers - (total - landed)))
-            item.layers -= layers
-            if self.profile.prompts_ride:
-                seconds += self.profile.prefill_seconds(item.load) * layers / total
-        return seconds
+        return self._device.step(decodes, prompts, plan.layers_per_pass, now)
 
     def _apply(self, batch: Sequence[PassRows], now: float) -> Sequence[Served]:
         done = []
@@ -407,7 +261,7 @@ class Replica:
                 continue
             served.tokens += 1
             served.generated += 1
-            self._waiting.shares.charge(served.level.tenant, answer_tokens=1)
+            self._queue.charge(served, answer_tokens=1)
             if served.first_token is None:
                 served.first_token = now
             if served.generated < served.request.output_tokens:

@@ -13,7 +13,7 @@ import numpy as np
 from segue.bench.report import Percentiles, Report, Row
 from segue.bench.simulate.cluster import Cluster
 from segue.bench.simulate.config import Placement, SimulationConfig, Targets
-from segue.bench.simulate.replica import Served, SimulationError
+from segue.bench.simulate.served import Served, SimulationError
 from segue.bench.simulate.workload import SimulatedRequest, draw_requests
 from segue.scheduler.placement import FirstFit, MostIdle, PlacementPolicy, RandomReplica, RankAware
 

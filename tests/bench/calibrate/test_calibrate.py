@@ -58,7 +58,7 @@ def test_a_profile_is_measured_and_can_be_served_with(tmp_path: Path) -> None:
     ("arguments", "line"),
     [
         (("--seconds", "0.01"), "segue: seconds: of 0.01 too few were left after warming up 0 of 4 cases\n"),
-        (("--model", "none"), "segue: shape: is 'tiny', but the model is the one in model_dir\n"),
+        (("--model", "none"), "segue: give --shape or --model, not both\n"),
         (("--ranks", "8,x"), "segue: --ranks: must be whole numbers with commas between them, is '8,x'\n"),
         (("--out", "none/profile.toml"), "segue: --out: "),
         (("--json", "none/report.json"), "segue: --json: "),

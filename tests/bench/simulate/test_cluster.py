@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from segue.bench.simulate.cluster import Cluster, ClusterRun
 from segue.bench.simulate.config import ReplicaConfig, Targets
 from segue.bench.simulate.profiles import CARASERVE_MBGMV
-from segue.bench.simulate.replica import SimulationError
+from segue.bench.simulate.served import SimulationError
 from segue.bench.simulate.workload import SimulatedRequest
 from segue.scheduler.cost_model import CopyCoefficients, CostProfile, StepCoefficients
 from segue.scheduler.placement import AdapterCost, FirstFit, MostIdle, PlacementPolicy, RandomReplica, RankAware

@@ -13,7 +13,7 @@ import pytest
 
 from segue.bench.simulate.cluster import Cluster
 from segue.bench.simulate.config import ReplicaConfig, Targets
-from segue.bench.simulate.replica import Served
+from segue.bench.simulate.served import Served
 from segue.bench.simulate.workload import SimulatedRequest
 from segue.scheduler.cost_model import CostProfile, StepCoefficients
 from segue.scheduler.placement import MostIdle

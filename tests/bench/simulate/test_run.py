@@ -12,8 +12,8 @@ from segue.bench.report import Report
 from segue.bench.simulate.config import Targets
 from segue.bench.simulate.presets import CARASERVE, DEFAULT
 from segue.bench.simulate.profiles import CARASERVE_BGMV
-from segue.bench.simulate.replica import SimulationError
 from segue.bench.simulate.run import find_rate, run_simulate_bench, simulate
+from segue.bench.simulate.served import SimulationError
 from segue.bench.simulate.workload import draw_requests
 from segue.cli.main import build_app
 from segue.config import ConfigError, to_toml
