@@ -37,6 +37,9 @@ from segue.scheduler.plan import Admission, CpuService, PassPlan, PassRows, Sche
 from segue.scheduler.policy import PolicyName
 from segue.types import FinishReason
 
+# Copies that one step enqueues: a load of a few, and no more than keeps messages and plans waiting for a millisecond.
+_MOST_COPIES = 8
+
 
 class Engine:
     """One base model, its pool and its adapters. ``step`` is called as long as there is work.
@@ -244,8 +247,7 @@ class Engine:
         self._advance_passes(plan.layers_per_pass)
         for admission in later:
             self._admit(admission)
-            if plan.layers_per_pass is None:
-                self._advance_passes(None)
+            self._store.enqueue_copies()
 
     def _known(self, number: int) -> Request:
         request = self._requests.get(number)
@@ -315,7 +317,9 @@ class Engine:
         """Enqueue copies as well, between the passes' layers: a pass goes on with what has just been enqueued."""
         if max_layers is None:
             self._advance_each(None)
-        while self._store.enqueue_copies():
+        for _ in range(_MOST_COPIES):
+            if not self._store.enqueue_copies():
+                break
             self._progressed = True
             if max_layers is None and any(item.awaits_copies for item in self._passes):
                 self._advance_each(None)

@@ -18,7 +18,6 @@ from segue.engine.pending import PendingToken
 from segue.engine.request import Request
 from segue.engine.timeline import LayerRecord
 
-
 # A link or a disk that is not at its limit brings the next layer sooner.
 _HELD_UP_SECONDS = 0.05
 
