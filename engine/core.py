@@ -6,7 +6,7 @@ All of it runs on one thread. Copies, disk reads and CPU LoRA jobs run elsewhere
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -15,24 +15,23 @@ from segue.engine.admission import AdmissionControl
 from segue.engine.costs import EngineCosts
 from segue.engine.device_time import BatchSpan, DeviceMeter
 from segue.engine.flights import Flight, Flights
-from segue.engine.forward_pass import ForwardPass, PassResult, PassState, RequestRows
+from segue.engine.forward_pass import ForwardPass, PassState, RequestRows
 from segue.engine.kv import KvPages
 from segue.engine.lora.bridge import CpuBridge
 from segue.engine.lora.manifest import AdapterManifest
 from segue.engine.lora.store import AdapterStore, LoadFailed
 from segue.engine.memory.pool import PagePool
-from segue.engine.messages import Failed, Finished, NewTokens, StepOutput, Submit, VersionFailed
+from segue.engine.messages import StepOutput, Submit, VersionFailed
+from segue.engine.outcomes import Outcomes
 from segue.engine.planner import StepPlanner
 from segue.engine.request import Request, RequestState
 from segue.engine.requests import RequestTable
 from segue.engine.residency import Residency
 from segue.engine.runner import PassRunner
 from segue.engine.sampler import Sampler
-from segue.engine.sampling import SampledToken
 from segue.engine.step_costs import StepCosts
-from segue.engine.timeline import LayerRecord
 from segue.engine.versions import AdapterVersions
-from segue.errors import AdapterRejectedError, EngineUnavailableError, InternalError, SegueError
+from segue.errors import AdapterRejectedError, EngineUnavailableError, SegueError
 from segue.scheduler.plan import Admission, CpuService, PassPlan, PassRows, SchedulerLimits, StepPlan
 from segue.scheduler.policy import PolicyName
 from segue.types import FinishReason
@@ -100,6 +99,9 @@ class Engine:
             requests=self._requests, versions=self._versions, residency=self._residency, kv=self._kv, pool=pool,
             limits=limits, costs=costs, max_waiting=max_waiting, tenant_share=tenant_queue_share, clock=clock,
         )  # fmt: skip
+        self._outcomes = Outcomes(
+            requests=self._requests, kv=self._kv, store=store, versions=self._versions, costs=costs, clock=clock
+        )
         self._passes: list[ForwardPass] = []
         self._flights = Flights(sampler, clock)
         self._runs_ahead = runs_ahead
@@ -108,7 +110,6 @@ class Engine:
         self.step_costs = step_costs
         self._step_start_seconds = 0.0
         self._settled_seconds = 0.0
-        self._output = StepOutput()
         self._unreported: list[VersionFailed] = []
         self._progressed = False
         self.steps = 0
@@ -134,12 +135,16 @@ class Engine:
     @property
     def can_go_on(self) -> bool:
         """Whether another step would do anything before something arrives from outside."""
-        return self._progressed or len(self._flights) > 0 or any(item.can_go_on for item in self._passes)
+        return self._has_progressed or len(self._flights) > 0 or any(item.can_go_on for item in self._passes)
+
+    @property
+    def _has_progressed(self) -> bool:
+        return self._progressed or self._outcomes.progressed
 
     @property
     def must_look_again(self) -> bool:
         """Whether all that can go on are passes and copies that wait for the device: a short sleep costs nothing."""
-        if self._progressed or len(self._flights) > 0:
+        if self._has_progressed or len(self._flights) > 0:
             return False
         going = [item for item in self._passes if item.can_go_on]
         return all(item.must_look_again for item in going) and (bool(going) or self._store.awaits_landings)
@@ -151,7 +156,7 @@ class Engine:
         request = self._admission.request(submit)
         if isinstance(request, SegueError):
             self.refusals[request.reason] += 1
-            self._output.failed.append(Failed.of(submit.number, request))
+            self._outcomes.refuse(submit.number, request)
             return
         self._requests.add(request)
         self._kv.announce(request)
@@ -163,7 +168,7 @@ class Engine:
         """End a request; its pages are free as soon as the pass that it is in has ended."""
         request = self._requests.get(number)
         if request is not None and request.state is not RequestState.ENDING:
-            self._finish(request, FinishReason.CANCELLED)
+            self._outcomes.finish(request, FinishReason.CANCELLED)
 
     def open_version(self, manifest: AdapterManifest, descriptor: int, *, pinned: bool = False) -> None:
         """Make an adapter version known; the engine owns ``descriptor`` from now on."""
@@ -183,7 +188,7 @@ class Engine:
         """
         self.steps += 1
         self._step_start_seconds = self._clock()
-        self._progressed = False
+        self._progressed = self._outcomes.progressed = False
         self._apply_store_events()
         self._bridge.reap()
         self._residency.keep_in_host()
@@ -198,9 +203,8 @@ class Engine:
         self._settle(before if self._runs_ahead else len(self._flights))
         if self._check_invariants:
             self.check()
-        output, self._output = self._output, StepOutput()
         failures, self._unreported = self._unreported, []
-        return output, failures
+        return self._outcomes.take_output(), failures
 
     def check(self) -> None:
         """Verify the invariants of every manager. Raises AssertionError."""
@@ -268,7 +272,7 @@ class Engine:
         self._unreported.append(VersionFailed(version_id, error.message, may_pass))
         for request in self._requests:
             if request.version_id == version_id and request.state is not RequestState.ENDING:
-                self._fail(request, error)
+                self._outcomes.fail(request, error)
         for item in self._passes:
             if any(rows.request.version_id == version_id for rows in item.rows):
                 # It would wait for weights that never come. Rows of other adapters in it are computed again.
@@ -354,32 +358,17 @@ class Engine:
         for rows in item.rows:
             rows.request.in_pass = False
         if item.state is PassState.DONE:
-            self._take_result(item.result, item.choice.read())
+            self._outcomes.take(item.result, item.choice.read())
         else:
             for rows in item.rows:
-                self._settle_request(rows.request)
-
-    def _settle_request(self, request: Request) -> None:
-        if request.state is RequestState.ENDING and not (request.in_pass or request.flights):
-            self._release(request)
+                self._outcomes.settle(rows.request)
 
     def _settle(self, count: int) -> None:
         """Read the first ``count`` flights: take their KV as computed, and the tokens that they bring."""
         for flight in list(self._flights)[:count]:
             chosen = self._flights.land(flight)
             self._observe(flight)
-            self._take_result(flight.result, chosen)
-
-    def _take_result(self, result: PassResult, chosen: Sequence[tuple[Request, SampledToken | None]]) -> None:
-        for rows in result.rows:
-            if rows.request.state is RequestState.ADMITTED:
-                self._commit(rows, result.records)
-        for request, token in chosen:
-            if request.state is RequestState.ADMITTED:
-                self._take(request, token)
-        for rows in result.rows:
-            self._settle_request(rows.request)
-        self._progressed = True
+            self._outcomes.take(flight.result, chosen)
 
     def _observe(self, flight: Flight) -> None:
         now = self._clock()
@@ -392,70 +381,6 @@ class Engine:
             self.step_costs.observe(*flight.loads, seconds)
             self._costs.measured = self.step_costs.profile
         self._settled_seconds = now
-
-    def _commit(self, rows: RequestRows, records: Mapping[int, list[LayerRecord]]) -> None:
-        request = rows.request
-        own_records = records.get(request.version_id) if request.version_id is not None else None
-        request.timeline.record_pass(own_records or [])
-        request.computed_tokens = rows.start + rows.count
-        if not request.in_pass:
-            # Sharing may exchange pages for equal ones, and a pass under way goes on with those it began with.
-            self._kv.commit(request)
-
-    def _take(self, request: Request, token: SampledToken | None) -> None:
-        if token is not None:
-            self._append(request, token)
-        elif request.version_id is None:
-            self._fail(request, InternalError("the model's output is not finite"))
-        else:
-            # The model alone gives usable logits: the adapter's weights overflow.
-            self._fail(request, AdapterRejectedError("the model's output with this adapter is not finite"))
-
-    def _append(self, request: Request, token: SampledToken) -> None:
-        if request.timeline.first_token_seconds is None:
-            request.timeline.first_token_seconds = self._clock()
-        request.append(token.token_id)
-        self._requests.waiting.shares.charge(request.level.tenant, answer_tokens=1)
-        logprobs = [] if token.logprob is None else [token.logprob]
-        self._output.tokens.append(NewTokens(request.number, [token.token_id], logprobs))
-        if token.token_id in request.submit.sampling.stop_token_ids:
-            self._finish(request, FinishReason.STOP)
-        elif request.generated_tokens >= request.submit.max_tokens:
-            self._finish(request, FinishReason.LENGTH)
-
-    def _finish(self, request: Request, reason: FinishReason) -> None:
-        if reason is not FinishReason.CANCELLED:
-            self._costs.observe_answer(request.generated_tokens, request.submit.max_tokens)
-        landed = () if request.version_id is None else self._store.landed_seconds(request.version_id)
-        self._output.finished.append(
-            Finished(
-                number=request.number,
-                reason=reason,
-                prompt_tokens=len(request.submit.prompt_token_ids),
-                completion_tokens=request.generated_tokens,
-                cached_prompt_tokens=request.cached_prompt_tokens,
-                timing=request.timeline.timing(landed, request.generated_tokens, self._clock()),
-            )
-        )
-        self._end(request)
-
-    def _fail(self, request: Request, error: SegueError) -> None:
-        self._output.failed.append(Failed.of(request.number, error))
-        self._end(request)
-
-    def _end(self, request: Request) -> None:
-        if request.in_pass or request.flights:
-            request.move_to(RequestState.ENDING)
-        else:
-            self._release(request)
-
-    def _release(self, request: Request) -> None:
-        self._kv.release(request)
-        self._requests.end(request)
-        if request.version_id is not None:
-            self._store.release(request.version_id)
-            self._versions.settle()
-        self._progressed = True
 
 
 def _admissions_in_order(plan: StepPlan) -> tuple[list[Admission], list[Admission]]:
