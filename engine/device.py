@@ -153,15 +153,15 @@ class CudaStreams:
     def enqueue_copy(self, work: Callable[[], None], after: Iterable[torch.cuda.Event]) -> StreamSpan:
         _wait(self._copy_stream, after)
         with torch.cuda.stream(self._copy_stream):
-            begun = _timed_event()
+            begun = _timed_event(self._copy_stream)
             work()
-            return StreamSpan(begun, _timed_event())
+        return StreamSpan(begun, _timed_event(self._copy_stream))
 
     def enqueue_landing(self, work: Callable[[], None], after: Iterable[torch.cuda.Event]) -> torch.cuda.Event:
         _wait(self._landing_stream, after)
         with torch.cuda.stream(self._landing_stream):
             work()
-            return _timed_event()
+        return _timed_event(self._landing_stream)
 
 
 def _wait(stream: torch.cuda.Stream, after: Iterable[torch.cuda.Event]) -> None:
@@ -169,10 +169,10 @@ def _wait(stream: torch.cuda.Stream, after: Iterable[torch.cuda.Event]) -> None:
         stream.wait_event(event)
 
 
-def _timed_event() -> torch.cuda.Event:
-    """Recorded in the current stream."""
+def _timed_event(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    """Recorded."""
     event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-    event.record()
+    event.record(stream)
     return event
 
 
