@@ -5,6 +5,7 @@ All of it runs on one thread. Copies, disk reads and CPU LoRA jobs run elsewhere
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -38,6 +39,8 @@ from segue.types import FinishReason
 
 # Copies that one step enqueues: a load of a few, and no more than keeps messages and plans waiting for a millisecond.
 _MOST_COPIES = 8
+# Landings are noticed so late where nothing but them is under way.
+_LANDING_NAP_SECONDS = 50e-6
 
 
 class Engine:
@@ -148,6 +151,19 @@ class Engine:
             return False
         going = [item for item in self._passes if item.can_go_on]
         return all(item.must_look_again for item in going) and (bool(going) or self._store.awaits_landings)
+
+    def await_device(self, seconds: float) -> None:
+        """Wait until the device has brought a pass further, for so long at most; other threads may run meanwhile.
+
+        A first token is there some microseconds later than the device has it, where a sleep takes a hundred.
+        """
+        going = [item for item in self._passes if item.must_look_again]
+        if not going:
+            time.sleep(_LANDING_NAP_SECONDS)
+            return
+        until = self._clock() + seconds
+        while self._clock() < until and not any(item.device_is_there for item in going):
+            time.sleep(0)
 
     # -- messages ----------------------------------------------------------------------------------------------------
 

@@ -166,6 +166,13 @@ class ForwardPass:
             return self._applier.blocked in (Blocked.DEVICE, Blocked.SLOT)
         return self.state is PassState.DRAINING
 
+    @property
+    def device_is_there(self) -> bool:
+        """Whether the device has done what the pass waits for, where it waits for that."""
+        if self.state is PassState.DRAINING:
+            return self._lane.is_quiet
+        return self._applier.blocked is Blocked.DEVICE and self._lane.is_close
+
     def advance(self, max_layers: int | None) -> PassState:
         """Go on for ``max_layers`` layers (None: to the end), or until something is not there yet."""
         if self.state in (PassState.RESTING, PassState.BLOCKED):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import select
-import time
 
 from segue.engine.channel import Channel, ChannelClosedError
 from segue.engine.core import Engine
@@ -23,7 +22,7 @@ from segue.engine.messages import (
 )
 
 _JOB_WAIT_SECONDS = 0.0005
-_DEVICE_NAP_SECONDS = 50e-6
+_DEVICE_WAIT_SECONDS = 150e-6
 _RETRY_MILLISECONDS = 1
 _IDLE_MILLISECONDS = 1000
 
@@ -87,7 +86,7 @@ def wait_for_work(instance: EngineInstance, poller: select.poll, idle_millisecon
     if jobs:
         timeout = 0
     elif engine.must_look_again:
-        time.sleep(_DEVICE_NAP_SECONDS)
+        engine.await_device(_DEVICE_WAIT_SECONDS)
         timeout = 0
     elif engine.passes or instance.bridge.orphans:
         timeout = _RETRY_MILLISECONDS
