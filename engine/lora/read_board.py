@@ -62,9 +62,6 @@ def _claim(board: Words, slot: int, address: int) -> int:
     board[slot + at.SLOT_IS_OVERDUE] = 0
     waits = read[at.READ_STOP_BYTES] > board[at.BOARD_TOUCHABLE_BYTES]
     board[slot + at.SLOT_WAITS_FOR_MEMORY] = int(waits)
-    # A thread that has been woken wakes the next one: whoever puts a read pays for one.
-    if board[at.BOARD_FIRST] != 0 and board[at.BOARD_IDLE] > 0:
-        at.signal_one(board, at.BOARD_HAS_WORK)
     return _PART if waits or words[4] >= 0 or board[at.BOARD_ALL_IN_PYTHON] else _NOTHING
 
 
@@ -168,9 +165,13 @@ def serve(board: Words, number: int, halves: npt.NDArray[np.uint16], words: npt.
             board[at.BOARD_IDLE] -= 1
             continue
         outcome = _claim(board, slot, address)
-        if outcome != _NOTHING:
-            break
+        # A thread that has been woken wakes the next one: whoever puts a read pays for one.
+        wakes_another = board[at.BOARD_FIRST] != 0 and board[at.BOARD_IDLE] > 0
         at.unlock(board)
+        if wakes_another:
+            at.signal_one(board, at.BOARD_HAS_WORK)
+        if outcome != _NOTHING:
+            return outcome
         is_read = _read_part(board, slot, halves, words)
         at.lock(board)
         if not is_read:
@@ -220,11 +221,12 @@ def add(board: Words, read: Words) -> None:
     at.lock(board)
     board[at.BOARD_READS] += 1
     order.enter(board, read)
-    if board[at.BOARD_IDLE] > 0:
-        at.signal_one(board, at.BOARD_HAS_WORK)
-    if board[at.BOARD_READS] == 1:
-        at.signal_one(board, at.BOARD_HAS_READS)
+    is_first = board[at.BOARD_READS] == 1
     at.unlock(board)
+    # Behind the lock: whoever is woken wants it.
+    at.signal_one(board, at.BOARD_HAS_WORK)
+    if is_first:
+        at.signal_one(board, at.BOARD_HAS_READS)
 
 
 @compiled(types.void(LONGS, LONGS, INT), nogil=False)

@@ -112,7 +112,7 @@ def _merge_runs(places: npt.NDArray[np.int64], begin: int, end: int, merged: npt
     return count
 
 
-@compiled(INT(LONGS, INT, LONGS, LONGS, LONGS))
+@compiled(INT(LONGS, INT, LONGS, LONGS, LONGS), nogil=False)
 def _cut_layers(
     places: npt.NDArray[np.int64],
     part_bytes: int,
