@@ -1,6 +1,10 @@
-"""The order of reads on a board: start-time fair queueing, as FairOrder has it for copies, in compiled code.
+"""Whose turn it is to be read: start-time fair queueing over reads that come and go, in compiled code.
 
-The reads are linked by their addresses in the order of their arrival. Everything here is called with the board's lock.
+Reads in the order of their tags, and of their arrival where those are equal. A read's tag grows by the share of a layer
+that it is charged, times its stride. It begins where the read is whose turn it was last, so those that came together go
+on side by side, and one that came earlier is never overtaken for good: whoever comes later begins where it is (Goyal,
+Vin, Cheng: Start-time Fair Queueing, SIGCOMM 1996). Reads are linked by their addresses in the order of their arrival.
+Everything here is called with the board's lock.
 """
 
 from __future__ import annotations

@@ -50,8 +50,8 @@ __all__ = [
 class AdapterStore:
     """The adapter versions of one engine.
 
-    ``wake_fd``, an eventfd, becomes readable whenever the store's threads leave ``drain`` something to apply. ``link`` is
-    throttled to ``copy_bytes_per_second``; others may charge it too. Without ``streams`` the device is the CPU.
+    ``wake_fd``, an eventfd, becomes readable whenever the store's threads leave ``drain`` something to apply. ``link``
+    is throttled to ``copy_bytes_per_second``; others may charge it too. Without ``streams`` the device is the CPU.
     ``staging_bytes`` are those of the largest layer that is expected; a larger one makes room when it comes. An unknown
     version raises KeyError where nothing else is said.
     """
