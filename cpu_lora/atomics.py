@@ -31,25 +31,27 @@ def _element_pointer(context: Any, builder: Any, signature: Any, array: Any, ind
 
 @intrinsic
 def load_acquire(_typing: Any, words: Any, _index: Any) -> Any:
-    """Atomically load an element of ``words`` (uint32) at an index; later reads are not moved before it."""
+    """Atomically load an element of ``words`` (integers) at an index; later reads are not moved before it."""
+    size_bytes = words.dtype.bitwidth // 8
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.load_atomic(_element_pointer(context, builder, signature, *args), "acquire", 4)
+        return builder.load_atomic(_element_pointer(context, builder, signature, *args), "acquire", size_bytes)
 
-    return types.uint32(words, types.int64), generate
+    return words.dtype(words, types.int64), generate
 
 
 @intrinsic
 def store_release(_typing: Any, words: Any, _index: Any, _value: Any) -> Any:
-    """Atomically store an element of ``words`` (uint32): index, value; earlier writes are not moved behind it."""
+    """Atomically store an element of ``words`` (integers): index, value; earlier writes are not moved behind it."""
+    size_bytes = words.dtype.bitwidth // 8
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         array, index, value = args
         pointer = _element_pointer(context, builder, signature, array, index)
-        builder.store_atomic(value, pointer, "release", 4)
+        builder.store_atomic(value, pointer, "release", size_bytes)
         return context.get_dummy_value()
 
-    return types.void(words, types.int64, types.uint32), generate
+    return types.void(words, types.int64, words.dtype), generate
 
 
 @intrinsic

@@ -22,6 +22,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 ir: Any = _ir
 cgutils: Any = _cgutils
 types: Any = numba.types
+carray: Any = numba.carray  # type: ignore[attr-defined]
 
 WORDS = types.Array(types.uint32, 1, "C")
 LONGS = types.Array(types.int64, 1, "C")
@@ -55,10 +56,12 @@ def intrinsic(define: Callable[..., Any]) -> Any:
     return numba.extending.intrinsic(define)
 
 
-def compiled(signature: Any) -> Callable[[_Function], _Function]:
-    """Compile a function at once for this signature alone, without the GIL, kept in numba's cache on disk.
+def compiled(signature: Any, *, nogil: bool = True) -> Callable[[_Function], _Function]:
+    """Compile a function at once for this signature alone, kept in numba's cache on disk.
+
+    It runs without the GIL, unless ``nogil`` is False: for what takes less time than getting the GIL back may.
 
     The cache notices changes of the function's own file only: after editing what it calls in another file, delete the
     ``__pycache__`` folder of this package.
     """
-    return cast("Callable[[_Function], _Function]", numba.njit(signature, cache=True, nogil=True))
+    return cast("Callable[[_Function], _Function]", numba.njit(signature, cache=True, nogil=nogil))

@@ -70,7 +70,7 @@ class EngineConfig:
     the KV of ended requests for those that begin with the same tokens, until its pages are needed. ``host_store_bytes``
     bounds the adapter weights kept in host memory. ``copy_bytes_per_second`` throttles copies to the device (None: as
     fast as it goes); the rows that CPU workers exchange are charged to the same budget. ``read_threads`` read adapters'
-    files; None: 4, or as many as there are cores beside the workers' and two more. A version whose file has not
+    files; None: 8, or half as many as there are cores, the workers' among them. A version whose file has not
     answered a read for ``read_stall_seconds`` fails.
 
     ``budget_tokens`` bounds the rows of one pass, and ``chunk_tokens`` the rows of prompts that ride in a step with

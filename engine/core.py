@@ -178,6 +178,8 @@ class Engine:
         self._kv.announce(request)
         if submit.adapter_version_id is not None:
             self._store.acquire(submit.adapter_version_id)
+            # By the time that it is admitted a small adapter has been read.
+            request.timeline.tier = self._residency.tier(submit.adapter_version_id)
             self._store.start_load(submit.adapter_version_id)
 
     def cancel(self, number: int) -> None:
@@ -301,12 +303,11 @@ class Engine:
 
     def _admit(self, admission: Admission) -> None:
         request = self._known(admission.number)
-        tier = self._residency.tier(request.version_id)
         if admission.version_id is not None and admission.adapter_pages:
             self._residency.start_copy(admission.version_id, admission.adapter_pages)
         self._requests.admit(request)
         self._kv.allocate(request, admission.kv_pages)
-        request.timeline.admit(tier, self._clock())
+        request.timeline.admit(self._clock())
         if request.timeline.prefill_attempts == 1:
             request.cached_prompt_tokens = request.computed_tokens
 

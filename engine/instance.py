@@ -102,7 +102,7 @@ class EngineInstance:
             staging_bytes=staging_bytes(config, self._model_config, dtype.itemsize),
             read_limits=read_limits(config),
             expected_copy_bytes_per_second=costs.copy_bytes_per_second,
-            wake=self._wake,
+            wake_fd=self.wake_fd,
         )
         ring = JobRing(self.workers)
         self.bridge = CpuBridge(self.workers, ring, self._transport(ring, streams.device), self.store.link, self.store)

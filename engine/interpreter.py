@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import sys
 
-_SWITCH_SECONDS = 0.5e-3
+SWITCH_SECONDS = 0.5e-3
+"""How long a thread waits for the interpreter before it asks for it."""
 
 
 def settle_interpreter() -> None:
@@ -16,4 +17,4 @@ def settle_interpreter() -> None:
     """
     gc.collect()
     gc.freeze()
-    sys.setswitchinterval(_SWITCH_SECONDS)
+    sys.setswitchinterval(SWITCH_SECONDS)

@@ -54,9 +54,9 @@ class Residency:
             replace(candidate, users=0) for candidate in self._store.evictable() if candidate.version_id not in keep
         ]
 
-    def tier(self, version_id: int | None) -> Tier:
+    def tier(self, version_id: int) -> Tier:
         """Where the adapter's weights are now."""
-        return Tier.NONE if version_id is None else self._store.tier(version_id)
+        return self._store.tier(version_id)
 
     def start_copy(self, version_id: int, pages: int) -> None:
         """Give the adapter its pages and begin to fill them; the store owns the pages from now on."""

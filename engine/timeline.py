@@ -18,7 +18,7 @@ class LayerRecord:
 
 @dataclass(slots=True, kw_only=True)
 class Timeline:
-    """Recorded in monotonic seconds; reported relative to the request's arrival."""
+    """Recorded in monotonic seconds; reported relative to the request's arrival. Its adapter was in ``tier`` then."""
 
     arrival_seconds: float
     tier: Tier = Tier.NONE
@@ -28,12 +28,11 @@ class Timeline:
     cpu_tokens: int = 0
     _records: dict[int, LayerRecord] = field(default_factory=dict)
 
-    def admit(self, tier: Tier, now: float) -> None:
+    def admit(self, now: float) -> None:
         """The request got its pages; only the first admission counts as the end of its queueing."""
         self.prefill_attempts += 1
         if self.admitted_seconds is None:
             self.admitted_seconds = now
-            self.tier = tier
 
     def retry(self) -> None:
         """The pass under way was lost and is repeated."""

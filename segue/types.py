@@ -16,7 +16,7 @@ class FinishReason(Enum):
 
 
 class Tier(Enum):
-    """Where an adapter's weights were when its request was admitted; ``NONE`` is the base model."""
+    """Where an adapter's weights were when its request arrived; ``NONE`` is the base model."""
 
     NONE = "none"
     DEVICE = "device"

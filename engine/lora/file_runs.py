@@ -19,8 +19,8 @@ from segue.cpu_lora.native import HALVES, INT, LONGS, WORDS, compiled, types
 RUN_LONGS = 3
 """A run: its offset in the file, where its bytes go, and how many they are."""
 
-# What was read is looked at while it is in the L2 cache.
-_PIECE_BYTES = 512 << 10
+PIECE_BYTES = 512 << 10
+"""What was read is looked at while it is in the L2 cache."""
 
 # By glibc and musl for 64-bit machines: ssize_t pread(int, void *, size_t, off_t).
 _pread = types.ExternalFunction("pread", types.intp(types.int32, types.uintp, types.uintp, types.int64))
@@ -46,14 +46,15 @@ _UNCHECKED = FloatBits(item_bytes=0, first_not_finite=0)
 class Target:
     """Memory that runs are read into: ``octets`` uint8 [bytes], a multiple of 4 of them. Runs begin at whole elements.
 
-    ``dtype`` is that of the elements; None for those that are not looked at.
+    ``dtype`` is that of the elements; None for those that are not looked at. ``halves`` and ``words`` are
+    the same bytes.
     """
 
     def __init__(self, octets: npt.NDArray[np.uint8], dtype: torch.dtype | None) -> None:
         self.octets = octets
         self.bits = _UNCHECKED if dtype is None else FLOAT_BITS[dtype]
-        self._halves = octets[: octets.size & ~3].view(np.uint16)
-        self._words = self._halves.view(np.uint32)
+        self.halves = octets[: octets.size & ~3].view(np.uint16)
+        self.words = self.halves.view(np.uint32)
 
     @classmethod
     def of(cls, memory: Tensor, dtype: torch.dtype | None) -> Target:
@@ -64,8 +65,8 @@ class Target:
         """Read the runs, whose places count from ``offset``, as far as each read brings all that it asks for and all
         is finite; how many bytes that are, in the order of the runs."""
         bits = self.bits
-        read: int = _read_runs(
-            descriptor, runs, offset, self._halves, self._words, bits.item_bytes, bits.first_not_finite, _PIECE_BYTES
+        read: int = read_into(
+            descriptor, runs, offset, self.halves, self.words, bits.item_bytes, bits.first_not_finite, PIECE_BYTES
         )
         return read
 
@@ -73,9 +74,9 @@ class Target:
         """Where in these bytes the first element begins that is not finite, counted from the target's beginning."""
         item_bytes = self.bits.item_bytes
         if item_bytes == 2:
-            index = _first_half(self._halves, start // 2, size_bytes // 2, self.bits.first_not_finite)
+            index = _first_half(self.halves, start // 2, size_bytes // 2, self.bits.first_not_finite)
         elif item_bytes == 4:
-            index = _first_word(self._words, start // 4, size_bytes // 4, self.bits.first_not_finite)
+            index = _first_word(self.words, start // 4, size_bytes // 4, self.bits.first_not_finite)
         else:
             return None
         return None if index < 0 else start + index * item_bytes
@@ -122,7 +123,7 @@ def _first_word(words: npt.NDArray[np.uint32], start: int, count: int, first_not
 
 
 @compiled(INT(INT, LONGS, INT, HALVES, WORDS, INT, INT, INT))
-def _read_runs(
+def read_into(
     descriptor: int,
     runs: npt.NDArray[np.int64],
     offset: int,
@@ -132,6 +133,7 @@ def _read_runs(
     first_not_finite: int,
     piece_bytes: int,
 ) -> int:
+    """See ``Target.read``, whose bits are ``item_bytes`` and ``first_not_finite``."""
     address = halves.ctypes.data
     total = 0
     for run in range(0, len(runs), 3):

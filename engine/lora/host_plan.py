@@ -7,9 +7,17 @@ layer, in each layer module by module, A [rank, in_features] before B [out_featu
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
 
 from segue.engine.lora.manifest import AdapterManifest, ModuleWeights, Projection, TensorSpan
+
+PLACE_LONGS = 5
+"""A matrix of ``HostPlan.places``: its layer, where its bytes lie in the file, where they go relative to the beginning
+of the host copy, how many there are in the file, and -1, or its place in ``PlannedLayer.tensors`` if it is converted.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +47,11 @@ class PlannedLayer:
     host_start: int
     host_bytes: int
 
+    def tensors(self) -> Iterator[PlannedTensor]:
+        """All matrices, in the order of the host copy."""
+        for module in self.modules:
+            yield from (module.a, module.b)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostPlan:
@@ -46,6 +59,7 @@ class HostPlan:
 
     layers: tuple[PlannedLayer, ...]
     host_bytes: int
+    _places: dict[str, npt.NDArray[np.int64]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def of(cls, manifest: AdapterManifest, item_bytes: int) -> HostPlan:
@@ -67,8 +81,30 @@ class HostPlan:
     def tensors(self) -> Iterator[PlannedTensor]:
         """All matrices, in the order of the host copy."""
         for layer in self.layers:
-            for module in layer.modules:
-                yield from (module.a, module.b)
+            yield from layer.tensors()
+
+    def places(self, file_dtype: str) -> npt.NDArray[np.int64]:
+        """All matrices, int64 [n * PLACE_LONGS], by layers and in each layer in the order of the file; made once.
+
+        Those of another dtype than ``file_dtype``, as safetensors calls it, are converted.
+        """
+        found = self._places.get(file_dtype)
+        if found is None:
+            rows = [
+                (
+                    layer,
+                    tensor.span.file_offset,
+                    tensor.host_start,
+                    tensor.span.nbytes,
+                    -1 if tensor.span.dtype == file_dtype else index,
+                )
+                for layer, planned in enumerate(self.layers)
+                for index, tensor in enumerate(planned.tensors())
+            ]
+            table = np.array(rows, dtype=np.int64).reshape(-1, PLACE_LONGS)
+            order = np.lexsort((table[:, 1], table[:, 0]))
+            found = self._places[file_dtype] = table[order].reshape(-1)
+        return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
@@ -55,6 +55,11 @@ class HostStore(Protocol):
     @property
     def extent_bytes(self) -> int: ...
 
+    @property
+    def ready_bytes(self) -> int:
+        """Bytes from the beginning on that may be touched now."""
+        ...
+
     def wait_until_ready(self, stop_bytes: int) -> None:
         """Wait until the bytes below ``stop_bytes`` may be touched. Raises MemoryError when they never will."""
 
@@ -70,7 +75,7 @@ class WeightMover:
         chunk_elems: int,
         link: LinkThrottle,
         streams: DeviceStreams,
-        wake: Callable[[], None],
+        wake_fd: int,
         ops: TransferOps,
         staging_bytes: int,
         read_limits: ReadLimits,
@@ -95,11 +100,11 @@ class WeightMover:
         host = torch.from_numpy(memory.store)
         self._reader = ReaderPool(
             host=host,
+            ready_bytes=lambda: memory.ready_bytes,
             make_touchable=memory.wait_until_ready,
             dtype=pool.dtype,
             read_runs=ops.read_runs,
-            report=self._completions.put,
-            wake=wake,
+            wake_fd=wake_fd,
             limits=read_limits,
         )
         self._lander = LayerLander(
@@ -113,7 +118,9 @@ class WeightMover:
         )
         self._landings = Landings()
         self._pump = CopyPump(self._lander, self._landings)
-        self._copier = CopierThread(lander=self._lander, link=link, report=self._completions.put, wake=wake)
+        self._copier = CopierThread(
+            lander=self._lander, link=link, report=self._completions.put, wake=lambda: os.eventfd_write(wake_fd, 1)
+        )
 
     @property
     def awaits_landings(self) -> bool:
@@ -133,11 +140,7 @@ class WeightMover:
     def apply_completed(self, touched: Callable[[Adapter], None]) -> tuple[StoreEvent, ...]:
         """Apply what the threads have completed and return the events; ``touched`` is called whenever a job ended."""
         read: dict[int, Adapter] = {}
-        while True:
-            try:
-                completion = self._completions.get_nowait()
-            except Empty:
-                break
+        for completion in (*self._reader.completed(), *self._copies_completed()):
             match completion:
                 case LayerRead():
                     adapter = self._on_layer_read(completion)
@@ -157,6 +160,13 @@ class WeightMover:
             self.start_copies(adapter)
         events, self._events = tuple(self._events), []
         return events
+
+    def _copies_completed(self) -> Iterator[Completion]:
+        while True:
+            try:
+                yield self._completions.get_nowait()
+            except Empty:
+                return
 
     def start_read(self, adapter: Adapter, offset: int) -> None:
         """Fill the extent at ``offset``, which the adapter's host copy owns from now on."""

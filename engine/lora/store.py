@@ -50,8 +50,8 @@ __all__ = [
 class AdapterStore:
     """The adapter versions of one engine.
 
-    ``wake`` is called on one of the store's threads whenever they leave ``drain`` something to apply. ``link`` is
-    throttled to ``copy_bytes_per_second``; others may charge it too. Without ``streams`` the device is the CPU.
+    ``wake_fd``, an eventfd, becomes readable whenever the store's threads leave ``drain`` something to apply. ``link``
+    is throttled to ``copy_bytes_per_second``; others may charge it too. Without ``streams`` the device is the CPU.
     ``staging_bytes`` are those of the largest layer that is expected; a larger one makes room when it comes. An unknown
     version raises KeyError where nothing else is said.
     """
@@ -62,7 +62,7 @@ class AdapterStore:
         memory: HostStore,
         pool: PagePool,
         chunk_elems: int,
-        wake: Callable[[], None],
+        wake_fd: int,
         copy_bytes_per_second: float | None = None,
         ops: TransferOps | None = None,
         streams: DeviceStreams | None = None,
@@ -84,7 +84,7 @@ class AdapterStore:
             chunk_elems=chunk_elems,
             link=self.link,
             streams=streams or CpuStreams(),
-            wake=wake,
+            wake_fd=wake_fd,
             ops=ops or TransferOps(),
             staging_bytes=staging_bytes,
             read_limits=read_limits or ReadLimits(),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from segue.engine.device import StreamSpan
 from segue.engine.lora.adapter_path import FileIdentity
-from segue.engine.lora.file_runs import ReadRuns, Target
+from segue.engine.lora.file_runs import ReadRuns
 from segue.engine.lora.host_plan import HostPlan, PlannedLayer
 from segue.engine.lora.landing import LandingPlace, LandLayers
 from segue.gpu_kernels.landing import land_matrices
@@ -26,9 +26,12 @@ class WeightsError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransferOps:
-    """The two operations that move bytes; tests put slow or failing ones in their place."""
+    """The two operations that move bytes; tests put slow or failing ones in their place.
 
-    read_runs: ReadRuns = Target.read
+    ``read_runs`` reads a part of a file from Python; without it parts are read in compiled code.
+    """
+
+    read_runs: ReadRuns | None = None
     land: LandLayers = land_matrices
 
 
@@ -138,7 +141,8 @@ class CopyEnded:
     monotonic_seconds: float
 
 
-Completion = LayerRead | ReadFailed | ReadEnded | CopyEnqueued | CopyEnded
+ReadReport = LayerRead | ReadFailed | ReadEnded
+Completion = ReadReport | CopyEnqueued | CopyEnded
 
 
 def failure_message(error: Exception, doing: str) -> str:

@@ -57,6 +57,11 @@ class PreparedStore:
         """The whole store, uint8 [bytes], ready or not."""
         return self._memory.store
 
+    @property
+    def ready_bytes(self) -> int:
+        """Bytes from the beginning on that are ready."""
+        return self._ready_bytes
+
     def wait_until_ready(self, stop_bytes: int) -> None:
         """Wait for the extents of the bytes below ``stop_bytes``.
 

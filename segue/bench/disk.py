@@ -1,18 +1,20 @@
 """``segue bench disk``: adapters from files in the page cache into host memory, as the engine's reader threads do it.
 
-Beside it stands what the machine allows: one thread that only reads the file to the same place, and a copy in memory.
+Alone, and beside a loop whose turns hold the GIL, as the engine's loop does. Beside it stands what the machine allows:
+one thread that only reads the file to the same place, and a copy in memory.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import select
+import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,20 +27,18 @@ from segue.bench.report import Percentiles, Report, Row
 from segue.bench.shapes import SHAPES
 from segue.config import require, require_positive
 from segue.cpu_lora import CpuLoraConfig, SharedLayout, SharedMemory
+from segue.engine.interpreter import SWITCH_SECONDS
 from segue.engine.lora.catalog import AdapterCatalog
-from segue.engine.lora.file_runs import ReadRuns, Target
 from segue.engine.lora.host_plan import HostPlan
 from segue.engine.lora.reader import ReaderPool, ReadLimits
-from segue.engine.lora.transfer import Completion, LayerRead, ReadEnded, ReadJob
+from segue.engine.lora.transfer import LayerRead, ReadEnded, ReadJob, ReadReport
 from segue.engine.models.config import ModelConfig
 
 _ALIGNED_BYTES = 4096
 _FLOOR_PIECE_BYTES = 1 << 20
 _PATIENCE_SECONDS = 60.0
-# What a step of the loop does between two calls that give the GIL away.
-_LOOP_CALLS = 10
+_TURN_ADDITIONS = 10_000
 _LEAST_TURNS = 200
-_LEAST_TURNS_SECONDS = 0.01
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +48,7 @@ class DiskBenchConfig:
     shape: str = "llama-3.1-8b"
     ranks: tuple[int, ...] = (8, 64)
     targets: tuple[str, ...] = ("qkvo", "all")
-    threads: tuple[int, ...] = (1, 2, 4)
+    threads: tuple[int, ...] = (1, 2, 4, 8)
     part_bytes: int = ReadLimits().part_bytes
     runs: int = 20
 
@@ -73,18 +73,21 @@ class _Adapter:
 
 @dataclass(slots=True)
 class _Timings:
-    """Seconds: of whole adapters, until the first layer was there, and of a process's cores."""
+    """Seconds of reads: until all was there and the file unchanged, until the last and the first layer were there, and
+    what the thread that asks for reads computes for them."""
 
     whole: list[float] = field(default_factory=list)
+    last_layer: list[float] = field(default_factory=list)
     first_layer: list[float] = field(default_factory=list)
-    cores: list[float] = field(default_factory=list)
+    bookkeeping: list[float] = field(default_factory=list)
 
 
 def run_disk_bench(config: DiskBenchConfig, progress: Callable[[str], None]) -> Report:
     """Read and time. Raises BenchmarkError where a read fails, OSError and MemoryError."""
     rows: list[Row] = []
-    torch_threads = torch.get_num_threads()
+    torch_threads, switch_seconds = torch.get_num_threads(), sys.getswitchinterval()
     torch.set_num_threads(1)
+    sys.setswitchinterval(SWITCH_SECONDS)
     try:
         for targets in config.targets:
             for rank in config.ranks:
@@ -93,6 +96,7 @@ def run_disk_bench(config: DiskBenchConfig, progress: Callable[[str], None]) -> 
                     rows += _adapter_rows(adapter, config)
     finally:
         torch.set_num_threads(torch_threads)
+        sys.setswitchinterval(switch_seconds)
     return Report.here("disk", asdict(config), rows)
 
 
@@ -127,74 +131,114 @@ def _adapter(shape: str, rank: int, targets: str) -> Iterator[_Adapter]:
                 memory.close()
 
 
+class _Reader:
+    """Reads one adapter again and again, as the engine's loop does."""
+
+    def __init__(self, adapter: _Adapter, wake_fd: int, limits: ReadLimits) -> None:
+        self._job = adapter.job
+        self._wake_fd = wake_fd
+        self._pool = ReaderPool(
+            host=torch.from_numpy(adapter.memory),
+            ready_bytes=lambda: len(adapter.memory),
+            make_touchable=lambda _: None,
+            dtype=torch.bfloat16,
+            read_runs=None,
+            wake_fd=wake_fd,
+            limits=limits,
+        )
+
+    def close(self) -> None:
+        self._pool.close()
+
+    def read(self, times: _Timings, between: Callable[[], None]) -> None:
+        """Read once more, looking for what there is behind each call of ``between``. Raises BenchmarkError."""
+        job = replace(self._job)
+        reports: list[ReadReport] = []
+        start = time.monotonic()
+        self._pool.put(job, urgent=True)
+        bookkeeping = time.monotonic() - start
+        while not reports or not isinstance(reports[-1], ReadEnded):
+            between()
+            look = time.monotonic()
+            if look - start > _PATIENCE_SECONDS:
+                raise BenchmarkError(f"the adapter was not read in {_PATIENCE_SECONDS:.0f} seconds")
+            reports += self._pool.completed()
+            bookkeeping += time.monotonic() - look
+        *layers, end = reports
+        if (
+            not isinstance(end, ReadEnded)
+            or not end.verified
+            or not all(isinstance(layer, LayerRead) for layer in layers)
+        ):
+            raise BenchmarkError(f"the adapter could not be read: {layers[-1]}")
+        times.whole.append(end.monotonic_seconds - start)
+        times.last_layer.append(layers[-1].monotonic_seconds - start)
+        times.first_layer.append(layers[0].monotonic_seconds - start)
+        times.bookkeeping.append(bookkeeping)
+
+    def wait(self) -> None:
+        """Until something has come."""
+        if select.select([self._wake_fd], [], [], _PATIENCE_SECONDS)[0]:
+            os.eventfd_read(self._wake_fd)
+
+
+@contextmanager
+def _reader(adapter: _Adapter, limits: ReadLimits) -> Iterator[_Reader]:
+    wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+    reader = _Reader(adapter, wake_fd, limits)
+    try:
+        yield reader
+    finally:
+        reader.close()
+        os.close(wake_fd)
+
+
 def _adapter_rows(adapter: _Adapter, config: DiskBenchConfig) -> list[Row]:
     rows = [
         _row("read_floor_ms", adapter, _timed(lambda: _read_only(adapter), config.runs), 1),
         _row("memory_copy_ms", adapter, _copy_seconds(adapter, config.runs), 1),
-        _row("read_bookkeeping_ms", adapter, _pool_times(adapter, config, 1, _read_nothing).cores, 1),
     ]
     for threads in config.threads:
-        times = _pool_times(adapter, config, threads, Target.read)
-        rows.append(_row("read_adapter_ms", adapter, times.whole, threads))
-        rows.append(_row("read_first_layer_ms", adapter, times.first_layer, threads))
-        with _busy_loop() as turns:
-            while len(turns) < _LEAST_TURNS:
-                time.sleep(_LEAST_TURNS_SECONDS)
-            alone = list(turns)
-            turns.clear()
-            beside = _Timings()
-            while not beside.whole or len(turns) < _LEAST_TURNS:
-                beside = _pool_times(adapter, config, threads, Target.read)
-            disturbed = list(turns)
-        rows.append(_row("read_beside_loop_ms", adapter, beside.whole, threads))
-        rows.append(_row("loop_turn_alone_ms", adapter, alone, threads))
-        rows.append(_row("loop_turn_beside_ms", adapter, disturbed, threads))
+        alone, beside = _Timings(), _Timings()
+        with _reader(adapter, ReadLimits(threads=threads, part_bytes=config.part_bytes)) as reader:
+            reader.read(_Timings(), reader.wait)
+            for _ in range(config.runs):
+                reader.read(alone, reader.wait)
+            turns_alone = _timed(_loop_turn, _LEAST_TURNS)
+            turns_beside = _beside_loop(reader, beside, config.runs)
+        for measure, seconds in (
+            ("read_adapter_ms", alone.whole),
+            ("read_layers_ms", alone.last_layer),
+            ("read_first_layer_ms", alone.first_layer),
+            ("read_bookkeeping_ms", alone.bookkeeping),
+            ("read_beside_loop_ms", beside.whole),
+            ("layers_beside_loop_ms", beside.last_layer),
+            ("loop_turn_alone_ms", turns_alone),
+            ("loop_turn_beside_ms", turns_beside),
+        ):
+            rows.append(_row(measure, adapter, seconds, threads))
     return rows
 
 
-def _pool_times(adapter: _Adapter, config: DiskBenchConfig, threads: int, read_runs: ReadRuns) -> _Timings:
-    """One round before the first is not kept. Raises BenchmarkError."""
-    ended = threading.Event()
-    reports: list[Completion] = []
-
-    def report(completion: Completion) -> None:
-        reports.append(completion)
-        if isinstance(completion, ReadEnded):
-            ended.set()
-
-    pool = ReaderPool(
-        host=torch.from_numpy(adapter.memory),
-        make_touchable=lambda _: None,
-        dtype=torch.bfloat16,
-        read_runs=read_runs,
-        report=report,
-        wake=lambda: None,
-        limits=ReadLimits(threads=threads, part_bytes=config.part_bytes),
-    )
-    times = _Timings()
-    try:
-        for turn in range(-1, config.runs):
-            ended.clear()
-            reports.clear()
-            start_cores, start = time.process_time(), time.monotonic()
-            pool.put(adapter.job, urgent=True)
-            if not ended.wait(_PATIENCE_SECONDS):
-                raise BenchmarkError(f"the adapter was not read in {_PATIENCE_SECONDS:.0f} seconds")
-            *layers, end = reports
-            if not isinstance(end, ReadEnded) or not end.verified or not isinstance(layers[0], LayerRead):
-                raise BenchmarkError(f"the adapter could not be read: {layers[-1]}")
-            if turn >= 0:
-                times.whole.append(end.monotonic_seconds - start)
-                times.first_layer.append(layers[0].monotonic_seconds - start)
-                times.cores.append(time.process_time() - start_cores)
-    finally:
-        pool.close()
-    return times
+def _loop_turn() -> None:
+    """Some tenths of a millisecond in which the GIL is never given away but for who asks, as planning a step is."""
+    total = 0
+    for index in range(_TURN_ADDITIONS):
+        total += index & 7
 
 
-def _read_nothing(_target: Target, _descriptor: int, runs: npt.NDArray[np.int64], _offset: int) -> int:
-    """As if all had been read, so that what is left is what the threads do besides."""
-    return int(runs[2::3].sum())
+def _beside_loop(reader: _Reader, times: _Timings, runs: int) -> list[float]:
+    """Read so many times beside a loop that looks for layers between two turns; what the turns took meanwhile."""
+    turns: list[float] = []
+
+    def turn() -> None:
+        start = time.perf_counter()
+        _loop_turn()
+        turns.append(time.perf_counter() - start)
+
+    for _ in range(runs):
+        reader.read(times, turn)
+    return turns
 
 
 def _read_only(adapter: _Adapter) -> None:
@@ -216,29 +260,6 @@ def _timed(call: Callable[[], None], runs: int) -> list[float]:
         if turn >= 0:
             seconds.append(time.perf_counter() - start)
     return seconds
-
-
-@contextmanager
-def _busy_loop() -> Iterator[list[float]]:
-    """A thread that makes small calls to torch all the time, as the engine's loop does; the seconds of each turn."""
-    turns: list[float] = []
-    stopped = threading.Event()
-
-    def run() -> None:
-        values = torch.zeros(16, 16)
-        while not stopped.is_set():
-            start = time.perf_counter()
-            for _ in range(_LOOP_CALLS):
-                values.add_(1)
-            turns.append(time.perf_counter() - start)
-
-    thread = threading.Thread(target=run, name="segue-bench-loop")
-    thread.start()
-    try:
-        yield turns
-    finally:
-        stopped.set()
-        thread.join()
 
 
 def _row(measure: str, adapter: _Adapter, seconds: list[float], threads: int) -> Row:

@@ -27,10 +27,12 @@ _WORDS = {
     "cpu_workers_us": "workers",
     "read_floor_ms": "file read only",
     "memory_copy_ms": "copy in memory",
-    "read_bookkeeping_ms": "bookkeeping of a read",
     "read_adapter_ms": "adapter read",
+    "read_layers_ms": "all layers read",
     "read_first_layer_ms": "first layer read",
+    "read_bookkeeping_ms": "the loop's own work for a read",
     "read_beside_loop_ms": "adapter read beside a busy loop",
+    "layers_beside_loop_ms": "all layers read beside a busy loop",
     "loop_turn_alone_ms": "turn of the loop",
     "loop_turn_beside_ms": "turn of the loop beside reads",
 }

@@ -230,7 +230,7 @@ def disk(
     shape: Annotated[str, typer.Option(metavar="NAME", help="The model that the adapters are for.")] = _DISK_SHAPE,
     ranks: RanksOption = "8,64",
     targets: Annotated[str, typer.Option(metavar="qkvo|all,...", help="What they change.")] = "qkvo,all",
-    threads: Annotated[str, typer.Option(metavar="N,...", help="Threads that read.")] = "1,2,4",
+    threads: Annotated[str, typer.Option(metavar="N,...", help="Threads that read.")] = "1,2,4,8",
     part_bytes: Annotated[int, typer.Option(metavar="N", help="The most that is read at a time.")] = 2 << 20,
     runs: TimingsOption = 20,
     json: JsonOption = None,

@@ -631,7 +631,7 @@ class Timing(google.protobuf.message.Message):
     PREFILL_ATTEMPTS_FIELD_NUMBER: builtins.int
     CPU_TOKENS_FIELD_NUMBER: builtins.int
     tier: Global___Tier.ValueType
-    """Where the adapter's weights were when the request was admitted."""
+    """Where the adapter's weights were when the request arrived."""
     queue_seconds: builtins.float
     """Until its first prefill began."""
     ttft_seconds: builtins.float

@@ -3,24 +3,24 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import pytest
 from typer.testing import CliRunner
 
-from segue.bench import disk
 from segue.bench.disk import DiskBenchConfig, run_disk_bench
 from segue.bench.driver import BenchmarkError
 from segue.bench.tables import describe
 from segue.cli.main import build_app
 from segue.config import ConfigError
-from segue.engine.lora.file_runs import Target
+from segue.engine.lora import reader
 
-PER_ADAPTER = ("read_floor_ms", "memory_copy_ms", "read_bookkeeping_ms")
+PER_ADAPTER = ("read_floor_ms", "memory_copy_ms")
 PER_THREADS = (
     "read_adapter_ms",
+    "read_layers_ms",
     "read_first_layer_ms",
+    "read_bookkeeping_ms",
     "read_beside_loop_ms",
+    "layers_beside_loop_ms",
     "loop_turn_alone_ms",
     "loop_turn_beside_ms",
 )
@@ -39,7 +39,7 @@ def test_the_command_reports_every_measure_of_every_case(tmp_path: Path) -> None
     assert [(row["measure"], row["cores"]) for row in rows] == wanted
     assert {row["bytes"] for row in rows} == {RANK_8_BYTES}
     assert all(row["median"] > 0 for row in rows)
-    assert [row["runs"] for row in rows if not row["measure"].startswith("loop")] == [2] * 9
+    assert [row["runs"] for row in rows if not row["measure"].startswith("loop")] == [2] * 14
 
 
 def test_rows_are_told_in_words() -> None:
@@ -47,16 +47,13 @@ def test_rows_are_told_in_words() -> None:
         DiskBenchConfig(shape="tiny", ranks=(8,), targets=("all",), threads=(2,), runs=1), lambda _: None
     )
     words = [describe(row) for row in report.rows]
-    assert words[3] == "adapter read, rank 8, all, 2 cores"
+    assert words[2] == "adapter read, rank 8, all, 2 cores"
     assert len(set(words)) == len(words)
 
 
 def test_a_read_that_fails_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fake_read(_target: Target, _descriptor: int, _runs: npt.NDArray[np.int64], _offset: int) -> int:
-        raise OSError(5, "the disk failed")
-
-    monkeypatch.setattr(disk, "_read_nothing", fake_read)
-    with pytest.raises(BenchmarkError, match="the disk failed"):
+    monkeypatch.setattr(reader, "verify", lambda _job: "the weights file changed")
+    with pytest.raises(BenchmarkError, match="the weights file changed"):
         run_disk_bench(DiskBenchConfig(shape="tiny", ranks=(8,), targets=("qkvo",), runs=1), lambda _: None)
 
 

@@ -146,7 +146,7 @@ def test_nothing_enters_before_the_read_was_verified(
         assert may_look.wait(60)
         return "the weights file changed while it was read"
 
-    monkeypatch.setattr(reader, "_verify", fake_verify)
+    monkeypatch.setattr(reader, "verify", fake_verify)
     with EngineHarness(model_dir, adapters_dir, device=device, copy_bytes_per_second=2e6) as harness:
         number = harness.submit(PROMPT, "a", max_tokens=NEW_TOKENS)
         harness.run_until(lambda: any(item.state is PassState.DONE for item in harness.engine.passes))

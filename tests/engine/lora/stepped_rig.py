@@ -31,7 +31,8 @@ from segue.engine.lora.landing import LandingPlace, LayerLander
 from segue.engine.lora.manifest import AdapterManifest, ModuleWeights, Projection, TensorSpan
 from segue.engine.lora.part_reader import PartReader
 from segue.engine.lora.reader import ReaderPool, ReadLimits
-from segue.engine.lora.transfer import Completion, CopyJob, CopyLoad, ReadEnded, ReadJob
+from segue.engine.lora.reading import Reading
+from segue.engine.lora.transfer import CopyJob, CopyLoad, ReadEnded, ReadFailed, ReadJob
 from tests.engine.lora.adapter_folders import SmallModel, peft_config, random_tensors, write_folder
 from tests.engine.lora.fake_streams import PATIENCE_SECONDS, FakeStream, FakeStreams
 from tests.engine.lora.store_rig import NEVER_SECONDS, PATIENT_READS, StoreRig
@@ -109,15 +110,9 @@ class FakeSteppedReader(ReaderPool):
 
     job: ReadJob
 
-    def __init__(self, steps: FakeSteps, *, report: Callable[[Completion], None], **options: Any) -> None:
+    def __init__(self, steps: FakeSteps, **options: Any) -> None:
         self._steps = steps
-
-        def report_and_count(completion: Completion) -> None:
-            report(completion)
-            if isinstance(completion, ReadEnded):
-                steps.job_ended()
-
-        super().__init__(report=report_and_count, **options)
+        super().__init__(**options)
 
     def put(self, job: ReadJob, *, urgent: bool) -> None:
         self._steps.job_put()
@@ -127,8 +122,7 @@ class FakeSteppedReader(ReaderPool):
 
     def stall(self) -> None:
         """Whatever is being read, and what waits behind it, has hung for longer than it may. None stands in."""
-        with self._has_begun:
-            self._look(time.monotonic() + 2 * NEVER_SECONDS)
+        self._look(time.monotonic() + 2 * NEVER_SECONDS)
 
     def _read(self, reader: PartReader, work: Any) -> str | None:
         self.job = work.reading.job
@@ -137,9 +131,14 @@ class FakeSteppedReader(ReaderPool):
         self._steps.pause()
         return failure
 
-    def _conclude(self, work: Any) -> None:
+    def _conclude(self, number: int, reading: Reading) -> None:
         self._steps.pause()
-        super()._conclude(work)
+        super()._conclude(number, reading)
+
+    def _report(self, report: ReadFailed | ReadEnded) -> None:
+        super()._report(report)
+        if isinstance(report, ReadEnded):
+            self._steps.job_ended()
 
 
 class FakeSteppedCopier(CopierThread):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import threading
 import time
 from collections.abc import Callable
@@ -74,15 +75,39 @@ class FakeSharedMemory:
         self.store: npt.NDArray[np.uint8] = np.zeros(size_bytes, dtype=np.uint8)
         self.touchable_bytes = 0
 
+    @property
+    def ready_bytes(self) -> int:
+        return self.touchable_bytes
+
     def wait_until_ready(self, stop_bytes: int) -> None:
         self.touchable_bytes = max(self.touchable_bytes, stop_bytes)
+
+
+class Wakes:
+    """What the store makes readable when there is something to drain."""
+
+    def __init__(self) -> None:
+        self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+    def clear(self) -> None:
+        if self.wait(0):
+            os.eventfd_read(self.fd)
+
+    def wait(self, seconds: float) -> bool:
+        return bool(select.select([self.fd], [], [], seconds)[0])
+
+    def close(self) -> None:
+        """May be called twice."""
+        if self.fd >= 0:
+            os.close(self.fd)
+        self.fd = -1
 
 
 @dataclass(kw_only=True)
 class StoreRig:
     """A store with its surroundings. ``reads`` and ``copies`` gate each part of a layer that is read (a layer has one)
     and each matrix that is landed. ``enqueues``: copies for a device that works beside the host are enqueued whenever
-    the store is drained.
+    the store is drained. Without ``gates_reads`` parts are read as in an engine, in compiled code.
     """
 
     root: Path
@@ -97,14 +122,15 @@ class StoreRig:
     reads: FakeGate = field(default_factory=FakeGate)
     copies: FakeGate = field(default_factory=FakeGate)
     streams: DeviceStreams = field(default_factory=CpuStreams)
-    read_runs: ReadRuns = Target.read
+    read_runs: ReadRuns | None = None
+    gates_reads: bool = True
     land: LandLayers = land_matrices
     on_read: Callable[[], None] = lambda: None
     on_land: Callable[[], None] = lambda: None
     events: list[StoreEvent] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.wakes = threading.Event()
+        self.wakes = Wakes()
         self.memory = self.make_memory()
         self.pool = PagePool(
             layers=self.model.layers,
@@ -123,12 +149,12 @@ class StoreRig:
             memory=self.memory,
             pool=self.pool,
             chunk_elems=self.chunk_elems,
-            wake=self.wakes.set,
+            wake_fd=self.wakes.fd,
             copy_bytes_per_second=self.copy_bytes_per_second,
             staging_bytes=self.staging_bytes,
             streams=self.streams,
             read_limits=self.read_limits,
-            ops=TransferOps(read_runs=self._read, land=self._land),
+            ops=TransferOps(read_runs=self._read if self.gates_reads else self.read_runs, land=self._land),
         )
         self.capacity_bytes = self.store.host_free_bytes
         self.catalog = AdapterCatalog(self.root, self.model, 256)
@@ -200,6 +226,7 @@ class StoreRig:
         if isinstance(self.streams, FakeStreams):
             self.streams.run_free()
         self.store.close()
+        self.wakes.close()
         self.pool.check()
         assert self.pool.free_pages == self.pool.pages
 
@@ -241,7 +268,7 @@ class StoreRig:
     def _read(self, target: Target, descriptor: int, runs: npt.NDArray[np.int64], offset: int) -> int:
         self.reads.pass_through()
         self.on_read()
-        return self.read_runs(target, descriptor, runs, offset)
+        return (self.read_runs or Target.read)(target, descriptor, runs, offset)
 
     def _land(
         self, staging: Tensor, first_elem: int, table: Tensor, pool: Tensor, page_table: Tensor, chunk_elems: int

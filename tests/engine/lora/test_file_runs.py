@@ -80,7 +80,7 @@ def test_reading_ends_with_what_is_complete_and_finite(descriptor: int) -> None:
 
 
 def test_what_is_not_finite_ends_the_reading_unless_nobody_asks(tmp_path: Path) -> None:
-    piece = file_runs._PIECE_BYTES
+    piece = file_runs.PIECE_BYTES
     values = torch.ones(2 * piece, dtype=torch.float16)
     values[piece // 2 + 7] = torch.inf
     (tmp_path / "file").write_bytes(values.numpy().tobytes())

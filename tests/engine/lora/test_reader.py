@@ -296,8 +296,7 @@ def test_memory_that_is_not_ready_is_no_stall(make_disk_rig: MakeDiskRig) -> Non
     rig.store.start_load(version)
     assert waits.wait(PATIENCE_SECONDS)
     pool = rig.store._mover._reader
-    with pool._has_begun:
-        pool._look(time.monotonic() + NEVER_SECONDS)
+    pool._look(time.monotonic() + NEVER_SECONDS)
     rig.rig.drain()
     assert rig.failures == []
     ready.set()

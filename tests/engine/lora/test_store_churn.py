@@ -196,14 +196,17 @@ class Churn:
         self.rig.drain_until(lambda: self.rig.host_bytes_held == 0 and self.rig.store.device_pages_held == 0)
 
 
-@pytest.mark.parametrize("read_threads", [1, 3])
+@pytest.mark.parametrize(("read_threads", "gates_reads"), [(1, True), (3, True), (3, False)])
 @pytest.mark.parametrize("seed", range(6))
 def test_random_use_keeps_every_invariant_and_gives_everything_back(
-    make_rig: MakeRig, seed: int, read_threads: int
+    make_rig: MakeRig, seed: int, read_threads: int, gates_reads: bool
 ) -> None:
     largest = sum(tensor.numel() for tensor in random_tensors(rank=max(RANKS)).values()) * 4
     rig = make_rig(
-        host_bytes=2 * largest + 1000, pages=90, read_limits=ReadLimits(threads=read_threads, part_bytes=1000)
+        host_bytes=2 * largest + 1000,
+        pages=90,
+        read_limits=ReadLimits(threads=read_threads, part_bytes=1000),
+        gates_reads=gates_reads,
     )
     before = open_descriptors()
     churn = Churn(rig, seed)
