@@ -19,7 +19,7 @@ from segue.scheduler.handoff import FixedHandover, FollowPlan, HandoffPolicy, Lo
 from segue.scheduler.handoff_costs import HandoffCosts, assumed_profile
 
 # Up to about so many rows a pass takes the time in which the device reads the model's weights.
-_MERGED_ROWS = 128
+_MERGED_ROWS = 256
 _MOST_READ_THREADS = 8
 
 

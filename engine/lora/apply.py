@@ -105,6 +105,7 @@ class LoraApplier:
         self._added: list[PostedJob] = []
         self._start_seconds = 0.0
         self._awaited_since: float | None = None
+        self._behind: dict[int, torch.cuda.Event] = {}
 
     @property
     def awaited_seconds(self) -> float:
@@ -132,34 +133,44 @@ class LoraApplier:
 
         Raises WorkerLostError when a worker was lost.
         """
-        while self._is_loading and not self._lane.is_close and not self._is_settled(layer):
+        is_settled = False
+        while self._is_loading and not self._lane.is_close:
+            is_settled = self._is_settled(layer)
+            if is_settled:
+                break
             self.blocked = Blocked.DEVICE
             yield
         self.blocked = Blocked.NOTHING
         if self.has_lost_worker:
             raise WorkerLostError
         for version_id in self._versions:
-            while True:
-                source = self._choose(version_id, layer)
-                if source is not LayerSource.WAIT:
-                    break
+            source = LayerSource.DEVICE if is_settled else self._choose(version_id, layer)
+            while source is LayerSource.WAIT:
                 if self._awaited_since is None:
                     self._awaited_since = self._resources.clock()
                 self.blocked = Blocked.WEIGHTS
                 yield
+                source = self._choose(version_id, layer)
             self._awaited_since = None
             self.blocked = Blocked.NOTHING
-            self._sources[version_id] = source
-            if version_id in self._handovers:
-                at_once = source is LayerSource.CPU or self._layer_state(version_id, layer) is LayerState.LANDED
-                self._handovers[version_id].enter(source, at_once=at_once)
-            landing = self._resources.store.landing_event(version_id, layer)
-            if source is LayerSource.DEVICE and landing is not None:
-                self._lane.wait(landing)
-            if source is LayerSource.CPU:
-                self._resources.store.hold_host(version_id)
-                self._held.append(version_id)
+            self._enter(version_id, layer, source)
         self._start_seconds = self._resources.clock()
+
+    def _enter(self, version_id: int, layer: int, source: LayerSource) -> None:
+        self._sources[version_id] = source
+        store = self._resources.store
+        if version_id in self._handovers:
+            at_once = source is LayerSource.CPU or self._layer_state(version_id, layer) is LayerState.LANDED
+            self._handovers[version_id].enter(source, at_once=at_once)
+        if source is LayerSource.CPU:
+            store.hold_host(version_id)
+            self._held.append(version_id)
+            return
+        landing = store.landing_event(version_id, layer)
+        # Layers that came by one copy have one event.
+        if landing is not None and landing is not self._behind.get(version_id):
+            self._lane.wait(landing)
+            self._behind[version_id] = landing
 
     def begin(self, layer: int, point: LoraPoint, x: Tensor) -> None:
         """Send the rows of CPU segments to the workers, so that they compute beside the base GEMM."""

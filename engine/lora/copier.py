@@ -50,10 +50,13 @@ class CopyPump(Copies):
     def hasten(self, load: CopyLoad, need: float) -> None:
         self._queue.hasten(load, need)
 
-    def enqueue(self) -> CopyEnqueued | CopyEnded | None:
+    def enqueue(self, turn_bytes: int) -> CopyEnqueued | CopyEnded | None:
         """Enqueue the next copy; its end, where it comes to nothing; None where there is none, or the link has enough
-        before it."""
-        job = self._queue.take_group(self._landings.ahead_bytes) if self._has_room else None
+        before it. ``turn_bytes`` are what the link carries while the host enqueues a copy."""
+        if not self._has_room:
+            return None
+        # The first layers wait no longer than for the host's next copy, or for what the link is at.
+        job = self._queue.take_group(max(self._landings.ahead_bytes, turn_bytes))
         if job is None:
             return None
         if job.load.is_cancelled:

@@ -7,8 +7,8 @@ import threading
 
 from segue.engine.lora.transfer import CopyJob, CopyLoad
 
-# Layers that one copy brings: so few bytes that the link is through with them soon.
-GROUP_BYTES = 32 << 20
+# What one copy brings at most: the link is through with it in about a millisecond.
+GROUP_BYTES = 64 << 20
 
 
 class CopyQueue:
@@ -62,12 +62,12 @@ class CopyQueue:
                 self._changed.wait()
             return None
 
-    def take_group(self, ahead_bytes: int) -> CopyJob | None:
+    def take_group(self, short_bytes: int) -> CopyJob | None:
         """The next layers that one copy brings, if there are any.
 
         They are no more than twice those that came before them, since a copy of a layer takes about half of the layer's
-        time in a pass, or less; or no more bytes than the ``ahead_bytes`` that the link has before it. So the first
-        ones hardly wait for the others. And no more than GROUP_BYTES.
+        time in a pass, or less; or no more than ``short_bytes``, for which the first of them may wait. And no more than
+        GROUP_BYTES.
         """
         with self._changed:
             load = self._first()
@@ -77,7 +77,7 @@ class CopyQueue:
             count = 1
             while load.taken + count < load.ready:
                 size_bytes += load.layers[load.taken + count].host_bytes
-                if size_bytes > GROUP_BYTES or (count >= 2 * load.taken and size_bytes > ahead_bytes):
+                if size_bytes > GROUP_BYTES or (count >= 2 * load.taken and size_bytes > short_bytes):
                     break
                 count += 1
             return self._take(load, count)

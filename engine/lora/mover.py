@@ -43,6 +43,8 @@ from segue.engine.rate import RateMeter
 
 # Until the first transfers have been measured.
 _ASSUMED_READ_BYTES_PER_SECOND = 1e9
+# What the host takes to enqueue a copy and its landing, and more for what else it does in between.
+_ENQUEUE_SECONDS = 250e-6
 
 
 class HostStore(Protocol):
@@ -211,7 +213,7 @@ class WeightMover:
         for ended in self._landings.take_landed():
             # Applied by ``apply_completed``, as all that ends; but the link has room from now on.
             self._completions.put(ended)
-        enqueued = self._pump.enqueue()
+        enqueued = self._pump.enqueue(int(_ENQUEUE_SECONDS / self._copy_rate.seconds_for(1)))
         if isinstance(enqueued, CopyEnqueued):
             self._on_copy_enqueued(enqueued)
         elif enqueued is not None:

@@ -35,7 +35,7 @@ from segue.engine.lora.reading import Reading
 from segue.engine.lora.transfer import CopyJob, CopyLoad, ReadEnded, ReadFailed, ReadJob
 from tests.engine.lora.adapter_folders import SmallModel, peft_config, random_tensors, write_folder
 from tests.engine.lora.fake_streams import PATIENCE_SECONDS, FakeStream, FakeStreams
-from tests.engine.lora.store_rig import NEVER_SECONDS, PATIENT_READS, StoreRig
+from tests.engine.lora.store_rig import NEVER_SECONDS, PATIENT_READS, SLOW_LINK, StoreRig
 
 STEPPED_MODEL = SmallModel(layers=2, hidden=32)
 TARGETS = (Projection.Q,)
@@ -182,6 +182,7 @@ class SteppedRig(StoreRig):
     model: SmallModel = STEPPED_MODEL
     read_limits: ReadLimits = STEPPED_READS
     enqueues: bool = False
+    expected_copy_bytes_per_second: float = SLOW_LINK
     reader: FakeSteps = field(default_factory=FakeSteps)
     copier: FakeSteps = field(default_factory=FakeSteps)
     grabbed: dict[int, float] = field(default_factory=dict)

@@ -31,6 +31,8 @@ from tests.engine.lora.adapter_folders import MODEL, SmallModel, tensor_name, wr
 from tests.engine.lora.fake_streams import PATIENCE_SECONDS, FakeStreams
 
 NEVER_SECONDS = 1e6
+# In bytes per second: so slow that layers of these tests do not come by one copy because they are small.
+SLOW_LINK = 1.0
 PATIENT_READS = ReadLimits(stall_seconds=NEVER_SECONDS, overdue_seconds=NEVER_SECONDS)
 
 
@@ -116,6 +118,7 @@ class StoreRig:
     pages: int = 64
     dtype: torch.dtype = torch.float32
     copy_bytes_per_second: float | None = None
+    expected_copy_bytes_per_second: float = 10e9
     staging_bytes: int = 0
     read_limits: ReadLimits = PATIENT_READS
     enqueues: bool = True
@@ -151,6 +154,7 @@ class StoreRig:
             chunk_elems=self.chunk_elems,
             wake_fd=self.wakes.fd,
             copy_bytes_per_second=self.copy_bytes_per_second,
+            expected_copy_bytes_per_second=self.expected_copy_bytes_per_second,
             staging_bytes=self.staging_bytes,
             streams=self.streams,
             read_limits=self.read_limits,

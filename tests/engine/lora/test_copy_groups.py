@@ -67,10 +67,10 @@ def queue_of(*loads: CopyLoad) -> CopyQueue:
     return queue
 
 
-def take_all(queue: CopyQueue, ahead_bytes: int = 0) -> list[tuple[int, list[int]]]:
+def take_all(queue: CopyQueue, short_bytes: int = 0) -> list[tuple[int, list[int]]]:
     """The loads' numbers and layers of each group."""
     groups = []
-    while (job := queue.take_group(ahead_bytes)) is not None:
+    while (job := queue.take_group(short_bytes)) is not None:
         groups.append((job.load.arrival, list(job.numbers)))
     return groups
 
@@ -78,7 +78,8 @@ def take_all(queue: CopyQueue, ahead_bytes: int = 0) -> list[tuple[int, list[int
 class Rig:
     """A pump with the loads put before the first copy."""
 
-    def __init__(self, *loads: CopyLoad) -> None:
+    def __init__(self, *loads: CopyLoad, turn_bytes: int = 0) -> None:
+        self.turn_bytes = turn_bytes
         self.lander = FakeLander()
         self.landings = Landings()
         self.pump = CopyPump(cast(Any, self.lander), self.landings)
@@ -88,7 +89,7 @@ class Rig:
     def enqueue_all(self) -> int:
         """How many copies the link takes."""
         count = 0
-        while isinstance(copy := self.pump.enqueue(), CopyEnqueued):
+        while isinstance(copy := self.pump.enqueue(self.turn_bytes), CopyEnqueued):
             self.landings.put(copy)
             count += 1
         assert copy is None
@@ -111,6 +112,12 @@ def test_what_waits_for_the_link_anyway_comes_together() -> None:
     rig = Rig(load_of(1, 4, 100), load_of(2, 4, 100))
     rig.enqueue_all()
     assert rig.lander.groups == [(1, [0]), (1, [1, 2]), (1, [3]), (2, [0, 1, 2, 3])]
+
+
+def test_the_first_layers_may_wait_for_what_the_host_does_next() -> None:
+    rig = Rig(load_of(1, 32, 10), turn_bytes=45)
+    rig.enqueue_all()
+    assert rig.lander.groups[:2] == [(1, [0, 1, 2, 3]), (1, list(range(4, 12)))]
 
 
 def test_loads_that_one_pass_waits_for_go_on_side_by_side() -> None:
@@ -153,21 +160,18 @@ def test_layers_that_come_later_keep_the_turn_of_their_load() -> None:
 def test_the_link_is_given_no_more_than_a_few_milliseconds_of_work() -> None:
     """More of it where a pass waits; and it goes on when something has landed."""
     rig = Rig(load_of(1, 40, GROUP_BYTES))
-    assert rig.enqueue_all() == 2
-    assert rig.landings.ahead_bytes == 2 * GROUP_BYTES
+    assert rig.enqueue_all() == 1
+    assert rig.landings.ahead_bytes == GROUP_BYTES
     for event in rig.lander.events:
         event.is_done = True
-    assert [(end.job.numbers, end.landed) for end in rig.landings.take_landed()] == [
-        (range(1), True),
-        (range(1, 2), True),
-    ]
+    assert [(end.job.numbers, end.landed) for end in rig.landings.take_landed()] == [(range(1), True)]
     assert rig.landings.ahead_bytes == len(rig.landings) == 0
-    assert rig.enqueue_all() == 2
+    assert rig.enqueue_all() == 1
 
     needed = load_of(1, 40, GROUP_BYTES)
     rig = Rig(needed)
     rig.pump.hasten(needed, 1)
-    assert rig.enqueue_all() == 8
+    assert rig.enqueue_all() == 4
     assert Rig(*(load_of(number, 1, 1) for number in range(100))).enqueue_all() == 64
 
 
@@ -176,7 +180,7 @@ def test_what_was_cancelled_is_not_enqueued() -> None:
     rig = Rig(load)
     load.is_cancelled = True
     layers: list[int] = []
-    while isinstance(ended := rig.pump.enqueue(), CopyEnded):
+    while isinstance(ended := rig.pump.enqueue(0), CopyEnded):
         assert (ended.landed, ended.failure) == (False, None)
         layers += ended.job.numbers
     assert layers == [0, 1, 2]

@@ -16,7 +16,7 @@ from segue.gpu_kernels.land_layers import land_layers
 from segue.gpu_kernels.landing import LANDING_WORDS, land_matrices
 from tests.engine.lora.adapter_folders import MODEL, peft_config, random_tensors
 from tests.engine.lora.fake_streams import FakeStream, FakeStreams
-from tests.engine.lora.store_rig import MakeRig, StoreRig, assert_same, expected
+from tests.engine.lora.store_rig import SLOW_LINK, MakeRig, StoreRig, assert_same, expected
 
 # By one copy each: see CopyQueue.
 GROUPS = [range(1), range(1, MODEL.layers)]
@@ -30,7 +30,7 @@ def streams() -> FakeStreams:
 
 @pytest.fixture
 def on_streams(make_rig: MakeRig, streams: FakeStreams) -> StoreRig:
-    return make_rig(streams=streams, staging_bytes=1 << 20)
+    return make_rig(streams=streams, staging_bytes=1 << 20, expected_copy_bytes_per_second=SLOW_LINK)
 
 
 def start(rig: StoreRig, name: str = "one") -> int:
@@ -73,7 +73,7 @@ def test_all_layers_are_enqueued_before_the_device_has_begun(on_streams: StoreRi
 
 @pytest.mark.parametrize("land", LANDERS)
 def test_a_layer_is_there_behind_its_event(make_rig: MakeRig, streams: FakeStreams, land: object) -> None:
-    rig = make_rig(streams=streams, land=land)
+    rig = make_rig(streams=streams, land=land, expected_copy_bytes_per_second=SLOW_LINK)
     version = start(rig)
     tensors = random_tensors()
     streams.go_on(streams.loop)
@@ -108,7 +108,7 @@ def test_copies_wait_once_for_what_used_the_pages_before(on_streams: StoreRig, s
 def test_layers_are_copied_beside_the_landing_of_those_before(make_rig: MakeRig, slots: int) -> None:
     """And no further ahead than there is staging memory."""
     streams = FakeStreams(staging_slots=slots)
-    rig = make_rig(streams=streams, staging_bytes=1 << 20)
+    rig = make_rig(streams=streams, staging_bytes=1 << 20, expected_copy_bytes_per_second=SLOW_LINK)
     version = start(rig)
     while streams.go_on(streams.loop):
         pass
@@ -215,7 +215,7 @@ def test_no_piece_of_a_copy_crosses_an_extent(start: int, stop: int, expected_pi
 
 def test_a_load_from_host_memory_is_enqueued_by_who_asks_for_it(make_rig: MakeRig, streams: FakeStreams) -> None:
     """No other thread has a part in it, and the next step of the engine finds all layers enqueued."""
-    rig = make_rig(streams=streams)
+    rig = make_rig(streams=streams, expected_copy_bytes_per_second=SLOW_LINK)
     version = rig.add("one")
     rig.store.start_load(version)
     rig.drain_until(lambda: rig.store.is_verified(version))
