@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from queue import Empty, SimpleQueue
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -18,17 +17,14 @@ import numpy.typing as npt
 import torch
 
 from segue.engine.device import DeviceStreams
-from segue.engine.lora.backlog import CopyBacklog
-from segue.engine.lora.copier import CopierThread, Copies, CopyPump
+from segue.engine.lora.device_link import DeviceLink
 from segue.engine.lora.events import LayerEnqueued, LayerHost, LayerLanded, LoadFailed, StoreEvent, Verified
 from segue.engine.lora.host_memory import HostExtents
-from segue.engine.lora.landing import LandingPlace, LayerLander
-from segue.engine.lora.landings import Landings
+from segue.engine.lora.landing import LayerLander
 from segue.engine.lora.link import LinkThrottle
 from segue.engine.lora.reader import ReaderPool, ReadLimits
 from segue.engine.lora.states import UNDER_WAY, Adapter, DeviceCopy, HostCopy, LayerState, ReadPhase
 from segue.engine.lora.transfer import (
-    Completion,
     CopyEnded,
     CopyEnqueued,
     CopyLoad,
@@ -43,8 +39,6 @@ from segue.engine.rate import RateMeter
 
 # Until the first transfers have been measured.
 _ASSUMED_READ_BYTES_PER_SECOND = 1e9
-# What the host takes to enqueue a copy and its landing, and more for what else it does in between.
-_ENQUEUE_SECONDS = 250e-6
 
 
 class HostStore(Protocol):
@@ -86,19 +80,12 @@ class WeightMover:
         """``copy_bytes_per_second`` is what is expected of the link until copies have been measured."""
         self.extents = HostExtents(len(memory.store))
         self._pool = pool
-        self._streams = streams
-        self._link = link
-        self._arrivals = 0
-        self._needs = 0
         self._leaving_hosts: list[HostCopy] = []
         self._leaving_devices: list[DeviceCopy] = []
         self._reads: dict[ReadJob, tuple[Adapter, HostCopy]] = {}
         self._loads: dict[CopyLoad, tuple[Adapter, HostCopy, DeviceCopy]] = {}
         self._events: list[StoreEvent] = []
         self._read_rate = RateMeter(_ASSUMED_READ_BYTES_PER_SECOND)
-        self._copy_rate = RateMeter(min(link.bytes_per_second or copy_bytes_per_second, copy_bytes_per_second))
-        self._backlog = CopyBacklog(self._copy_rate)
-        self._completions: SimpleQueue[Completion] = SimpleQueue()
         host = torch.from_numpy(memory.store)
         self._reader = ReaderPool(
             host=host,
@@ -109,7 +96,7 @@ class WeightMover:
             wake_fd=wake_fd,
             limits=read_limits,
         )
-        self._lander = LayerLander(
+        lander = LayerLander(
             host=host,
             extent_bytes=memory.extent_bytes,
             pool=pool.data,
@@ -118,16 +105,13 @@ class WeightMover:
             streams=streams,
             staging_bytes=staging_bytes,
         )
-        self._landings = Landings()
-        self._pump = CopyPump(self._lander, self._landings)
-        self._copier = CopierThread(
-            lander=self._lander, link=link, report=self._completions.put, wake=lambda: os.eventfd_write(wake_fd, 1)
+        self.link = DeviceLink(
+            lander=lander,
+            streams=streams,
+            throttle=link,
+            wake=lambda: os.eventfd_write(wake_fd, 1),
+            bytes_per_second=copy_bytes_per_second,
         )
-
-    @property
-    def awaits_landings(self) -> bool:
-        """Whether the device has copies to land, which wakes nobody."""
-        return len(self._landings) > 0
 
     @property
     def leaving_pages(self) -> int:
@@ -142,7 +126,7 @@ class WeightMover:
     def apply_completed(self, touched: Callable[[Adapter], None]) -> tuple[StoreEvent, ...]:
         """Apply what the threads have completed and return the events; ``touched`` is called whenever a job ended."""
         read: dict[int, Adapter] = {}
-        for completion in (*self._reader.completed(), *self._copies_completed()):
+        for completion in self._reader.completed():
             match completion:
                 case LayerRead():
                     adapter = self._on_layer_read(completion)
@@ -151,24 +135,16 @@ class WeightMover:
                     self._on_read_failed(completion)
                 case ReadEnded():
                     touched(self._on_read_ended(completion))
-                case CopyEnqueued():
-                    self._on_copy_enqueued(completion)
-                case CopyEnded():
-                    touched(self._on_copy_ended(completion))
-        for ended in self._landings.take_landed():
-            touched(self._on_copy_ended(ended))
+        for done in self.link.completed():
+            if isinstance(done, CopyEnqueued):
+                self._on_copy_enqueued(done)
+            else:
+                touched(self._on_copy_ended(done))
         for adapter in read.values():
             # All layers that came together are copied together.
             self.start_copies(adapter)
         events, self._events = tuple(self._events), []
         return events
-
-    def _copies_completed(self) -> Iterator[Completion]:
-        while True:
-            try:
-                yield self._completions.get_nowait()
-            except Empty:
-                return
 
     def start_read(self, adapter: Adapter, offset: int) -> None:
         """Fill the extent at ``offset``, which the adapter's host copy owns from now on."""
@@ -194,30 +170,19 @@ class WeightMover:
 
     def give_pages(self, adapter: Adapter, pages: tuple[int, ...]) -> None:
         """The adapter's layers are to land in these pages."""
-        self._arrivals += 1
-        place = LandingPlace.on_device(adapter.landing_tables, pages, self._streams)
-        load = CopyLoad(layers=adapter.plan.layers, place=place, arrival=self._arrivals)
-        by_thread = not self._streams.work_beside or self._link.bytes_per_second is not None
-        adapter.device = DeviceCopy.to_fill(pages, load, by_thread=by_thread)
+        load = self.link.begin(adapter.plan.layers, adapter.landing_tables, pages)
+        adapter.device = DeviceCopy.to_fill(pages, load)
 
     def need(self, adapters: Sequence[Adapter]) -> None:
         """A pass has begun that waits for these adapters: their copies come behind those of earlier passes."""
-        self._needs += 1
-        for adapter in adapters:
-            device = adapter.device
-            if device is not None and not device.is_complete and not device.load.is_needed:
-                self._copies_of(device).hasten(device.load, self._needs)
+        devices = [adapter.device for adapter in adapters if adapter.device is not None]
+        self.link.need([device.load for device in devices if not device.is_complete])
 
     def enqueue_copies(self) -> bool:
-        """Have the device copy the next layers whose turn it is, by one copy; whether there was anything to do."""
-        for ended in self._landings.take_landed():
-            # Applied by ``apply_completed``, as all that ends; but the link has room from now on.
-            self._completions.put(ended)
-        enqueued = self._pump.enqueue(int(_ENQUEUE_SECONDS / self._copy_rate.seconds_for(1)))
-        if isinstance(enqueued, CopyEnqueued):
+        """Have the device copy the next layers whose turn it is, by one copy; whether it was given one."""
+        enqueued = self.link.enqueue()
+        if enqueued is not None:
             self._on_copy_enqueued(enqueued)
-        elif enqueued is not None:
-            self._completions.put(enqueued)
         return enqueued is not None
 
     def start_copies(self, adapter: Adapter) -> None:
@@ -235,11 +200,7 @@ class WeightMover:
         host.copies += ready - first
         load.copy_offset = host.offset
         self._loads[load] = (adapter, host, device)
-        self._backlog.put(load, [planned.host_bytes for planned in load.layers[first:ready]])
-        self._copies_of(device).put(load, ready)
-
-    def _copies_of(self, device: DeviceCopy) -> Copies:
-        return self._copier if device.by_thread else self._pump
+        self.link.put(load, ready)
 
     def drop_device(self, adapter: Adapter) -> None:
         """Take the pages from the adapter; they are free when no copy under way refers to them."""
@@ -277,23 +238,10 @@ class WeightMover:
 
     def bring_back_seconds(self, adapter: Adapter) -> float:
         """How long the adapter would take to be on the device again, at the rates measured so far."""
-        copy_seconds = self._copy_rate.seconds_for(adapter.plan.host_bytes)
+        copy_seconds = self.link.seconds_for(adapter.plan.host_bytes)
         if adapter.host is not None:
             return copy_seconds
         return copy_seconds + self._read_rate.seconds_for(adapter.manifest.weight_bytes)
-
-    def link_seconds(self, link_bytes: int) -> float:
-        """How long the link takes for so many bytes, at the rate measured so far."""
-        return self._copy_rate.seconds_for(link_bytes)
-
-    @property
-    def loads(self) -> int:
-        """Adapters with copies under way."""
-        return self._backlog.loads
-
-    def busy_seconds(self) -> float:
-        """For how long the link has copies to do."""
-        return self._backlog.busy_seconds()
 
     def landing_seconds(self, adapter: Adapter) -> list[float | None]:
         """When each layer is expected to land, in seconds from now, behind the copies before it.
@@ -303,7 +251,7 @@ class WeightMover:
         device = adapter.device
         if device is None:
             return [math.inf] * len(adapter.layers)
-        expected = iter(self._backlog.landing_seconds(device.load))
+        expected = iter(self.link.landing_seconds(device.load))
         return [
             0.0 if state is LayerState.LANDED else next(expected) if state in UNDER_WAY else None
             for state in adapter.layers
@@ -312,8 +260,7 @@ class WeightMover:
     def close(self, adapters: Sequence[Adapter]) -> None:
         """Stop the threads and give back every page and descriptor of ``adapters``, which are all there are."""
         self._reader.close()
-        self._copier.close()
-        self._close_landings()
+        self.link.close()
         for adapter in adapters:
             os.close(adapter.descriptor)
             if adapter.device is not None:
@@ -322,18 +269,10 @@ class WeightMover:
             self._pool.free(device.pages)
         self._leaving_devices.clear()
 
-    def _close_landings(self) -> None:
-        """See all land that was enqueued, what the copier's thread enqueued last among it."""
-        while not self._completions.empty():
-            completion = self._completions.get()
-            if isinstance(completion, CopyEnqueued):
-                self._landings.put(completion)
-        self._landings.close()
-
     def check(self, adapters: Sequence[Adapter]) -> None:
         """Raise AssertionError unless jobs, host bytes, pages and the copies of ``adapters``, all there are, agree."""
         self.extents.check()
-        self._backlog.check()
+        self.link.check()
         hosts = [adapter.host for adapter in adapters if adapter.host is not None]
         for host in self._leaving_hosts:
             assert host not in hosts, f"the host copy at {host.offset} is both used and dropped"
@@ -391,9 +330,7 @@ class WeightMover:
         return adapter
 
     def _on_copy_enqueued(self, done: CopyEnqueued) -> None:
-        self._landings.put(done)
         job = done.job
-        self._backlog.enqueue(job.load, job.host_bytes)
         adapter, _, device = self._loads[job.load]
         if adapter.device is device:
             for layer in job.numbers:
@@ -404,7 +341,6 @@ class WeightMover:
     def _on_copy_ended(self, done: CopyEnded) -> Adapter:
         job = done.job
         adapter, host, device = self._loads[job.load]
-        self._backlog.end(job.load, len(job.layers), done.monotonic_seconds)
         host.copies -= len(job.layers)
         device.copies -= len(job.layers)
         if device.copies == 0:
@@ -417,7 +353,6 @@ class WeightMover:
                 self._leaving_devices.remove(device)
                 self._pool.free(device.pages)
         elif done.landed:
-            self._copy_rate.observe(job.host_bytes, done.seconds)
             for layer in job.numbers:
                 adapter.move_layer(layer, LayerState.LANDED)
                 device.landed_seconds[layer] = done.monotonic_seconds

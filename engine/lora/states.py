@@ -85,22 +85,20 @@ class HostCopy:
 class DeviceCopy:
     """Pages of the pool, and the ``load`` that fills them; the copies of ``copies`` layers are under way.
 
-    ``landing_events`` has a layer's event while it is ENQUEUED. ``by_thread``: its copies are carried out by the thread
-    beside the loop.
+    ``landing_events`` has a layer's event while it is ENQUEUED.
     """
 
     pages: tuple[int, ...]
     load: CopyLoad
-    by_thread: bool
     landed_seconds: list[float | None]
     landing_events: list[torch.cuda.Event | None]
     copies: int = 0
 
     @classmethod
-    def to_fill(cls, pages: tuple[int, ...], load: CopyLoad, *, by_thread: bool) -> DeviceCopy:
+    def to_fill(cls, pages: tuple[int, ...], load: CopyLoad) -> DeviceCopy:
         """Pages in which none of the load's layers has landed."""
         nothing = [None] * len(load.layers)
-        return cls(pages=pages, load=load, by_thread=by_thread, landed_seconds=[*nothing], landing_events=[*nothing])
+        return cls(pages=pages, load=load, landed_seconds=[*nothing], landing_events=[*nothing])
 
     @property
     def is_complete(self) -> bool:

@@ -199,7 +199,7 @@ class AdapterStore:
     @property
     def awaits_landings(self) -> bool:
         """Whether the device has copies to land, which ``drain`` sees, and which wakes nobody."""
-        return self._mover.awaits_landings
+        return self._mover.link.awaits_landings
 
     def drain(self) -> tuple[StoreEvent, ...]:
         """Apply what the threads have completed; the events since the last call, in order."""
@@ -250,17 +250,17 @@ class AdapterStore:
 
     def link_seconds(self, link_bytes: int) -> float:
         """How long the link to the device takes for so many bytes, at the rate measured so far."""
-        return self._mover.link_seconds(link_bytes)
+        return self._mover.link.seconds_for(link_bytes)
 
     @property
     def link_busy_seconds(self) -> float:
         """For how long the link has copies to do."""
-        return self._mover.busy_seconds()
+        return self._mover.link.busy_seconds()
 
     @property
     def loads(self) -> int:
         """Versions with copies under way."""
-        return self._mover.loads
+        return self._mover.link.loads
 
     def is_coming_to_host(self, version_id: int) -> bool:
         """Whether all layers are in host memory, or are being read."""

@@ -52,7 +52,8 @@ class CopyLoad:
 
     Layers below ``ready`` are in host memory, and jobs were made of those below ``taken``. ``need`` numbers the pass
     that waits for them, in the order in which passes began; while none does it is infinite, and loads go by their
-    ``arrival``. Of a load that ``is_cancelled`` no further job is begun.
+    ``arrival``. Of a load that ``is_cancelled`` no further job is begun. ``by_thread``: its copies are carried out by a
+    thread beside the loop.
     """
 
     layers: tuple[PlannedLayer, ...]
@@ -63,6 +64,7 @@ class CopyLoad:
     taken: int = 0
     need: float = math.inf
     is_cancelled: bool = False
+    by_thread: bool = False
 
     @property
     def is_needed(self) -> bool:

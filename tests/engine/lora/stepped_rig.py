@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from segue.engine.device import StreamSpan
-from segue.engine.lora import mover
+from segue.engine.lora import device_link, mover
 from segue.engine.lora.adapter_path import identity_of
 from segue.engine.lora.checkpoint import WEIGHTS_FILE, open_checkpoint
 from segue.engine.lora.copier import CopierThread
@@ -193,7 +193,7 @@ class SteppedRig(StoreRig):
     def __post_init__(self) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(mover, "ReaderPool", functools.partial(FakeSteppedReader, self.reader))
-            patch.setattr(mover, "CopierThread", functools.partial(FakeSteppedCopier, self.copier))
+            patch.setattr(device_link, "CopierThread", functools.partial(FakeSteppedCopier, self.copier))
             patch.setattr(mover, "LayerLander", FakeNotingLander)
             super().__post_init__()
         self.on_read = self._before_read
@@ -250,7 +250,7 @@ class SteppedRig(StoreRig):
         return functools.partial(self._look_for_trespass, *self._present())
 
     def _present(self) -> tuple[int, LandingPlace]:
-        lander = self.store._mover._lander
+        lander = self.store._mover.link._pump._lander
         assert isinstance(lander, FakeNotingLander)
         return lander.present
 
