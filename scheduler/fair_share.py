@@ -8,7 +8,7 @@ is lifted to a credit below them: what it asks for now goes before a backlog tha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 
 # Weights of the paper's evaluation: a token of an answer costs about two of a prompt.
@@ -17,6 +17,8 @@ PROMPT_TOKEN_WEIGHT, ANSWER_TOKEN_WEIGHT = 1, 2
 DEFAULT_CREDIT_TOKENS = 4096
 MOST_ABSENT_TENANTS = 4096
 _MORE_THAN_EQUAL = 1.25
+# Tenants that send alike have three times as many requests as the others now and then, and hardly ever four times.
+_FLOOD_TIMES = 4
 
 
 class TenantShares:
@@ -44,6 +46,11 @@ class TenantShares:
     def running(self) -> Mapping[str, int]:
         """Admitted requests, of each tenant that has any."""
         return MappingProxyType(self._running)
+
+    @property
+    def tenants(self) -> int:
+        """How many tenants have requests."""
+        return len(self._waiting.keys() | self._running.keys())
 
     def wait(self, tenant: str) -> None:
         """A request of the tenant waits."""
@@ -88,6 +95,14 @@ class TenantShares:
         return frozenset(
             tenant for tenant in served if self._waiting.get(tenant, 0) + self._running.get(tenant, 0) > part
         )
+
+    def floods(self, surplus: Collection[str]) -> frozenset[str]:
+        """Of the tenants with a surplus, those with more than four times the requests that others have on average."""
+        if not surplus:
+            return frozenset()
+        everybody, others = sum(self._waiting.values()) + sum(self._running.values()), self.tenants - 1
+        requests = {tenant: self._waiting.get(tenant, 0) + self._running.get(tenant, 0) for tenant in surplus}
+        return frozenset(tenant for tenant, own in requests.items() if own * others > _FLOOD_TIMES * (everybody - own))
 
     def may_wait(self, tenant: str, most_waiting: int, most_of_tenant: int) -> bool:
         """Whether one more request of the tenant may wait.

@@ -100,14 +100,17 @@ class FirstCome:
 class SloPolicy:
     """By targets, at the time ``now``.
 
-    ``surplus`` are tenants that have been served more than others who ask for service now. ``profile`` is what steps
-    cost; without one a step takes the fixed number of rows. ``most_adapters``: admit requests for so many adapters at a
+    ``surplus`` are tenants that have been served more than others who ask for service now, and ``floods`` those of them
+    that ask for many times as much, of ``tenants`` with requests. ``profile`` is what steps cost; without one a step
+    takes the fixed number of rows. ``most_adapters``: admit requests for so many adapters at a
     time and no others, until those are done or have waited ``patience_seconds`` (S-LoRA's clustering, Sheng et al.,
     MLSys 2024, arXiv:2311.03285, section 4.2).
     """
 
     now: float
     surplus: frozenset[str] = field(default_factory=frozenset)
+    floods: frozenset[str] = field(default_factory=frozenset)
+    tenants: int = 1
     profile: CostProfile | None = None
     most_adapters: int | None = None
     patience_seconds: float = 1.0
@@ -141,8 +144,21 @@ class SloPolicy:
     ) -> int:
         """As many as end before the first of the running requests falls behind its time per token.
 
-        At least a page, so that a prompt is never kept out. Where nobody has a target the fixed number.
+        At least a page, so that a prompt is never kept out. Where nobody has a target the fixed number. While others
+        decode, a flood's prompts have an equal part of the rows that the others' prompts leave, or a page: each row
+        of theirs makes everybody's tokens later.
         """
+        rows = self._rows_in_time(decodes, prompts, limits)
+        if not self.floods or all(item.level.tenant in self.floods for item in decodes):
+            return rows
+        of_others = sum(item.rows.count for item in prompts if item.level.tenant not in self.floods)
+        equal_part = (rows - of_others) * len(self.floods) // self.tenants
+        return min(rows, of_others + max(limits.page_tokens, equal_part))
+
+    def _rows_in_time(
+        self, decodes: Sequence[AdmittedRequest], prompts: Sequence[PromptRows], limits: SchedulerLimits
+    ) -> int:
+        """How many rows of these prompts a step takes for the sake of the running requests' targets."""
         levels = (*(item.level for item in decodes), *(item.level for item in prompts))
         has_target = any(level.token_seconds < math.inf for level in levels) or any(
             is_pressing(item.level.first_token_by_seconds, self.now) for item in prompts
@@ -205,7 +221,15 @@ def step_order(
     if name is PolicyName.FCFS:
         return line.by_arrival(), FirstCome()
     line.advance(now)
-    policy = SloPolicy(now=now, surplus=line.shares.surplus(), profile=profile, most_adapters=most_adapters)
+    surplus = line.shares.surplus()
+    policy = SloPolicy(
+        now=now,
+        surplus=surplus,
+        floods=line.shares.floods(surplus),
+        tenants=line.shares.tenants,
+        profile=profile,
+        most_adapters=most_adapters,
+    )
     return line.order(now), policy
 
 
