@@ -37,15 +37,23 @@ def placement_table(report: Report) -> Table:
 
 
 def comparison_table(report: Report) -> Table:
-    """By how much a simulation missed the engine's times."""
+    """By how much a simulation missed the engine's times, and the engine's runs each other's."""
     table = Table(box=None)
     for place, name in enumerate(
-        ("simulated against the engine", "off by", f"within {report.settings['tolerance']:.0%}")
+        (
+            "simulated against the engine",
+            "off by",
+            f"within {report.settings['tolerance']:.0%}",
+            "largest of the engine's runs over its smallest",
+        )
     ):
         table.add_column(name, justify="right" if place else "left")
     for name, error in report.settings["prediction_errors"].items():
         within = abs(error) <= report.settings["tolerance"]
-        table.add_row(name, f"{error:+.1%}", "yes" if within else "no")
+        apart = report.settings["engine_differences"][name]
+        table.add_row(name, f"{error:+.1%}", "yes" if within else "no", f"{apart:+.1%}")
+    shares = ", ".join(f"{run['cpu_share']:.1%}" for run in report.settings["engine_runs"])
+    table.caption = f"Of its steps' time the engine's thread computed: {shares}."
     return table
 
 
