@@ -139,6 +139,7 @@ def run_against(config: AgainstConfig, progress: Callable[[str], None]) -> Repor
         "prediction_errors": prediction_errors(real, simulated),
         "engine_runs": [{**times, "cpu_share": run.cpu_share} for times, run in zip(own, runs, strict=True)],
         "engine_differences": differences(own),
+        "simulated_times": figures(simulated),
         "tolerance": TOLERANCE,
     }
     return Report.here("simulate-against", settings, rows)
