@@ -8,7 +8,7 @@ is lifted to a credit below them: what it asks for now goes before a backlog tha
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 
 # Weights of the paper's evaluation: a token of an answer costs about two of a prompt.
@@ -96,13 +96,18 @@ class TenantShares:
             tenant for tenant in served if self._waiting.get(tenant, 0) + self._running.get(tenant, 0) > part
         )
 
-    def floods(self, surplus: Collection[str]) -> frozenset[str]:
-        """Of the tenants with a surplus, those with more than four times the requests that others have on average."""
-        if not surplus:
+    def floods(self) -> frozenset[str]:
+        """Tenants with more than four times the requests that others have on average, whatever they were served."""
+        others = self.tenants - 1
+        if others < 1:
             return frozenset()
-        everybody, others = sum(self._waiting.values()) + sum(self._running.values()), self.tenants - 1
-        requests = {tenant: self._waiting.get(tenant, 0) + self._running.get(tenant, 0) for tenant in surplus}
-        return frozenset(tenant for tenant, own in requests.items() if own * others > _FLOOD_TIMES * (everybody - own))
+        everybody = sum(self._waiting.values()) + sum(self._running.values())
+        # own > times * (everybody - own) / others
+        least = _FLOOD_TIMES * everybody / (others + _FLOOD_TIMES)
+        if max(self._waiting.values(), default=0) + max(self._running.values(), default=0) <= least:
+            return frozenset()
+        present = self._waiting.keys() | self._running.keys()
+        return frozenset(item for item in present if self._waiting.get(item, 0) + self._running.get(item, 0) > least)
 
     def may_wait(self, tenant: str, most_waiting: int, most_of_tenant: int) -> bool:
         """Whether one more request of the tenant may wait.
