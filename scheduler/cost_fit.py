@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -41,16 +41,19 @@ class FitQuality:
 
 
 def fit_step(
-    observations: Sequence[StepObservation], form: LoraForm, row_tokens: Sequence[int] = ()
+    observations: Sequence[StepObservation],
+    form: LoraForm,
+    row_tokens: Sequence[int] = (),
+    padded_tokens: Sequence[int] = (),
 ) -> StepCoefficients:
     """The coefficients, none negative, with the least sum of squared relative errors.
 
     Relative, because a small batch is to be predicted as well as a large one. Terms that do not vary stay 0, or join
     the fixed part. With ``row_tokens``, two at least, the base model's time is any line that bends at those numbers of
-    rows and never falls, in place of a straight one. Raises ValueError for fewer observations than terms, or a time
-    that is not positive.
+    rows and never falls, in place of a straight one. ``padded_tokens`` are those of StepCoefficients. Raises ValueError
+    for fewer observations than terms, or a time that is not positive.
     """
-    units = _units(form, row_tokens)
+    units = [replace(unit, padded_tokens=tuple(padded_tokens)) for unit in _units(form, row_tokens)]
     if len(observations) < len(units):
         raise ValueError(f"observations: at least {len(units)} are needed, there are {len(observations)}")
     if any(not item.seconds > 0 or item.load.tokens < 1 for item in observations):
@@ -62,7 +65,7 @@ def fit_step(
     values = [float(value) for value in solution]
     terms = _scalar_terms(form, row_tokens)
     rises = values[len(terms) :]
-    found: dict[str, Any] = dict(zip(terms, values, strict=False))
+    found: dict[str, Any] = {"padded_tokens": tuple(padded_tokens), **dict(zip(terms, values, strict=False))}
     if row_tokens:
         found |= {"row_tokens": tuple(row_tokens), "row_seconds": tuple(itertools.accumulate(rises, initial=0.0))}
     return StepCoefficients(**found)

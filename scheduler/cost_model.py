@@ -83,11 +83,16 @@ def require_coefficients(owner: object) -> None:
         require(math.isfinite(value) and value >= 0, item.name, f"must be finite and not negative, is {value}")
 
 
-def _require_rows(tokens: tuple[int, ...], seconds: tuple[float, ...]) -> None:
-    """Raises ConfigError unless these are rising numbers of rows and as many times that never fall."""
+def _require_rising(name: str, tokens: tuple[int, ...]) -> None:
+    """Raises ConfigError unless these are rising numbers of rows."""
     whole = all(isinstance(count, int) and not isinstance(count, bool) for count in tokens)
     rising = whole and all(low < high for low, high in itertools.pairwise((0, *tokens)))
-    require(rising, "row_tokens", f"must be whole numbers from 1 on that rise, is {tokens!r}")
+    require(rising, name, f"must be whole numbers from 1 on that rise, is {tokens!r}")
+
+
+def _require_rows(tokens: tuple[int, ...], seconds: tuple[float, ...]) -> None:
+    """Raises ConfigError unless these are rising numbers of rows and as many times that never fall."""
+    _require_rising("row_tokens", tokens)
     numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in seconds)
     finite = numbers and all(math.isfinite(value) for value in seconds)
     never_fall = finite and all(less <= more for less, more in itertools.pairwise((0, *seconds)))
@@ -104,12 +109,16 @@ class StepCoefficients:
     arithmetic), ``row_tokens`` rows take ``row_seconds`` more, which never fall: linear between two numbers of rows,
     as much as the first below it, and beyond the last as steep as before it. All terms together never fall, so more
     still never costs less.
+
+    Where the device runs batches of some sizes only, ``padded_tokens`` are these: the base model's products are over as
+    many rows as the next of them has, and beyond the last over the rows that there are.
     """
 
     fixed_seconds: float = 0.0
     seconds_per_token: float = 0.0
     row_tokens: tuple[int, ...] = ()
     row_seconds: tuple[float, ...] = ()
+    padded_tokens: tuple[int, ...] = ()
     seconds_per_context_token: float = 0.0
     seconds_with_adapters: float = 0.0
     seconds_per_adapter: float = 0.0
@@ -120,11 +129,18 @@ class StepCoefficients:
     def __post_init__(self) -> None:
         require_coefficients(self)
         _require_rows(self.row_tokens, self.row_seconds)
+        _require_rising("padded_tokens", self.padded_tokens)
+
+    def padded(self, tokens: int) -> int:
+        """How many rows the device computes where there are so many."""
+        place = bisect.bisect_left(self.padded_tokens, tokens)
+        return self.padded_tokens[place] if place < len(self.padded_tokens) else tokens
 
     def base_seconds(self, tokens: int) -> float:
         """Seconds of the base model's products over so many rows; 0 without rows."""
         if tokens == 0:
             return 0.0
+        tokens = self.padded(tokens)
         return self.fixed_seconds + self.seconds_per_token * tokens + self._more_seconds(tokens)
 
     def _more_seconds(self, tokens: int) -> float:
@@ -157,6 +173,7 @@ class StepCoefficients:
             seconds_per_token=base * self.seconds_per_token,
             row_tokens=self.row_tokens,
             row_seconds=tuple(base * seconds for seconds in self.row_seconds),
+            padded_tokens=self.padded_tokens,
             seconds_per_context_token=attention * self.seconds_per_context_token,
             seconds_with_adapters=lora * self.seconds_with_adapters,
             seconds_per_adapter=lora * self.seconds_per_adapter,

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from segue.scheduler.cost_model import CostProfile, StepLoad
 from segue.scheduler.plan import AdmittedRequest, PassRows, QueuedRequest, SchedulerLimits, ServiceLevel
-from segue.scheduler.waiting import MOST_PREEMPTIONS, WaitingLine, is_pressing, priority_seconds
+from segue.scheduler.waiting import MOST_PREEMPTIONS, PATIENCE_SECONDS, WaitingLine, is_pressing, priority_seconds
 
 # Steps are planned for so much of a target: passes of loading adapters and the model's error take the rest.
 _PLANNED_SHARE = 0.9
@@ -100,14 +100,17 @@ class FirstCome:
 class SloPolicy:
     """By targets, at the time ``now``.
 
-    ``surplus`` are tenants that have been served more than others who ask for service now. ``profile`` is what steps
-    cost; without one a step takes the fixed number of rows. ``most_adapters``: admit requests for so many adapters at a
+    ``surplus`` are tenants that have been served more than others who ask for service now, and ``floods`` those that
+    ask for many times as much as others, of ``tenants`` with requests. ``profile`` is what steps cost; without one a
+    step takes the fixed number of rows. ``most_adapters``: admit requests for so many adapters at a
     time and no others, until those are done or have waited ``patience_seconds`` (S-LoRA's clustering, Sheng et al.,
     MLSys 2024, arXiv:2311.03285, section 4.2).
     """
 
     now: float
     surplus: frozenset[str] = field(default_factory=frozenset)
+    floods: frozenset[str] = field(default_factory=frozenset)
+    tenants: int = 1
     profile: CostProfile | None = None
     most_adapters: int | None = None
     patience_seconds: float = 1.0
@@ -125,14 +128,18 @@ class SloPolicy:
         return sorted(youngest_first, key=lambda item: merits.get(item.number, best))
 
     def prompt_order(self, prompts: Sequence[PromptRows]) -> Sequence[PromptRows]:
-        """The oldest request first: it always goes on. Then by tenant and slack, those that are late last."""
+        """The oldest request first: it always goes on. Then by tenant and slack, those that are late last.
+
+        A flood's are last even while it has no surplus: what it was kept from before it does not make others wait.
+        """
+        last = self.surplus | self.floods
 
         def key(item: PromptRows) -> tuple[bool, bool, float]:
             by_seconds = item.level.first_token_by_seconds
             start_by = by_seconds - prompt_seconds(self.profile, item.rows.count, item.rows.start, item.level)
             urgent = start_by >= self.now and is_pressing(start_by, self.now)
             forward = priority_seconds(item.level.priority)
-            return (item.level.tenant in self.surplus, not urgent, start_by - forward if urgent else -forward)
+            return (item.level.tenant in last, not urgent, start_by - forward if urgent else -forward)
 
         return sorted(prompts, key=lambda item: (not item.oldest, *(key(item) if not item.oldest else ())))
 
@@ -141,8 +148,22 @@ class SloPolicy:
     ) -> int:
         """As many as end before the first of the running requests falls behind its time per token.
 
-        At least a page, so that a prompt is never kept out. Where nobody has a target the fixed number.
+        At least a page, so that a prompt is never kept out. Where nobody has a target the fixed number. While others
+        decode, a flood that has a surplus has an equal part of the rows that the others' prompts leave, or a page: each
+        row of it makes everybody's tokens later.
         """
+        rows = self._rows_in_time(decodes, prompts, limits)
+        floods = self.floods & self.surplus
+        if not floods or all(item.level.tenant in floods for item in decodes):
+            return rows
+        of_others = sum(item.rows.count for item in prompts if item.level.tenant not in floods)
+        equal_part = (rows - of_others) * len(floods) // self.tenants
+        return min(rows, of_others + max(limits.page_tokens, equal_part))
+
+    def _rows_in_time(
+        self, decodes: Sequence[AdmittedRequest], prompts: Sequence[PromptRows], limits: SchedulerLimits
+    ) -> int:
+        """How many rows of these prompts a step takes for the sake of the running requests' targets."""
         levels = (*(item.level for item in decodes), *(item.level for item in prompts))
         has_target = any(level.token_seconds < math.inf for level in levels) or any(
             is_pressing(item.level.first_token_by_seconds, self.now) for item in prompts
@@ -156,13 +177,15 @@ class SloPolicy:
 
     def keeps_out(self, request: QueuedRequest, room: AdmissionRoom, limits: SchedulerLimits) -> bool:
         """Whether its adapter is one too many, or its tenant has a surplus and would take what others need at once: the
-        last places, or those of prompts that a step has no rows for anyway."""
-        if request.level.tenant in self.surplus and not request.preemptions:
+        last places, or those of prompts that a step has no rows for anyway. So is a flood's without a surplus, until it
+        has waited for as long as patience lasts."""
+        tenant, waited = request.level.tenant, self.now - request.level.queued_seconds
+        yields = tenant in self.surplus or (tenant in self.floods and waited < PATIENCE_SECONDS)
+        if yields and not request.preemptions:
             reserved = max(1, limits.max_running // _RESERVED_PLACES)
             return room.places <= reserved or room.prompt_tokens >= limits.budget_tokens
         if self.most_adapters is None or request.version_id in room.adapters or request.version_id is None:
             return False
-        waited = self.now - request.level.queued_seconds
         return len(room.adapters) >= self.most_adapters and waited < self.patience_seconds
 
     def _is_on_time(self, request: AdmittedRequest) -> bool:
@@ -205,7 +228,14 @@ def step_order(
     if name is PolicyName.FCFS:
         return line.by_arrival(), FirstCome()
     line.advance(now)
-    policy = SloPolicy(now=now, surplus=line.shares.surplus(), profile=profile, most_adapters=most_adapters)
+    policy = SloPolicy(
+        now=now,
+        surplus=line.shares.surplus(),
+        floods=line.shares.floods(),
+        tenants=line.shares.tenants,
+        profile=profile,
+        most_adapters=most_adapters,
+    )
     return line.order(now), policy
 
 

@@ -57,6 +57,10 @@ class EngineDriver:
         self._opened: list[OpenedVersion] = []
         self._last_number = 0
         self._running: set[int] = set()
+        self.step_seconds = 0.0
+        """How long the steps of ``step`` took in all, without waits for what comes from outside."""
+        self.step_cpu_seconds = 0.0
+        """How long this thread computed in them."""
         self._instance = EngineInstance(config)
         self._engine = self._instance.engine
         settle_interpreter()
@@ -261,7 +265,10 @@ class EngineDriver:
 
     def _step(self, idle_milliseconds: int = _IDLE_MILLISECONDS) -> StepOutput:
         """One step; a wait for what comes from outside when nothing can go on."""
+        start_seconds, start_cpu_seconds = time.perf_counter(), time.thread_time()
         output, failures = self._engine.step()
+        self.step_seconds += time.perf_counter() - start_seconds
+        self.step_cpu_seconds += time.thread_time() - start_cpu_seconds
         if failures:
             raise BenchmarkError(f"an adapter cannot be served: {failures[0].message}")
         self._check(output)

@@ -66,6 +66,9 @@ AgainstOption = Annotated[
 AgainstDtypeOption = Annotated[str, typer.Option(metavar="NAME", help="Of that engine.")]
 AgainstDeviceOption = Annotated[str, typer.Option(metavar="NAME", help="Of that engine: cpu or cuda.")]
 AgainstWorkersOption = Annotated[int, typer.Option(metavar="N", help="Of that engine.")]
+EngineRunsOption = Annotated[
+    int, typer.Option(metavar="N", help="How often that engine serves them, to compare its runs with each other.")
+]
 
 
 def simulate(
@@ -95,6 +98,7 @@ def simulate(
     dtype: AgainstDtypeOption = "float32",
     device: AgainstDeviceOption = "cpu",
     cpu_workers: AgainstWorkersOption = 0,
+    engine_runs: EngineRunsOption = 2,
     json: JsonOption = None,
 ) -> None:
     """Compare how requests are placed on replicas, with a cost model in place of devices. Needs no GPU.
@@ -113,7 +117,10 @@ def simulate(
             prompt_mean=prompt, output_mean=output, seed=seed,
         )  # fmt: skip
         if against is not None:
-            _compare(against, dtype, device, cpu_workers, profile=profile, workload=workload, rate=rate, json=json)
+            _compare(
+                against, dtype, device, cpu_workers, engine_runs,
+                profile=profile, workload=workload, rate=rate, json=json,
+            )  # fmt: skip
             return
         config = changed(
             base,
@@ -132,6 +139,7 @@ def _compare(
     dtype: str,
     device: str,
     cpu_workers: int,
+    engine_runs: int,
     *,
     profile: str | None,
     workload: WorkloadConfig,
@@ -145,7 +153,7 @@ def _compare(
         raise UserError("--against: needs --profile FILE.toml of segue calibrate, and --rate")
     config = AgainstConfig(
         profile=_profile(profile), workload=workload, requests_per_second=rate, shape=shape, dtype=dtype,
-        device=device, cpu_workers=cpu_workers,
+        device=device, cpu_workers=cpu_workers, engine_runs=engine_runs,
     )  # fmt: skip
     report = with_progress(lambda progress: run_against(config, progress))
     write_outputs(report, json, None)

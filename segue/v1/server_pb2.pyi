@@ -451,6 +451,7 @@ class DecodeCost(google.protobuf.message.Message):
     ROW_SECONDS_FIELD_NUMBER: builtins.int
     SECONDS_WITH_ADAPTERS_FIELD_NUMBER: builtins.int
     SECONDS_PER_RANK_FIELD_NUMBER: builtins.int
+    PADDED_TOKENS_FIELD_NUMBER: builtins.int
     base_seconds: builtins.float
     seconds_per_token: builtins.float
     seconds_per_context_token: builtins.float
@@ -468,6 +469,12 @@ class DecodeCost(google.protobuf.message.Message):
 
     @property
     def row_seconds(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]: ...
+    @property
+    def padded_tokens(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Batches are padded to the next of these numbers of tokens, beyond the last to none. The base model's part is of the
+        padded batch.
+        """
+
     def __init__(
         self,
         *,
@@ -480,8 +487,9 @@ class DecodeCost(google.protobuf.message.Message):
         row_seconds: collections.abc.Iterable[builtins.float] | None = ...,
         seconds_with_adapters: builtins.float = ...,
         seconds_per_rank: builtins.float = ...,
+        padded_tokens: collections.abc.Iterable[builtins.int] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["base_seconds", b"base_seconds", "row_seconds", b"row_seconds", "row_tokens", b"row_tokens", "seconds_per_adapter", b"seconds_per_adapter", "seconds_per_context_token", b"seconds_per_context_token", "seconds_per_rank", b"seconds_per_rank", "seconds_per_rank_byte", b"seconds_per_rank_byte", "seconds_per_token", b"seconds_per_token", "seconds_with_adapters", b"seconds_with_adapters"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["base_seconds", b"base_seconds", "padded_tokens", b"padded_tokens", "row_seconds", b"row_seconds", "row_tokens", b"row_tokens", "seconds_per_adapter", b"seconds_per_adapter", "seconds_per_context_token", b"seconds_per_context_token", "seconds_per_rank", b"seconds_per_rank", "seconds_per_rank_byte", b"seconds_per_rank_byte", "seconds_per_token", b"seconds_per_token", "seconds_with_adapters", b"seconds_with_adapters"]) -> None: ...
 
 Global___DecodeCost: typing_extensions.TypeAlias = DecodeCost
 
@@ -500,6 +508,7 @@ class PrefillCost(google.protobuf.message.Message):
     ROW_SECONDS_FIELD_NUMBER: builtins.int
     SECONDS_WITH_ADAPTERS_FIELD_NUMBER: builtins.int
     SECONDS_PER_RANK_FIELD_NUMBER: builtins.int
+    PADDED_TOKENS_FIELD_NUMBER: builtins.int
     base_seconds: builtins.float
     seconds_per_token: builtins.float
     seconds_per_attended_token: builtins.float
@@ -512,6 +521,8 @@ class PrefillCost(google.protobuf.message.Message):
     def row_tokens(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
     @property
     def row_seconds(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]: ...
+    @property
+    def padded_tokens(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
     def __init__(
         self,
         *,
@@ -524,8 +535,9 @@ class PrefillCost(google.protobuf.message.Message):
         row_seconds: collections.abc.Iterable[builtins.float] | None = ...,
         seconds_with_adapters: builtins.float = ...,
         seconds_per_rank: builtins.float = ...,
+        padded_tokens: collections.abc.Iterable[builtins.int] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["base_seconds", b"base_seconds", "row_seconds", b"row_seconds", "row_tokens", b"row_tokens", "seconds_per_adapter", b"seconds_per_adapter", "seconds_per_attended_token", b"seconds_per_attended_token", "seconds_per_rank", b"seconds_per_rank", "seconds_per_rank_byte", b"seconds_per_rank_byte", "seconds_per_token", b"seconds_per_token", "seconds_with_adapters", b"seconds_with_adapters"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["base_seconds", b"base_seconds", "padded_tokens", b"padded_tokens", "row_seconds", b"row_seconds", "row_tokens", b"row_tokens", "seconds_per_adapter", b"seconds_per_adapter", "seconds_per_attended_token", b"seconds_per_attended_token", "seconds_per_rank", b"seconds_per_rank", "seconds_per_rank_byte", b"seconds_per_rank_byte", "seconds_per_token", b"seconds_per_token", "seconds_with_adapters", b"seconds_with_adapters"]) -> None: ...
 
 Global___PrefillCost: typing_extensions.TypeAlias = PrefillCost
 

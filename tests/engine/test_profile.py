@@ -24,6 +24,13 @@ PROFILE = CostProfile(
 )
 
 
+@pytest.mark.parametrize("name", ["profile-cpu-small", "profile-h200"])
+def test_profiles_of_earlier_versions_are_read(name: str) -> None:
+    """They say nothing of how batches are padded."""
+    profile = load_profile(Path(__file__).parents[2] / "docs" / "benchmarks" / f"{name}.toml")
+    assert profile.decode.base_seconds(5) > profile.decode.base_seconds(1) > 0
+
+
 def written(folder: Path, text: str) -> Path:
     path = folder / "profile.toml"
     path.write_text(text)

@@ -150,9 +150,31 @@ BENT = dataclasses.replace(
 )
 
 
-@given(some=ranks, more=ranks)
-def test_more_rows_of_either_kind_never_cost_less_where_lines_bend(some: list[int], more: list[int]) -> None:
-    profile = dataclasses.replace(PROFILE, decode=BENT, prefill=dataclasses.replace(BENT, fixed_seconds=2e-3))
+@pytest.mark.parametrize("tokens", [(0, 1), (2, 2), (1, 2.5), (True,)])
+def test_paddings_that_do_not_rise_are_refused(tokens: object) -> None:
+    with pytest.raises(ConfigError, match=r"^padded_tokens: must be whole numbers from 1 on that rise"):
+        StepCoefficients(padded_tokens=tokens)  # type: ignore[arg-type]
+
+
+def test_products_are_over_padded_rows_and_all_else_over_the_rows_that_there_are() -> None:
+    padded = dataclasses.replace(COEFFICIENTS[LoraForm.PRESENT_BYTES], padded_tokens=(4, 8))
+    assert [padded.padded(rows) for rows in (1, 4, 5, 8, 9, 100)] == [4, 4, 8, 8, 9, 100]
+    assert padded.base_seconds(0) == 0.0
+    load = batch([8, 0, 16, 64, 0])
+    exact = dataclasses.replace(padded, padded_tokens=())
+    assert padded.parts(load) == (exact.base_seconds(8), *exact.parts(load)[1:])
+    profile = dataclasses.replace(PROFILE, prefill=padded)
+    both = profile.step_parts(batch([0] * 3), batch([0], rows=3))
+    assert both[0] >= exact.base_seconds(8), "six rows together are padded to eight"
+
+
+@given(some=ranks, more=ranks, padded=st.sets(st.integers(1, 160), max_size=8))
+def test_more_rows_of_either_kind_never_cost_less_where_lines_bend(
+    some: list[int], more: list[int], padded: set[int]
+) -> None:
+    decode = dataclasses.replace(BENT, padded_tokens=tuple(sorted(padded)))
+    prefill = dataclasses.replace(decode, fixed_seconds=2e-3)
+    profile = dataclasses.replace(PROFILE, decode=decode, prefill=prefill)
     small, large = batch(some), batch(some).joined(batch(more))
     for other in (EMPTY, batch(more)):
         assert profile.step_seconds(small, other) <= profile.step_seconds(large, other) * (1 + 1e-12)
@@ -164,6 +186,7 @@ def test_more_rows_of_either_kind_never_cost_less_where_lines_bend(some: list[in
 
 def test_scaled_coefficients_scale_their_parts() -> None:
     load = batch([8, 64], rows=3)
-    scaled = BENT.scaled(2.0, 3.0, 0.5)
-    base, attention, lora = BENT.parts(load)
+    padded = dataclasses.replace(BENT, padded_tokens=(16,))
+    scaled = padded.scaled(2.0, 3.0, 0.5)
+    base, attention, lora = padded.parts(load)
     assert scaled.parts(load) == pytest.approx((2 * base, 3 * attention, 0.5 * lora))

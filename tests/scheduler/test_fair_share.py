@@ -47,6 +47,31 @@ def test_a_surplus_takes_more_service_and_more_requests_than_an_equal_part() -> 
     assert shares.surplus() == frozenset(), "they have equal parts"
 
 
+def test_a_flood_has_more_than_four_times_the_requests_of_the_others() -> None:
+    shares = TenantShares(credit_tokens=100)
+    for tenant, requests in (("a", 3), ("b", 1), ("flood", 8)):
+        for _ in range(requests):
+            shares.wait(tenant)
+    assert shares.tenants == 3
+    assert shares.floods() == frozenset(), "four times the two that others have on average"
+    shares.wait("flood")
+    assert shares.floods() == {"flood"}
+    assert shares.surplus() == frozenset(), "it was not served more"
+
+
+def test_running_requests_count_as_much_as_waiting_ones() -> None:
+    shares = TenantShares(credit_tokens=100)
+    for tenant in ("small", *["flood"] * 5):
+        shares.wait(tenant)
+        shares.stop_waiting(tenant)
+        shares.run(tenant)
+    assert shares.tenants == 2
+    assert shares.floods() == {"flood"}
+    for _ in range(5):
+        shares.stop_running("flood")
+    assert (shares.tenants, shares.floods()) == (1, frozenset()), "alone nobody is one"
+
+
 def test_a_tenant_alone_has_no_surplus() -> None:
     shares = TenantShares()
     shares.wait("a")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
@@ -22,7 +23,7 @@ from segue.scheduler.policy import (
     prompt_load,
     step_order,
 )
-from segue.scheduler.waiting import MOST_PREEMPTIONS, WaitingLine
+from segue.scheduler.waiting import MOST_PREEMPTIONS, PATIENCE_SECONDS, WaitingLine
 from tests.scheduler.fakes import LIMITS, FakeResidency, admitted, decoding, plan
 
 PROFILE = CostProfile(
@@ -204,8 +205,36 @@ def test_a_tenant_with_a_surplus_leaves_places_and_rows_to_others() -> None:
         room = AdmissionRoom(places=places, adapters=(), prompt_tokens=prompt_tokens)
         assert policy.keeps_out(flood, room, LIMITS) is kept_out
         assert not policy.keeps_out(small, room, LIMITS)
+    alike, no_room = (
+        dataclasses.replace(policy, surplus=frozenset()),
+        AdmissionRoom(places=1, adapters=(), prompt_tokens=0),
+    )
+    crowd = dataclasses.replace(alike, floods=frozenset({"flood"}))
+    assert not alike.keeps_out(flood, no_room, LIMITS)
+    assert crowd.keeps_out(flood, no_room, LIMITS)
+    assert not dataclasses.replace(crowd, now=PATIENCE_SECONDS).keeps_out(flood, no_room, LIMITS), "it has waited"
     again = dataclasses.replace(flood, preemptions=1)
     assert not policy.keeps_out(again, AdmissionRoom(places=1, adapters=(), prompt_tokens=0), LIMITS)
+
+
+def test_a_flood_has_an_equal_part_of_the_rows_that_others_leave() -> None:
+    """Of 64 rows with four tenants, while another tenant decodes."""
+    flood, small = ServiceLevel(tenant="flood"), ServiceLevel(tenant="small")
+    policy = SloPolicy(now=0.0, surplus=frozenset({"flood"}), floods=frozenset({"flood"}), tenants=4)
+    limits = dataclasses.replace(WIDE, chunk_tokens=64)
+    decodes = [running(1, level=small), running(2, level=flood)]
+
+    def rows(*prompts: PromptRows, beside: Sequence[AdmittedRequest] = decodes) -> int:
+        return policy.prompt_tokens(beside, prompts, limits)
+
+    assert rows(prompt(3, 100, level=flood)) == 16
+    assert rows(prompt(4, 24, level=small), prompt(3, 100, level=flood)) == 24 + 10
+    assert rows(prompt(4, 63, level=small), prompt(3, 100, level=flood)) == 64, "a page, as far as there is room"
+    assert rows(prompt(4, 60, level=small), prompt(3, 100, level=flood)) == 60 + WIDE.page_tokens
+    assert rows(prompt(3, 100, level=flood), beside=decodes[1:]) == 64, "nobody else's tokens are late"
+    policy = dataclasses.replace(policy, surplus=frozenset())
+    assert rows(prompt(3, 100, level=flood)) == 64, "it was served no more than others"
+    assert order(policy, prompt(3, level=flood), prompt(4, level=small)) == [4, 3]
 
 
 def test_a_plan_takes_pages_from_the_policys_victim() -> None:

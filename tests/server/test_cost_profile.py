@@ -23,10 +23,11 @@ COSTS = CostState(
             seconds_per_adapter=5.0,
             row_tokens=(6, 60),
             row_seconds=(7.0, 70.0),
+            padded_tokens=(10, 100),
             seconds_with_adapters=8.0,
             seconds_per_rank=9.0,
         ),
-        prefill=StepCoefficients(fixed_seconds=11.0, seconds_per_context_token=13.0),
+        prefill=StepCoefficients(fixed_seconds=11.0, seconds_per_context_token=13.0, padded_tokens=(20,)),
         copy=CopyCoefficients(fixed_seconds=21.0, seconds_per_byte=22.0),
         cpu=CpuCoefficients(
             fixed_seconds=31.0, core_seconds_per_token_rank=32.0, seconds_per_token=33.0, core_seconds_per_rank=34.0
@@ -40,8 +41,8 @@ COSTS = CostState(
 def test_each_coefficient_is_told() -> None:
     told = profile_to_proto(COSTS)
     fields = [descriptor.name for descriptor in pb.DecodeCost.DESCRIPTOR.fields]
-    assert [getattr(told.decode, name) for name in fields] == [1, 2, 3, 4, 5, [6, 60], [7, 70], 8, 9]
-    assert told.prefill == pb.PrefillCost(base_seconds=11, seconds_per_attended_token=13)
+    assert [getattr(told.decode, name) for name in fields] == [1, 2, 3, 4, 5, [6, 60], [7, 70], 8, 9, [10, 100]]
+    assert told.prefill == pb.PrefillCost(base_seconds=11, seconds_per_attended_token=13, padded_tokens=[20])
     assert told.copy == pb.CopyCost(base_seconds=21, seconds_per_byte=22)
     fields = [descriptor.name for descriptor in pb.CpuDeltaCost.DESCRIPTOR.fields]
     assert [getattr(told.cpu_delta, name) for name in fields] == [31, 32, 33, 34]

@@ -60,7 +60,20 @@ class Judgement:
     overall: FitQuality | None
 
 
-def fit_steps(steps: Sequence[MeasuredStep]) -> tuple[StepCoefficients, StepCoefficients]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Padding:
+    """To how many rows the device pads batches that only decode, and those with rows of prompts. Empty: not at all."""
+
+    decodes: tuple[int, ...] = ()
+    prompts: tuple[int, ...] = ()
+
+
+NO_PADDING = Padding()
+
+
+def fit_steps(
+    steps: Sequence[MeasuredStep], padding: Padding = NO_PADDING
+) -> tuple[StepCoefficients, StepCoefficients]:
     """Coefficients of decodes and of prompts, from the steps that are not held out.
 
     Raises BenchmarkError for too few.
@@ -69,13 +82,15 @@ def fit_steps(steps: Sequence[MeasuredStep]) -> tuple[StepCoefficients, StepCoef
     decodes = [StepObservation(item.decodes, item.median_seconds) for item in seen if item.decodes_alone]
     prompts = [StepObservation(item.prompts, item.median_seconds) for item in seen if item.prompts_alone]
     try:
-        return _fit_step(decodes), _fit_step(prompts)
+        return _fit_step(decodes, padding.decodes), _fit_step(prompts, padding.prompts)
     except ValueError as error:
         raise BenchmarkError(f"too little was measured: {error}; give it more seconds") from error
 
 
-def _fit_step(observations: Sequence[StepObservation]) -> StepCoefficients:
-    return fit_step(observations, LoraForm.PRESENT_BYTES, bends([item.load.tokens for item in observations]))
+def _fit_step(observations: Sequence[StepObservation], padded_tokens: tuple[int, ...]) -> StepCoefficients:
+    rows = StepCoefficients(padded_tokens=padded_tokens)
+    where = bends([rows.padded(item.load.tokens) for item in observations])
+    return fit_step(observations, LoraForm.PRESENT_BYTES, where, padded_tokens)
 
 
 def bends(tokens: Sequence[int]) -> tuple[int, ...]:

@@ -10,7 +10,8 @@ _TABLES = {
     "decode": """
 # A step whose rows all decode takes fixed_seconds, and more for each row (row_tokens rows take row_seconds, with a
 # straight line between), for each token of KV that a row reads, if there are adapters, for each of them, for each byte
-# of their weights, and for each row's rank.""",
+# of their weights, and for each row's rank. The device computes as many rows as the next of padded_tokens says, where
+# there is one.""",
     "prefill": """
 # The same of rows of prompts.""",
     "copy": """

@@ -15,6 +15,7 @@ from segue.bench.calibrate.fitting import (
     CopyTiming,
     DeltaTiming,
     Judgement,
+    Padding,
     fit_copies,
     fit_deltas,
     fit_steps,
@@ -30,6 +31,8 @@ from segue.bench.machine import Machine
 from segue.bench.random_checkpoints import Targets
 from segue.bench.report import Report
 from segue.engine.config import EngineConfig, HandoffConfig, HandoffMode
+from segue.engine.cuda.batch_shapes import batch_shapes
+from segue.engine.cuda.reserve import max_rows
 from segue.engine.models.config import ModelConfig
 from segue.scheduler.cost_model import CostProfile
 from segue.scheduler.plan import pages_for
@@ -75,7 +78,8 @@ def run_calibration(config: CalibrateConfig, progress: Callable[[str], None]) ->
     with prepared(bench_config, progress) as ready:
         deltas = _jobs(config, ready.model, start_seconds + _POOLS_SHARE * config.seconds, progress)
         progress("starting the engine")
-        with EngineDriver(_engine(config, ready), ready.catalog) as driver:
+        engine = _engine(config, ready)
+        with EngineDriver(engine, ready.catalog) as driver:
             started_seconds = time.monotonic()
             progress(f"loading {len(ready.names)} adapters")
             versions = {name: driver.load(name) for name in ready.names}
@@ -89,7 +93,7 @@ def run_calibration(config: CalibrateConfig, progress: Callable[[str], None]) ->
             deadline_seconds = max(deadline_seconds, started_seconds + _MEASURING_SHARE * config.seconds)
             rounds = _rounds(config, measurer, deadline_seconds, progress)
     progress("fitting")
-    return _fitted(config, ready.model, measurer.measured, copies, deltas, rounds)
+    return _fitted(config, ready.model, measurer.measured, copies, deltas, rounds, padding_of(engine))
 
 
 def _engine(config: CalibrateConfig, ready: Prepared) -> EngineConfig:
@@ -104,6 +108,17 @@ def _engine(config: CalibrateConfig, ready: Prepared) -> EngineConfig:
         cpu_workers=config.cpu_workers,
         cpu_slots=_CPU_SLOTS,
         handoff=HandoffConfig(mode=HandoffMode.FIXED.value, cpu_layers=ready.model.layers),
+    )
+
+
+def padding_of(engine: EngineConfig) -> Padding:
+    """Batches on CUDA are graphs, which come in sizes."""
+    if engine.device != "cuda":
+        return Padding()
+    shapes = batch_shapes(max_rows(engine), engine.max_running)
+    return Padding(
+        decodes=tuple(shape.rows for shape in shapes if shape.decodes),
+        prompts=tuple(shape.rows for shape in shapes if not shape.decodes),
     )
 
 
@@ -197,8 +212,9 @@ def _fitted(
     copies: Sequence[CopyTiming],
     deltas: Sequence[DeltaTiming],
     rounds: float,
+    padding: Padding,
 ) -> Calibration:
-    decode, prefill = fit_steps(steps)
+    decode, prefill = fit_steps(steps, padding)
     machine = Machine.here()
     profile = CostProfile(
         name=f"{config.shape or Path(str(config.model_dir)).name}, {config.dtype}, {machine.gpu or machine.cpu}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import tempfile
@@ -50,7 +51,8 @@ class AgainstConfig:
     and ``cpu_workers``. It has room for everything; a step's bounds are those that ``segue serve`` begins with.
 
     ``workload.rank_bytes`` does not count: the adapters have the bytes that they have. Requests before
-    ``warmup_share`` are served and not measured. ``profile`` is what the simulator takes steps to cost.
+    ``warmup_share`` are served and not measured. ``profile`` is what the simulator takes steps to cost. The engine
+    serves the requests ``engine_runs`` times, one after the other, so that its runs can be compared with each other.
     """
 
     profile: CostProfile
@@ -64,6 +66,7 @@ class AgainstConfig:
     torch_threads: int = 1
     max_running: int = 64
     warmup_share: float = 0.1
+    engine_runs: int = 2
 
     def __post_init__(self) -> None:
         require(self.shape in SHAPES, "shape", f"must be one of {', '.join(SHAPES)}, is {self.shape!r}")
@@ -72,7 +75,7 @@ class AgainstConfig:
         require(adapted in known, "adapter_targets", f"must be one of {', '.join(known)}, is {adapted!r}")
         rate = self.requests_per_second
         require(0 < rate < math.inf, "requests_per_second", f"must be positive and finite, is {rate}")
-        require_positive(self, "torch_threads", "max_running")
+        require_positive(self, "torch_threads", "max_running", "engine_runs")
         require(0 <= self.warmup_share < 1, "warmup_share", f"must be in [0, 1), is {self.warmup_share}")
         require(self.cpu_workers >= 0, "cpu_workers", f"must not be negative, is {self.cpu_workers}")
         layers = SHAPES[self.shape].layers
@@ -87,8 +90,20 @@ class AgainstConfig:
         return DTYPES[self.dtype]
 
 
+@dataclass(frozen=True, slots=True)
+class EngineRun:
+    """One run of all requests. ``cpu_share`` is how much of its steps' time the loop's thread computed: on the CPU
+    device what is missing went to other processes."""
+
+    served: Sequence[ServedRequest]
+    cpu_share: float
+
+
 def run_against(config: AgainstConfig, progress: Callable[[str], None]) -> Report:
-    """Serve the requests twice and compare. Raises ConfigError, OSError, BenchmarkError or SimulationError."""
+    """Simulate the requests and serve them, and compare.
+
+    Raises ConfigError, OSError, BenchmarkError or SimulationError.
+    """
     with tempfile.TemporaryDirectory(prefix="segue-bench-") as folder:
         model_dir, adapters_dir = Path(folder) / "model", Path(folder) / "adapters"
         model_dir.mkdir()
@@ -109,17 +124,22 @@ def run_against(config: AgainstConfig, progress: Callable[[str], None]) -> Repor
         progress("starting the engine")
         with EngineDriver(engine, AdapterCatalog(adapters_dir, model, engine.max_lora_rank)) as driver:
             versions = _ready(driver, requests, mix.adapter_names, engine.cpu_workers)
-            progress(f"serving {len(requests)} requests, {requests[-1].arrival / config.requests_per_second:.0f} s")
-            served = driver.serve(_timed(config, requests, versions, model.vocab_size))
+            timed = _timed(config, requests, versions, model.vocab_size)
+            runs = [_run(driver, timed, versions, number, config, progress) for number in range(config.engine_runs)]
             costs = driver.costs
     first = int(config.warmup_share * len(requests))
-    real = measure(_as_served(config, requests, served)[first:], simulation.targets, 0)
+    measured = [_as_served(config, requests, run.served)[first:] for run in runs]
+    real = measure(list(itertools.chain.from_iterable(measured)), simulation.targets, 0)
+    own = [figures(measure(served, simulation.targets, 0)) for served in measured]
     rows = [*placement_rows("engine", real, simulation), *placement_rows("simulated", simulated, simulation)]
     settings: dict[str, Any] = {
         **simulation_settings(simulation),
         **{name: getattr(config, name) for name in ("shape", "dtype", "device", "adapter_targets", "cpu_workers")},
         "corrections": None if costs is None else msgspec.to_builtins((costs.decode, costs.prefill)),
         "prediction_errors": prediction_errors(real, simulated),
+        "engine_runs": [{**times, "cpu_share": run.cpu_share} for times, run in zip(own, runs, strict=True)],
+        "engine_differences": differences(own),
+        "simulated_times": figures(simulated),
         "tolerance": TOLERANCE,
     }
     return Report.here("simulate-against", settings, rows)
@@ -127,27 +147,52 @@ def run_against(config: AgainstConfig, progress: Callable[[str], None]) -> Repor
 
 def prediction_errors(real: Measured, simulated: Measured) -> Mapping[str, float]:
     """By how much the simulated mean and p99 of each time differ from the real one, relative to that."""
-    errors = {}
-    for name, measured, predicted in (
-        ("ttft", real.ttft_seconds, simulated.ttft_seconds),
-        ("tpot", real.tpot_seconds, simulated.tpot_seconds),
-    ):
-        errors[f"{name} mean"] = float(np.mean(predicted) / np.mean(measured) - 1)
-        errors[f"{name} p99"] = float(np.percentile(predicted, 99) / np.percentile(measured, 99) - 1)
-    return errors
+    measured, predicted = figures(real), figures(simulated)
+    return {name: predicted[name] / measured[name] - 1 for name in measured}
+
+
+def figures(measured: Measured) -> Mapping[str, float]:
+    """Mean and p99 of each time, in seconds."""
+    found = {}
+    for name, seconds in (("ttft", measured.ttft_seconds), ("tpot", measured.tpot_seconds)):
+        found[f"{name} mean"] = float(np.mean(seconds))
+        found[f"{name} p99"] = float(np.percentile(seconds, 99))
+    return found
+
+
+def differences(runs: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
+    """By how much the largest of each figure is above the smallest: what a machine is worth as a measure."""
+    return {name: max(run[name] for run in runs) / min(run[name] for run in runs) - 1 for name in runs[0]}
+
+
+def _run(
+    driver: EngineDriver,
+    requests: Sequence[TimedRequest],
+    versions: Mapping[int, int],
+    number: int,
+    config: AgainstConfig,
+    progress: Callable[[str], None],
+) -> EngineRun:
+    """All requests once, with all adapters in host memory at the beginning."""
+    driver.move(list(versions.values()), Tier.HOST)
+    seconds = requests[-1].arrival_seconds
+    progress(f"serving {len(requests)} requests, {seconds:.0f} s, run {number + 1} of {config.engine_runs}")
+    before_seconds, before_cpu_seconds = driver.step_seconds, driver.step_cpu_seconds
+    served = driver.serve(requests)
+    cpu_seconds = driver.step_cpu_seconds - before_cpu_seconds
+    return EngineRun(served, cpu_seconds / (driver.step_seconds - before_seconds))
 
 
 def _ready(
     driver: EngineDriver, requests: Sequence[SimulatedRequest], names: Sequence[str], cpu_workers: int
 ) -> Mapping[int, int]:
-    """Have the adapters in use in host memory and the engine run once; each adapter's version by its place."""
+    """Have the adapters in use known and the engine run once; each adapter's version by its place."""
     driver.wait_until_settled(cpu_workers, _WORKERS_SECONDS)
     places = sorted({item.adapter.version_id for item in requests if item.adapter is not None})
     versions = {place: driver.load(names[place]) for place in places}
     numbers = [driver.submit(range(_WARM_UP_TOKENS), None, max_tokens=2) for _ in range(_WARM_UP_REQUESTS)]
     driver.run_to_first_tokens(numbers)
     driver.cancel_all()
-    driver.move(list(versions.values()), Tier.HOST)
     return versions
 
 

@@ -37,16 +37,31 @@ def placement_table(report: Report) -> Table:
 
 
 def comparison_table(report: Report) -> Table:
-    """By how much a simulation missed the engine's times."""
+    """By how much a simulation missed the engine's times, those of each of its runs, and these each other."""
+    settings = report.settings
+    runs = settings["engine_runs"]
     table = Table(box=None)
     for place, name in enumerate(
-        ("simulated against the engine", "off by", f"within {report.settings['tolerance']:.0%}")
+        (
+            "simulated against the engine",
+            "off by",
+            f"within {settings['tolerance']:.0%}",
+            *(f"run {number}" for number in range(1, len(runs) + 1)),
+            "runs apart",
+        )
     ):
         table.add_column(name, justify="right" if place else "left")
-    for name, error in report.settings["prediction_errors"].items():
-        within = abs(error) <= report.settings["tolerance"]
-        table.add_row(name, f"{error:+.1%}", "yes" if within else "no")
+    for name, error in settings["prediction_errors"].items():
+        within = abs(error) <= settings["tolerance"]
+        of_runs = [settings["simulated_times"][name] / run[name] - 1 for run in runs]
+        apart = settings["engine_differences"][name]
+        table.add_row(name, *_signed(error), "yes" if within else "no", *_signed(*of_runs, apart))
+    table.add_row("the engine's thread had a core", "", "", *(f"{run['cpu_share']:.1%}" for run in runs))
     return table
+
+
+def _signed(*shares: float) -> Sequence[str]:
+    return [f"{share:+.1%}" for share in shares]
 
 
 def _line(name: str, rows: dict[str, Row], idle: Row | None) -> Sequence[str]:

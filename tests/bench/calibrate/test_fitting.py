@@ -12,8 +12,10 @@ import pytest
 from segue.bench.calibrate.cases import CalibrationCase, calibration_cases, fixed_batches
 from segue.bench.calibrate.config import CalibrateConfig
 from segue.bench.calibrate.fitting import (
+    NO_PADDING,
     CopyTiming,
     DeltaTiming,
+    Padding,
     bends,
     fit_copies,
     fit_deltas,
@@ -21,10 +23,12 @@ from segue.bench.calibrate.fitting import (
     fit_steps,
     judge_steps,
 )
+from segue.bench.calibrate.run import padding_of
 from segue.bench.calibrate.steps import MeasuredStep
 from segue.bench.cases import Measure
 from segue.bench.driver import BenchmarkError
 from segue.config import ConfigError
+from segue.engine.config import EngineConfig
 from segue.scheduler.cost_model import CostProfile, CpuCoefficients, StepCoefficients, StepLoad
 
 CONFIG = CalibrateConfig(shape="tiny", cpu_workers=0)
@@ -103,6 +107,36 @@ def test_steps_that_were_held_out_are_predicted(noise: float) -> None:
         assert quality is not None
         assert quality.r_squared >= (0.98 if quality is judged.overall else 0.9)
         assert quality.mean_relative_error <= 0.02
+
+
+def test_padded_batches_are_predicted_where_the_fit_knows_how_they_are_padded() -> None:
+    padding = Padding(decodes=(1, 2, 4, 8, 16), prompts=(16, 32, 64, 128, 192, 256, 384, 512))
+    truth = dataclasses.replace(
+        TRUTH,
+        decode=dataclasses.replace(DECODE, padded_tokens=padding.decodes),
+        prefill=dataclasses.replace(PREFILL, padded_tokens=padding.prompts),
+    )
+    steps = measured(0.0, truth.step_seconds)
+    # Of prompts alone rows and context grow together; batches of several short ones tell them apart.
+    fill = next(step.case for step in steps if step.prompts_alone and not step.case.held_out)
+    for tokens in padding.prompts:
+        load = StepLoad(tokens=tokens, context_tokens=9 * tokens)
+        steps.append(MeasuredStep(case=fill, decodes=StepLoad(), prompts=load, seconds=[truth.prefill_seconds(load)]))
+    riding = []
+    for known in (padding, NO_PADDING):
+        decode, prefill = fit_steps(steps, known)
+        assert (decode.padded_tokens, prefill.padded_tokens) == (known.decodes, known.prompts)
+        quality = judge_steps(dataclasses.replace(TRUTH, decode=decode, prefill=prefill), steps).riding
+        assert quality is not None
+        riding.append(quality.mean_relative_error)
+    assert riding[0] < 0.01 < 0.03 < riding[1]
+
+
+@pytest.mark.parametrize(("device", "padded"), [("cpu", False), ("cuda", True)])
+def test_only_graphs_pad_batches(device: str, padded: bool) -> None:
+    engine = EngineConfig(model_dir=".", device=device, max_running=12, budget_tokens=100, chunk_tokens=40)
+    found = padding_of(engine)
+    assert found == (Padding(decodes=(1, 2, 4, 8, 12), prompts=(16, 32, 48, 64, 96, 100)) if padded else NO_PADDING)
 
 
 def test_a_cost_that_the_model_does_not_have_is_seen_by_the_judgement() -> None:

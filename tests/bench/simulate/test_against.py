@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
 from segue.bench.report import Report
-from segue.bench.simulate.against import prediction_errors
+from segue.bench.simulate.against import differences, prediction_errors
 from segue.bench.simulate.run import Measured
 from segue.cli.main import build_app
 from segue.config import to_toml
@@ -41,7 +42,8 @@ def test_an_engine_serves_what_the_simulator_serves(tmp_path: Path) -> None:
     times = {(row.placement, row.measure): row for row in report.rows}
     for measure in ("ttft_ms", "tpot_ms", "time_per_token_ms"):
         # One request of twelve is not measured.
-        assert times["engine", measure].runs == times["simulated", measure].runs == 11
+        assert times["simulated", measure].runs == 11
+        assert times["engine", measure].runs == 2 * 11
         assert times["engine", measure].median > 0
     errors = report.settings["prediction_errors"]
     engine, simulated = times["engine", "ttft_ms"], times["simulated", "ttft_ms"]
@@ -49,10 +51,25 @@ def test_an_engine_serves_what_the_simulator_serves(tmp_path: Path) -> None:
     assert simulated.mean is not None
     assert errors["ttft mean"] == pytest.approx(simulated.mean / engine.mean - 1)
     assert set(errors) == {"ttft mean", "ttft p99", "tpot mean", "tpot p99"}
+    runs, apart = report.settings["engine_runs"], report.settings["engine_differences"]
+    assert [set(run) for run in runs] == 2 * [{*errors, "cpu_share"}]
+    assert np.mean([run["ttft mean"] for run in runs]) == pytest.approx(engine.mean / 1e3)
+    slower, faster = sorted((run["tpot p99"] for run in runs), reverse=True)
+    assert apart["tpot p99"] == pytest.approx(slower / faster - 1)
+    assert all(0 < run["cpu_share"] <= 1.01 for run in runs), "a thread computes no longer than time passes"
     decodes, prompts = report.settings["corrections"]
     assert decodes["steps"] > 0
     assert prompts["steps"] > 0
     assert "simulated against the engine" in result.stdout
+    lines = [line.split() for line in result.stdout.splitlines()]
+    of_runs = [f"{simulated.mean / 1e3 / run['ttft mean'] - 1:+.1%}" for run in runs]
+    assert ["ttft", "mean", *of_runs] in [[*line[:2], *line[4:6]] for line in lines]
+    assert "the engine's thread had a core" in result.stdout
+
+
+def test_runs_differ_by_the_largest_over_the_smallest() -> None:
+    assert differences([{"a": 2.0, "b": 1.0}, {"a": 1.0, "b": 1.5}, {"a": 4.0, "b": 1.0}]) == {"a": 3.0, "b": 0.5}
+    assert differences([{"a": 2.0}]) == {"a": 0.0}
 
 
 def test_errors_are_relative_to_the_engine() -> None:
@@ -80,6 +97,7 @@ def test_errors_are_relative_to_the_engine() -> None:
         (("--against", "small"), "segue: profile: is of 4 layers, not 8\n"),
         (("--against", "tiny", "--dtype", "int8"), "segue: dtype: must be one of float32, bfloat16, float16, is "),
         (("--against", "tiny", "--cpu-workers", "-1"), "segue: cpu_workers: must not be negative, is -1\n"),
+        (("--against", "tiny", "--engine-runs", "0"), "segue: engine_runs: must be greater than 0, is 0\n"),
         (("--against", "tiny", "--profile", "caraserve-bgmv"), "segue: profile: is of 32 layers, not 4\n"),
     ],
 )
