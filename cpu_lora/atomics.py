@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from segue.cpu_lora.native import LONGS, WORDS, cgutils, compiled, intrinsic, ir, types
+from segue.compiled import LONGS, WORDS, compiled, types
+from segue.cpu_lora.native import cgutils, intrinsic, ir
 
 # LLVM's spin-wait hint of each architecture, with its arguments; none elsewhere.
 _PAUSES: dict[str, tuple[str, tuple[int, ...]]] = {

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from segue.cpu_lora.native import intrinsic, ir, types
+from segue.compiled import types
+from segue.cpu_lora.native import intrinsic, ir
 
 _I16, _I32 = ir.IntType(16), ir.IntType(32)
 _F16, _F32 = ir.HalfType(), ir.FloatType()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from segue.compiled import FLOATS, HALVES, INT, compiled, types
 from segue.cpu_lora.elements import ElementType
-from segue.cpu_lora.native import FLOATS, HALVES, INT, compiled, types
 from segue.cpu_lora.tiles import (
     SUMS,
     TILE,

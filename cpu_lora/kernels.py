@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from segue.compiled import FLOATS, HALVES, INT, compiled, types
 from segue.cpu_lora.convert import (
     bfloat16_to_float32,
     float16_to_float32,
@@ -27,7 +28,6 @@ from segue.cpu_lora.convert import (
 from segue.cpu_lora.dots import BFLOAT16, FEW_ROWS, FLOAT32, PAIRS, dot, product_kind, sums_stride, tile_rows
 from segue.cpu_lora.elements import ElementType
 from segue.cpu_lora.layout import MAX_RANK
-from segue.cpu_lora.native import FLOATS, HALVES, INT, compiled, types
 from segue.cpu_lora.tiles import TILE, outer_tile, outer_tile_pairs
 from segue.cpu_lora.vectors import LANES
 

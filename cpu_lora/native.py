@@ -7,9 +7,8 @@ its callers, types are built by untyped calls), so they are typed anew here.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any
 
-import numba
 import numba.extending
 from llvmlite import binding as _binding  # type: ignore[import-untyped]
 from llvmlite import ir as _ir
@@ -17,19 +16,8 @@ from numba.core import cgutils as _cgutils
 from numba.core import codegen as _codegen
 from numba.core import config as _config
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
-
 ir: Any = _ir
 cgutils: Any = _cgutils
-types: Any = numba.types
-carray: Any = numba.carray  # type: ignore[attr-defined]
-
-WORDS = types.Array(types.uint32, 1, "C")
-LONGS = types.Array(types.int64, 1, "C")
-DOUBLES = types.Array(types.float64, 1, "C")
-FLOATS = types.Array(types.float32, 1, "C")
-HALVES = types.Array(types.uint16, 1, "C")
-INT = types.int64
 
 
 def compiles_for(feature: str) -> bool:
@@ -54,14 +42,3 @@ def llvm_version() -> int:
 def intrinsic(define: Callable[..., Any]) -> Any:
     """Make an operation of compiled code from ``define(typing_context, *argument_types) -> (signature, emitter)``."""
     return numba.extending.intrinsic(define)
-
-
-def compiled(signature: Any, *, nogil: bool = True) -> Callable[[_Function], _Function]:
-    """Compile a function at once for this signature alone, kept in numba's cache on disk.
-
-    It runs without the GIL, unless ``nogil`` is False: for what takes less time than getting the GIL back may.
-
-    The cache notices changes of the function's own file only: after editing what it calls in another file, delete the
-    ``__pycache__`` folder of this package.
-    """
-    return cast("Callable[[_Function], _Function]", numba.njit(signature, cache=True, nogil=nogil))

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from segue.compiled import DOUBLES, FLOATS, HALVES, LONGS, WORDS, compiled, types
 from segue.cpu_lora.atomics import (
     cpu_pause,
     load_acquire,
@@ -43,7 +44,6 @@ from segue.cpu_lora.layout import (
     WORKER_PROGRESS,
     Geometry,
 )
-from segue.cpu_lora.native import DOUBLES, FLOATS, HALVES, LONGS, WORDS, compiled, types
 
 _GEOMETRY = types.NamedUniTuple(types.int64, len(Geometry._fields), Geometry)
 _LINE_WORDS = LINE_BYTES // 4

@@ -24,7 +24,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from segue.cpu_lora.native import intrinsic, ir, types
+from segue.compiled import types
+from segue.cpu_lora.native import intrinsic, ir
 from segue.cpu_lora.vectors import I16, I32, I64, LANES, VECTOR, Emitter, data, loop, only_if
 
 TILE = 4

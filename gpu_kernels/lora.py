@@ -15,9 +15,9 @@ from torch import Tensor
 from triton import knobs
 
 from segue.gpu_kernels.lora_expand import expand_kernel
+from segue.gpu_kernels.lora_plan import HEADER_WORDS, SHRINK_WORDS
 from segue.gpu_kernels.lora_shrink import shrink_kernel
 from segue.gpu_kernels.lora_tiles import LoraTiles, PointShape
-from segue.gpu_kernels.lora_work import HEADER_WORDS, SHRINK_WORDS
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

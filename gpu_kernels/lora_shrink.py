@@ -1,6 +1,6 @@
 """Shrink: ``x A^T`` of every segment and module of a LoRA point, as float32 partials over blocks of columns.
 
-The meaning is the first product of ``paged_lora.add_paged_lora``; the work list is that of ``lora_work``. One item is a
+The meaning is the first product of ``paged_lora.add_paged_lora``; the work list is that of ``lora_plan``. One item is a
 rank tile of one segment and module over some blocks of columns, so time follows the bytes of the adapters that are
 present.
 """

@@ -1,50 +1,35 @@
-"""Work lists of the LoRA kernels: pure numpy, built on the host once per composition of a batch.
-
-A plan is one int32 array, so that one copy brings it to the device. Its prefix is used, the rest is capacity:
-
-- ``HEADER_WORDS`` words: number of shrink items, number of expand items, word offsets of the expand items and of the
-  further terms;
-- shrink items of ``SHRINK_WORDS`` words each: slot, module, first rank, first column block | blocks << 16, partial row
-  stride, first row, rows (0: a vector item's one row), offset of the partials;
-- expand items of ``EXPAND_WORDS`` words each: kind, module, first column block | blocks << 16, first row, rows, row
-  within the range, terms, first further term | slot, offset of the partials, partial row stride, elements between
-  splits, splits, scale (float32 bits) of the first term | first column of the module, columns of the module;
-- further terms of ``EXPAND_WORDS`` words, of which those of the term are used.
-
-Shrink leaves partials [splits, rows, ranks rounded up to tiles] in float32 for each segment and module; expand sums
-them in the order of the splits, then the terms of its output tile in the order of the segments.
-"""
+"""Plans of the LoRA kernels, made on the host once per composition of a batch: how large they get, and their making."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from enum import IntEnum
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from segue.compiled import FLOATS, INT, INT_ROWS, INTS, LONGS, compiled, types
+from segue.gpu_kernels.lora_expand_plan import (
+    FIRST_TERM,
+    choose_item_blocks,
+    cut_columns,
+    make_groups,
+    place_items,
+    write_further,
+    write_items,
+)
+from segue.gpu_kernels.lora_plan import (
+    EXPAND_WORDS,
+    HEADER_WORDS,
+    SHRINK_WORDS,
+    SIZES,
+    Longs,
+    Pairs,
+    PlanSizes,
+    Words,
+    ceil_div,
+)
+from segue.gpu_kernels.lora_shrink_plan import choose_splits, measure_pairs, place_pairs, write_shrink
 from segue.gpu_kernels.lora_tiles import LoraTiles, PointShape
-
-HEADER_WORDS = 16
-SHRINK_WORDS = 8
-EXPAND_WORDS = 16
-_BLOCKS_SHIFT = 16
-
-Ints = NDArray[np.int64]
-Words = NDArray[np.int32]
-
-
-class ExpandKind(IntEnum):
-    """How an output tile is made.
-
-    WIDE and TALL are rows of one segment, whose ranks fit one tile of few or of many ranks. ANY is rows of any number
-    of segments and ranks.
-    """
-
-    WIDE = 0
-    TALL = 1
-    ANY = 2
 
 
 class PlanCapacity(NamedTuple):
@@ -52,19 +37,6 @@ class PlanCapacity(NamedTuple):
 
     words: int
     workspace_elems: int
-
-
-class _Pairs(NamedTuple):
-    """Every (segment, module) with a rank, each array [pairs]. ``number`` is [segments, modules], -1 without a pair."""
-
-    segment: Ints
-    module: Ints
-    rank: Ints
-    rows: Ints
-    stride: Ints
-    splits: Ints
-    offset: Ints
-    number: Ints
 
 
 def plan_capacity(
@@ -76,15 +48,15 @@ def plan_capacity(
     row_tiles = max_rows // tiles.rows + min(max_segments, max_rows // 2)
     modules = shape.modules
     shrink = modules * (
-        single * _tiles(max_rank, vector_ranks) * min(_tiles(shape.in_features, vector_columns), tiles.max_splits)
-        + row_tiles * _tiles(max_rank, tiles.ranks) * min(_tiles(shape.in_features, tiles.span), tiles.max_splits)
+        single * ceil_div(max_rank, vector_ranks) * min(ceil_div(shape.in_features, vector_columns), tiles.max_splits)
+        + row_tiles * ceil_div(max_rank, tiles.ranks) * min(ceil_div(shape.in_features, tiles.span), tiles.max_splits)
     )
     narrowest = min(tiles.wide[1], tiles.tall[1])
     # A segment's two ends cut the rows into at most one more range each.
     expand_tiles = single + row_tiles + 2 * max_segments
-    expand = expand_tiles * sum(_tiles(width, narrowest) for width in shape.out_features)
+    expand = expand_tiles * sum(ceil_div(width, narrowest) for width in shape.out_features)
     further = modules * max_rows
-    padded = max(_tiles(max_rank, width) * width for width in (vector_ranks, tiles.ranks))
+    padded = max(ceil_div(max_rank, width) * width for width in (vector_ranks, tiles.ranks))
     return PlanCapacity(
         words=HEADER_WORDS + shrink * SHRINK_WORDS + (expand + further) * EXPAND_WORDS,
         workspace_elems=tiles.max_splits * max_rows * modules * padded,
@@ -106,222 +78,60 @@ def plan_point(
     ``segments`` is [n, 3] (row_start, row_stop, slot), ``segment_scales`` [n], and ``ranks`` [slots, modules] holds
     each adapter's largest rank over the layers, 0 where it does not target the module: one plan serves every layer.
     Segments may overlap: every row gets the sum over its segments, in their order. Raises ValueError when a segment is
-    empty or names no slot, or the plan is larger than ``plan`` or the workspace.
+    empty or names no slot, or the plan is larger than ``plan`` or the workspace; then nothing is written.
     """
-    if len(segments) and (
-        (segments[:, 0] < 0).any()
-        or (segments[:, 1] <= segments[:, 0]).any()
-        or not ((segments[:, 2] >= 0) & (segments[:, 2] < len(ranks))).all()
-    ):
+    if ranks.shape[1] != shape.modules or len(segment_scales) != len(segments):
+        raise ValueError(
+            f"ranks {ranks.shape}, segment_scales {segment_scales.shape}: "
+            f"need {shape.modules} modules and {len(segments)} scales"
+        )
+    sizes = PlanSizes.of(shape, tiles)
+    widths = np.array(shape.out_features)
+    used_elems, words = _write_plan(segments, segment_scales, ranks, sizes, widths, plan, workspace_elems)
+    if used_elems < 0:
         raise ValueError(f"segments: need 0 <= row_start < row_stop and a slot below {len(ranks)}")
-    pairs = _pairs(segments.astype(np.int64), ranks, shape, tiles)
-    used_elems = int((pairs.splits * pairs.rows * pairs.stride).sum())
     if used_elems > workspace_elems:
         raise ValueError(f"workspace_elems: {used_elems} partials needed, there is room for {workspace_elems}")
-    shrink = _shrink_items(pairs, segments, shape, tiles)
-    expand, further = _expand_items(pairs, segments, segment_scales, shape, tiles)
-    expand_start = HEADER_WORDS + shrink.size
-    further_start = expand_start + expand.size
-    words = further_start + further.size
     if words > len(plan):
         raise ValueError(f"plan: {words} words needed, there is room for {len(plan)}")
-    plan[:HEADER_WORDS] = 0
-    plan[:4] = (len(shrink), len(expand), expand_start, further_start)
-    plan[HEADER_WORDS:expand_start] = shrink.reshape(-1)
-    plan[expand_start:further_start] = expand.reshape(-1)
-    plan[further_start:words] = further.reshape(-1)
     return words
 
 
-def _pairs(segments: Ints, ranks: NDArray[np.int32], shape: PointShape, tiles: LoraTiles) -> _Pairs:
-    """The pairs, and how their columns are split: into as many items as the grid is through with first."""
-    present = ranks[segments[:, 2]] > 0
-    segment, module = np.nonzero(present)
-    rank = ranks[segments[segment, 2], module].astype(np.int64)
-    rows = (segments[:, 1] - segments[:, 0])[segment]
-    tile_ranks, row_tiles, blocks = _shrink_tiles(rows, shape, tiles)
-    rank_tiles = -(-rank // tile_ranks)
-    if len(segment):
-        least = -(-int(blocks.max()) // tiles.max_splits)
-        blocks_each = _balance(
-            lambda most: int((rank_tiles * row_tiles * -(-blocks // most)).sum()),
-            range(least, int(blocks.max()) + 1),
-            tiles.shrink_programs,
-        )
-        blocks = -(-blocks // blocks_each)
-    splits = blocks
-    stride = rank_tiles * tile_ranks
-    sizes = splits * rows * stride
-    number = np.full(present.shape, -1, dtype=np.int64)
-    number[segment, module] = np.arange(len(segment))
-    return _Pairs(segment, module, rank, rows, stride, splits, np.cumsum(sizes) - sizes, number)
-
-
-def _shrink_tiles(rows: Ints, shape: PointShape, tiles: LoraTiles) -> tuple[Ints, Ints, Ints]:
-    """Each pair's ranks in a tile, row tiles, and column blocks."""
-    single = rows == 1
-    vector_ranks, vector_columns = tiles.vector
-    tile_ranks = np.where(single, vector_ranks, tiles.ranks)
-    row_tiles = np.where(single, 1, -(-rows // tiles.rows))
-    blocks = np.where(single, _tiles(shape.in_features, vector_columns), _tiles(shape.in_features, tiles.span))
-    return tile_ranks, row_tiles, blocks
-
-
-def _shrink_items(pairs: _Pairs, segments: NDArray[np.int32], shape: PointShape, tiles: LoraTiles) -> Words:
-    """[items, SHRINK_WORDS]: each pair's row tiles, in each its rank tiles, in each its splits."""
-    tile_ranks, row_tiles, blocks = _shrink_tiles(pairs.rows, shape, tiles)
-    rank_tiles = pairs.stride // tile_ranks
-    pair, place = _unroll(row_tiles * rank_tiles * pairs.splits)
-    splits = pairs.splits[pair]
-    split = place % splits
-    rank_start = place // splits % rank_tiles[pair] * tile_ranks[pair]
-    row = place // (splits * rank_tiles[pair]) * tiles.rows
-    # Splits differ by one block at most, and none is empty.
-    first = split * blocks[pair] // splits
-    count = (split + 1) * blocks[pair] // splits - first
-    rows, stride = pairs.rows[pair], pairs.stride[pair]
-    columns = (
-        segments[pairs.segment[pair], 2],
-        pairs.module[pair],
-        rank_start,
-        first | count << _BLOCKS_SHIFT,
-        stride,
-        segments[pairs.segment[pair], 0] + row,
-        np.where(rows == 1, 0, np.minimum(rows - row, tiles.rows)),
-        pairs.offset[pair] + (split * rows + row) * stride + rank_start,
-    )
-    return _rows(columns, SHRINK_WORDS)
-
-
-def _expand_items(
-    pairs: _Pairs,
-    segments: NDArray[np.int32],
-    segment_scales: NDArray[np.float32],
-    shape: PointShape,
-    tiles: LoraTiles,
-) -> tuple[Words, Words]:
-    """[items, EXPAND_WORDS] and [further terms, EXPAND_WORDS].
-
-    Rows are cut where a segment starts or ends; a group is one such range and one module, with a term per segment.
-    """
-    bounds = np.unique(segments[:, :2])
-    first_range = np.searchsorted(bounds, segments[:, 0])
-    segment, place = _unroll(np.searchsorted(bounds, segments[:, 1]) - first_range)
-    ranges = first_range[segment] + place
-    pair = pairs.number[segment]  # [covers, modules]
-    cover, module = np.nonzero(pair >= 0)
-    order = np.lexsort((segment[cover], module, ranges[cover]))
-    cover, module = cover[order], module[order]
-    term_pair, term_range = pair[cover, module], ranges[cover]
-    terms = _term_words(pairs, term_pair, bounds[term_range], segments, segment_scales)
-
-    key = term_range * shape.modules + module
-    _, first_term, term_count = np.unique(key, return_index=True, return_counts=True)
-    further = np.ones(len(key), dtype=bool)
-    further[first_term] = False
-    further_start = np.cumsum(term_count - 1) - (term_count - 1)
-    rank = np.maximum.reduceat(pairs.rank[term_pair], first_term) if len(key) else np.zeros(0, dtype=np.int64)
-    row, mod = bounds[term_range[first_term]].astype(np.int64), module[first_term]
-    rows = bounds[term_range[first_term] + 1] - row
-
-    kind = _expand_kinds(rank, term_count, tiles)
-    widths = np.asarray(shape.out_features)
-    group, tile, first, count = _column_blocks(kind, -(-rows // tiles.rows), widths[mod], tiles)
-    # Large items first, so that programs that get one item more than others get a small one.
-    order = np.argsort(-rank[group] * count, kind="stable")
-    group, tile, first, count = group[order], tile[order], first[order], count[order]
-    tile_row = tile * tiles.rows
-    columns = (
-        kind[group],
-        mod[group],
-        first | count << _BLOCKS_SHIFT,
-        row[group] + tile_row,
-        np.minimum(rows[group] - tile_row, tiles.rows),
-        tile_row,
-        term_count[group],
-        further_start[group],
-        *terms[first_term[group]].T,
-        (np.cumsum(widths) - widths)[mod[group]],
-        widths[mod[group]],
-    )
-    items = _rows(columns, EXPAND_WORDS)
-    rest = np.zeros((int(further.sum()), EXPAND_WORDS), dtype=np.int32)
-    rest[:, 8:14] = terms[further]
-    return items, rest
-
-
-def _expand_kinds(rank: Ints, terms: Ints, tiles: LoraTiles) -> Ints:
-    """Each group's ExpandKind; ``rank`` is the largest of its terms."""
-    kind = np.where(rank <= tiles.wide[0], ExpandKind.WIDE, ExpandKind.TALL)
-    return np.where((terms > 1) | (rank > tiles.tall[0]), ExpandKind.ANY, kind)
-
-
-def _column_blocks(kind: Ints, row_tiles: Ints, widths: Ints, tiles: LoraTiles) -> tuple[Ints, Ints, Ints, Ints]:
-    """Group, row tile, first column block and number of blocks of every expand item.
-
-    An item may have several blocks, but never crosses a chunk.
-    """
-    tile_columns = np.asarray((tiles.wide[1], tiles.tall[1], tiles.tall[1]))[kind]
-    blocks = -(-widths // tile_columns)
-    chunk_blocks = np.where(kind == ExpandKind.ANY, 1, np.maximum(tiles.chunk_elems // tile_columns, 1))
-    chunks = row_tiles * -(-blocks // chunk_blocks)
-    item_blocks = _balance(
-        lambda most: int((chunks * -(-chunk_blocks // most)).sum()),
-        range(1, int(chunk_blocks.max(initial=1)) + 1),
-        tiles.expand_programs,
-    )
-    pieces = -(-chunk_blocks // item_blocks)
-    row_items = -(-blocks // chunk_blocks) * pieces
-    group, place = _unroll(row_tiles * row_items)
-    chunk, piece = np.divmod(place % row_items[group], pieces[group])
-    first = chunk * chunk_blocks[group] + piece * chunk_blocks[group] // pieces[group]
-    stop = chunk * chunk_blocks[group] + (piece + 1) * chunk_blocks[group] // pieces[group]
-    count = np.minimum(stop, blocks[group]) - first
-    kept = count > 0
-    return group[kept], (place // row_items[group])[kept], first[kept], count[kept]
-
-
-def _balance(items: Callable[[int], int], choices: range, programs: int) -> int:
-    """The blocks per item of which a grid of ``programs`` is through with all items first.
-
-    ``items(blocks)`` is how many items there are. Programs take one item after the other, and starting one takes as
-    long as half a block.
-    """
-    return min(choices, key=lambda blocks: -(-items(blocks) // programs) * (2 * blocks + 1))
-
-
-def _term_words(
-    pairs: _Pairs,
-    pair: Ints,
-    row: NDArray[np.int32],
-    segments: NDArray[np.int32],
-    segment_scales: NDArray[np.float32],
-) -> Words:
-    """[terms, 6]: slot, offset of the partials of ``row``, row stride, elements between splits, splits, scale."""
-    segment, stride = pairs.segment[pair], pairs.stride[pair]
-    columns = (
-        segments[segment, 2],
-        pairs.offset[pair] + (row - segments[segment, 0]) * stride,
-        stride,
-        pairs.rows[pair] * stride,
-        pairs.splits[pair],
-        segment_scales.astype(np.float32).view(np.int32)[segment],
-    )
-    return _rows(columns, 6)
-
-
-def _unroll(counts: Ints) -> tuple[Ints, Ints]:
-    """For [2, 3]: ([0, 0, 1, 1, 1], [0, 1, 0, 1, 2])."""
-    group = np.repeat(np.arange(len(counts)), counts)
-    return group, np.arange(len(group)) - np.repeat(np.cumsum(counts) - counts, counts)
-
-
-def _rows(columns: tuple[NDArray[np.integer], ...], words: int) -> Words:
-    rows = np.empty((len(columns[0]), words), dtype=np.int32)
-    for index, column in enumerate(columns):
-        rows[:, index] = column
-    return rows
-
-
-def _tiles(size: int, tile: int) -> int:
-    return -(-size // tile)
+@compiled(types.UniTuple(INT, 2)(INT_ROWS, FLOATS, INT_ROWS, SIZES, LONGS, INTS, INT), nogil=False)
+def _write_plan(
+    segments: Words,
+    scales: NDArray[np.float32],
+    ranks: Words,
+    sizes: PlanSizes,
+    widths: Longs,
+    plan: Words,
+    workspace_elems: int,
+) -> tuple[int, int]:
+    """Partials and words that the plan takes; it is written if there is room. (-1, 0) where a segment is wrong."""
+    strides = np.empty((len(segments), len(widths)), dtype=np.int64)
+    single_tiles, dot_tiles = measure_pairs(segments, ranks, sizes, strides)
+    if single_tiles < 0:
+        return -1, 0
+    single_splits, dot_splits = choose_splits(single_tiles, dot_tiles, sizes)
+    pairs = Pairs(strides, np.empty_like(strides), single_splits, dot_splits)
+    used_elems = place_pairs(segments, pairs)
+    if used_elems > workspace_elems:
+        return used_elems, 0
+    shrink_items = single_tiles * single_splits + dot_tiles * dot_splits
+    groups, terms = make_groups(segments, scales.view(np.int32), ranks, pairs, sizes)
+    item_blocks = choose_item_blocks(groups, sizes, widths)
+    cuts = cut_columns(item_blocks, sizes, widths)
+    places = place_items(groups, cuts, item_blocks)
+    # Every group has one term that is in its items.
+    expand_items, further_terms = places[-1], groups[-1, FIRST_TERM] - (len(groups) - 1)
+    expand_start = HEADER_WORDS + shrink_items * SHRINK_WORDS
+    further_start = expand_start + expand_items * EXPAND_WORDS
+    words = further_start + further_terms * EXPAND_WORDS
+    if words > len(plan):
+        return used_elems, words
+    plan[:HEADER_WORDS] = 0
+    plan[0], plan[1], plan[2], plan[3] = shrink_items, expand_items, expand_start, further_start
+    write_shrink(segments, pairs, sizes, plan[HEADER_WORDS:expand_start].reshape(-1, SHRINK_WORDS))
+    write_items(groups, terms, cuts, sizes, widths, places, plan[expand_start:further_start].reshape(-1, EXPAND_WORDS))
+    write_further(groups, terms, plan[further_start:words].reshape(-1, EXPAND_WORDS))
+    return used_elems, words

@@ -19,8 +19,9 @@ from segue.engine.lora.points import POINT_PROJECTIONS, LoraPoint
 from segue.engine.lora.store import AdapterStore
 from segue.engine.memory.pool import PagePool
 from segue.gpu_kernels.lora import add_lora
+from segue.gpu_kernels.lora_plan import HEADER_WORDS
 from segue.gpu_kernels.lora_tiles import Architecture, LoraTiles, PointShape, Regime, choose_tiles
-from segue.gpu_kernels.lora_work import HEADER_WORDS, plan_capacity, plan_point
+from segue.gpu_kernels.lora_work import plan_capacity, plan_point
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

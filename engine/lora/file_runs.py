@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from segue.cpu_lora.native import HALVES, INT, LONGS, WORDS, compiled, types
+from segue.compiled import HALVES, INT, LONGS, WORDS, compiled, types
 
 RUN_LONGS = 3
 """A run: its offset in the file, where its bytes go, and how many they are."""

@@ -12,8 +12,8 @@ from enum import IntEnum
 import numpy as np
 import numpy.typing as npt
 
+from segue.compiled import HALVES, INT, LONGS, WORDS, compiled, types
 from segue.cpu_lora.atomics import load_acquire, store_release, usleep
-from segue.cpu_lora.native import HALVES, INT, LONGS, WORDS, compiled, types
 from segue.engine.lora import read_order as order
 from segue.engine.lora import read_words as at
 from segue.engine.lora.file_runs import PIECE_BYTES, RUN_LONGS, read_into

@@ -9,7 +9,7 @@ Everything here is called with the board's lock.
 
 from __future__ import annotations
 
-from segue.cpu_lora.native import INT, LONGS, compiled, types
+from segue.compiled import INT, LONGS, compiled, types
 from segue.engine.lora import read_words as at
 from segue.engine.lora.read_words import Words
 

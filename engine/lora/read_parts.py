@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from segue.cpu_lora.native import INT, LONGS, compiled, types
+from segue.compiled import INT, LONGS, compiled, types
 from segue.engine.lora.file_runs import RUN_LONGS
 from segue.engine.lora.host_plan import PLACE_LONGS, HostPlan, PlannedTensor
 

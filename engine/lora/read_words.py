@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from segue.cpu_lora.native import INT, LONGS, carray, compiled, intrinsic, types
+from segue.compiled import INT, LONGS, carray, compiled, types
+from segue.cpu_lora.native import intrinsic
 
 Words = npt.NDArray[np.int64]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -12,15 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from segue.gpu_kernels.lora_plan import EXPAND_WORDS, HEADER_WORDS, SHRINK_WORDS, ExpandKind
 from segue.gpu_kernels.lora_tiles import LoraTiles, PointShape, Regime, choose_tiles
-from segue.gpu_kernels.lora_work import (
-    EXPAND_WORDS,
-    HEADER_WORDS,
-    SHRINK_WORDS,
-    ExpandKind,
-    plan_capacity,
-    plan_point,
-)
+from segue.gpu_kernels.lora_work import plan_capacity, plan_point
+from tests.gpu_kernels.reference_lora_work import reference_plan
 
 TILES = replace(
     choose_tiles(Regime.DECODE, chunk_elems=32, page_elems=256, element_bytes=2, multiprocessors=1),
@@ -72,18 +68,24 @@ def batches(draw: st.DrawFn) -> tuple[list[Segment], list[list[int]]]:
     return segments, ranks
 
 
-def make_plan(segments: list[Segment], ranks: list[list[int]], tiles: LoraTiles) -> tuple[NDArray[np.int32], int]:
+def scales_of(segments: list[Segment]) -> NDArray[np.float32]:
+    return np.arange(len(segments), dtype=np.float32) + 1
+
+
+def make_plan(
+    segments: list[Segment], ranks: list[list[int]], tiles: LoraTiles, shape: PointShape = SHAPE
+) -> tuple[NDArray[np.int32], int]:
     """The used words of a plan whose array has just the promised capacity, and the room for partials."""
     rows = sum(stop - start for start, stop, _ in segments)
     capacity = plan_capacity(
-        SHAPE, tiles, max_segments=len(segments), max_rows=rows, max_rank=int(np.max(ranks, initial=1))
+        shape, tiles, max_segments=len(segments), max_rows=rows, max_rank=int(np.max(ranks, initial=1))
     )
     plan = np.full(capacity.words, -1, dtype=np.int32)
     used = plan_point(
         np.asarray(segments, dtype=np.int32).reshape(-1, 3),
-        np.arange(len(segments), dtype=np.float32) + 1,
+        scales_of(segments),
         np.asarray(ranks, dtype=np.int32),
-        shape=SHAPE,
+        shape=shape,
         tiles=tiles,
         plan=plan,
         workspace_elems=capacity.workspace_elems,
@@ -159,6 +161,53 @@ def test_every_row_module_and_rank_is_covered_once(batch: tuple[list[Segment], l
     assert added == expected
 
 
+TILE_SETS = [
+    TILES,
+    replace(TILES, max_splits=1, shrink_programs=1, expand_programs=1),
+    replace(TILES, max_splits=8, shrink_programs=7, expand_programs=5, rows=3),
+    *(choose_tiles(item, chunk_elems=1024, page_elems=4096, element_bytes=2, multiprocessors=132) for item in Regime),
+]
+
+
+@given(
+    batches(),
+    st.sampled_from(TILE_SETS),
+    st.sampled_from([SHAPE, PointShape(in_features=4096, out_features=(2048, 5000))]),
+)
+def test_every_word_is_that_of_the_reference(
+    batch: tuple[list[Segment], list[list[int]]], tiles: LoraTiles, shape: PointShape
+) -> None:
+    segments, ranks = batch
+    plan, _ = make_plan(segments, ranks, tiles, shape)
+    wanted, _ = reference_plan(
+        np.asarray(segments, dtype=np.int32).reshape(-1, 3),
+        scales_of(segments),
+        np.asarray(ranks, np.int32),
+        shape,
+        tiles,
+    )
+    assert plan.tolist() == wanted.tolist()
+
+
+@given(batches())
+def test_a_plan_that_just_fits_is_written_and_one_that_does_not_leaves_all_as_it_is(
+    batch: tuple[list[Segment], list[list[int]]],
+) -> None:
+    segments, ranks = batch
+    rows, scales = np.asarray(segments, dtype=np.int32).reshape(-1, 3), scales_of(segments)
+    table = np.asarray(ranks, dtype=np.int32)
+    wanted, elems = reference_plan(rows, scales, table, SHAPE, TILES)
+    plan = np.full(len(wanted), -1, dtype=np.int32)
+    write = partial(plan_point, rows, scales, table, shape=SHAPE, tiles=TILES)
+    with pytest.raises(ValueError, match=f"plan: {len(wanted)} words needed, there is room for {len(wanted) - 1}"):
+        write(plan=plan[:-1], workspace_elems=elems)
+    with pytest.raises(ValueError, match=f"workspace_elems: {elems} partials needed, there is room for {elems - 1}"):
+        write(plan=plan, workspace_elems=elems - 1)
+    assert (plan == -1).all()
+    assert write(plan=plan, workspace_elems=elems) == len(plan)
+    assert plan.tolist() == wanted.tolist()
+
+
 def test_time_follows_the_ranks_that_are_present() -> None:
     """Rank 8 beside rank 64 makes the items of each, not twice those of rank 64."""
     alone = [make_plan([(0, 1, slot)], [[8, 8], [64, 64]], TILES)[0] for slot in (0, 1)]
@@ -199,6 +248,20 @@ def test_a_plan_that_does_not_fit_is_refused(words: int, elems: int, match: str)
             tiles=TILES,
             plan=np.zeros(words, dtype=np.int32),
             workspace_elems=elems,
+        )
+
+
+@pytest.mark.parametrize(("scales", "modules"), [(1, 2), (3, 2), (2, 1), (2, 3)])
+def test_arrays_of_other_lengths_are_refused(scales: int, modules: int) -> None:
+    with pytest.raises(ValueError, match="need 2 modules and 2 scales"):
+        plan_point(
+            np.asarray([(0, 4, 0), (4, 5, 0)], dtype=np.int32),
+            np.ones(scales, dtype=np.float32),
+            np.full((1, modules), 8, dtype=np.int32),
+            shape=SHAPE,
+            tiles=TILES,
+            plan=np.zeros(10_000, dtype=np.int32),
+            workspace_elems=10_000,
         )
 
 
