@@ -79,6 +79,7 @@ class AdapterTables:
     modules, (rank, first chunk of A, first chunk of B)] and ``scales`` float32 [adapters, modules]; ``ranks`` int32
     [adapters, modules], in host memory, has the largest over the layers. A row is written when a batch first names the
     adapter with its present pages, in the order of the engine's stream, so that nothing under way sees it change.
+    ``largest_ranks`` int32 [adapters] has the largest of a row's ``ranks``.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class AdapterTables:
         self.modules: dict[LoraPoint, Sequence[Tensor]] = {}
         self.scales: dict[LoraPoint, Sequence[Tensor]] = {}
         self.ranks: dict[LoraPoint, NDArray[np.int32]] = {}
+        self.largest_ranks = np.zeros(rows, dtype=np.int32)
         for point, projections in POINT_PROJECTIONS.items():
             count = len(projections)
             self.modules[point] = [
@@ -153,6 +155,7 @@ class AdapterTables:
                         words[start + 3 * place : start + 3 * place + 3] = (module.rank, *chunks)
                         floats[scales + place] = module.scale
                         ranks[row, place] = max(ranks[row, place], module.rank)
+        self.largest_ranks[row] = max(ranks[row].max() for ranks in self.ranks.values())
         return words
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from itertools import accumulate, chain
+from itertools import accumulate
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from segue.compiled import INT, INTS, LONGS, compiled
 from segue.engine.cuda.batch_shapes import BatchShape
 from segue.engine.forward_pass import RequestRows, pending_rows
 from segue.engine.pending import fill_pending
@@ -41,11 +42,15 @@ class BatchBuffers:
     @classmethod
     def of(cls, buffer: Tensor, shape: BatchShape) -> BatchBuffers:
         """Cut a buffer of ``size_elems`` elements."""
-        sizes = _sizes(shape)
-        starts = list(accumulate((_aligned(size) for size in sizes), initial=0))
-        parts = [buffer[start : start + size] for start, size in zip(starts, sizes, strict=False)]
+        starts = cls.starts(shape)
+        parts = [buffer[start : start + size] for start, size in zip(starts, _sizes(shape), strict=False)]
         names = (field.name for field in fields(cls))
         return cls(**dict(zip(names, [*parts, buffer[starts[-1] :]], strict=True)))
+
+    @staticmethod
+    def starts(shape: BatchShape) -> list[int]:
+        """Where the views begin, in their order."""
+        return list(accumulate((_aligned(size) for size in _sizes(shape)), initial=0))
 
     @staticmethod
     def size_elems(shape: BatchShape, max_pages: int) -> int:
@@ -63,6 +68,7 @@ class BatchMemory:
         """``max_pages`` bounds the pages of all sequences of a batch together."""
         elems = BatchBuffers.size_elems(largest, max_pages + largest.sequences)
         self.buffers = (host_buffer(elems, device), host_buffer(elems, device))
+        self.words = tuple(buffer.numpy() for buffer in self.buffers)
         self._turn = 0
         self.device = torch.zeros(elems, dtype=torch.int32, device=device)
 
@@ -90,6 +96,8 @@ class BatchInputs:
         self.on_device = BatchBuffers.of(memory.device, shape)
         self._on_host = [BatchBuffers.of(buffer, shape) for buffer in memory.buffers]
         self.total_tokens = torch.ones(shape.sequences, dtype=torch.int32)
+        self._total_tokens = self.total_tokens.numpy()
+        self._starts = np.array(BatchBuffers.starts(shape))
 
     @property
     def host(self) -> BatchBuffers:
@@ -97,40 +105,25 @@ class BatchInputs:
         return self._on_host[self._memory.turn]
 
     def fill(self, rows: Sequence[RequestRows]) -> None:
-        """Take a batch that the shape holds. All runs but the last must have ended."""
+        """Take a batch that the shape holds. All runs but the last must have ended.
+
+        Raises ValueError for one that it does not hold, or where tokens or pages are missing.
+        """
         self._memory.take_turn()
-        host = self.host
-        counts = np.array([item.count for item in rows], dtype=np.int32)
-        starts = np.array([item.start for item in rows], dtype=np.int32)
-        totals = starts + counts
-        tables = -(-totals // self._page_tokens)
-        stops = counts.cumsum(dtype=np.int32)
-        used = int(stops[-1]) if len(stops) else 0
-        unused = self.shape.sequences - len(rows)
-        first_of_row = np.repeat(starts - stops + counts, counts)
-        pages = chain.from_iterable(
-            item.request.pages[:table] for item, table in zip(rows, tables.tolist(), strict=True)
-        )
-        ends = np.concatenate((tables, np.ones(unused, dtype=np.int64))).cumsum()
-        all_pages = int(ends[-1])
-        indices = np.fromiter(pages, np.int32, all_pages - unused)
-        positions = first_of_row + np.arange(used, dtype=np.int32)
-        place, offsets = np.divmod(positions, self._page_tokens)
-        slots = indices[np.repeat(ends[: len(rows)] - tables, counts) + place] * self._page_tokens + offsets
-        _write(host.token_ids, np.fromiter(chain.from_iterable(item.token_ids for item in rows), np.int32, used), 0)
-        _write(host.positions, positions, 0)
-        _write(host.slots, slots, self._padding_page * self._page_tokens)
-        # Other shapes have other things at these places.
-        host.row_indptr[0] = host.indptr[0] = 0
-        _write(host.row_indptr[1:], stops, used)
-        _write(host.logit_rows, stops - 1, 0)
-        _write(host.last_page_tokens, (totals - 1) % self._page_tokens + 1, 1)
-        _write(self.total_tokens, totals, 1)
-        host.indptr[1:] = torch.from_numpy(ends)
-        _write(host.indices[:all_pages], indices, self._padding_page)
-        buffer = self._memory.buffers[self._memory.turn]
-        size = len(buffer) - len(host.indices) + all_pages
-        self._memory.device[:size].copy_(buffer[:size], non_blocking=True)
+        words: list[int] = []
+        for item in rows:
+            pages = item.request.pages[: -(-(item.start + item.count) // self._page_tokens)]
+            words += (item.start, item.count, len(pages))
+            words += item.token_ids
+            words += pages
+        shape, memory = self.shape, self._memory
+        used = _write_batch(
+            np.array(words, dtype=np.int32), len(rows), shape.rows, shape.sequences, self._page_tokens,
+            self._padding_page, self._starts, memory.words[memory.turn], self._total_tokens,
+        )  # fmt: skip
+        if used < 0:
+            raise ValueError(f"rows: {len(rows)} requests do not fit {shape}, or have too few tokens or pages")
+        memory.device[:used].copy_(memory.buffers[memory.turn][:used], non_blocking=True)
         fill_pending(self.on_device.token_ids, pending_rows(rows))
 
 
@@ -149,8 +142,62 @@ def _aligned(size: int) -> int:
     return -(-size // _ALIGN_ELEMS) * _ALIGN_ELEMS
 
 
-def _write(target: Tensor, values: NDArray[np.generic], padding: int) -> None:
-    """The values, and ``padding`` behind them."""
-    array = target.numpy()
-    array[: len(values)] = values
-    array[len(values) :] = padding
+@compiled(INT(INTS, INT, INT, INT, INT, INT, LONGS, INTS, INTS), holds_gil=True)
+def _write_batch(
+    words: NDArray[np.int32],
+    used_sequences: int,
+    rows: int,
+    sequences: int,
+    page_tokens: int,
+    padding_page: int,
+    starts: NDArray[np.int64],
+    buffer: NDArray[np.int32],
+    total_tokens: NDArray[np.int32],
+) -> int:
+    """Fill a host's buffer, and return how much of it is used; -1 where something does not fit or is missing.
+
+    ``words`` are, of each sequence: first position, rows, pages; then the rows' tokens, then the pages.
+    """
+    token_ids, positions, slots = buffer[starts[0] :], buffer[starts[1] :], buffer[starts[2] :]
+    row_indptr, indptr = buffer[starts[3] :], buffer[starts[4] :]
+    last_page_tokens, logit_rows, indices = buffer[starts[5] :], buffer[starts[6] :], buffer[starts[7] :]
+    if used_sequences > sequences:
+        return -1
+    at = row = page = 0
+    # Other shapes have other things at these places.
+    row_indptr[0] = indptr[0] = 0
+    for sequence in range(used_sequences):
+        if at + 3 > len(words):
+            return -1
+        start, count, pages = words[at], words[at + 1], words[at + 2]
+        own_tokens, own_pages, total = at + 3, at + 3 + count, start + count
+        at = own_pages + pages
+        has_room = row + count <= rows and page + pages + sequences - used_sequences <= len(indices)
+        if not has_room or pages * page_tokens < total or at > len(words):
+            return -1
+        for place in range(count):
+            position = start + place
+            token_ids[row + place] = words[own_tokens + place]
+            positions[row + place] = position
+            slots[row + place] = words[own_pages + position // page_tokens] * page_tokens + position % page_tokens
+        indices[page : page + pages] = words[own_pages:at]
+        row += count
+        page += pages
+        row_indptr[sequence + 1] = row
+        indptr[sequence + 1] = page
+        logit_rows[sequence] = row - 1
+        last_page_tokens[sequence] = (total - 1) % page_tokens + 1
+        total_tokens[sequence] = total
+    if at != len(words):
+        return -1
+    token_ids[row:rows] = 0
+    positions[row:rows] = 0
+    slots[row:rows] = padding_page * page_tokens
+    for sequence in range(used_sequences, sequences):
+        indices[page] = padding_page
+        page += 1
+        row_indptr[sequence + 1] = row
+        indptr[sequence + 1] = page
+        logit_rows[sequence] = 0
+        last_page_tokens[sequence] = total_tokens[sequence] = 1
+    return int(starts[7]) + page

@@ -115,8 +115,9 @@ class GraphSet:
         shape = next((shape for shape in self.shapes if shape.holds(row_count, len(rows))), None)
         if shape is None:
             return None
-        regime = self._lora.regime(segments)
-        used = self._plans.fill(segments, regime)
+        located = self._lora.locate(segments)
+        regime = self._lora.regime(located)
+        used = self._plans.fill(located, regime)
         variant = next(item for item in Variant if used <= item.value)
         attention = attention_kind(shape, self._group, [item.start + item.count for item in rows])
         return GraphKind(shape, attention, variant, Regime.FEW if variant is Variant.BASE else regime)
@@ -147,7 +148,7 @@ class GraphSet:
 
     def clear_lora(self, regime: Regime) -> None:
         """Have the LoRA plans be those of a batch of the base model."""
-        self._plans.fill((), regime)
+        self._plans.fill(self._lora.locate(()), regime)
 
     def kinds(self) -> Iterator[GraphKind]:
         """All that batches without long KV can need."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -60,6 +61,13 @@ def regime_of(rows: int, ranks: Sequence[int]) -> Regime:
     return Regime.FEW if is_small else Regime.DECODE
 
 
+class LocatedSegments(NamedTuple):
+    """``rows`` is int32 [segments, (row_start, row_stop, row of the tables)]."""
+
+    rows: NDArray[np.int32]
+    version_ids: list[int]
+
+
 class KernelLora:
     """See DeviceLora. Batches of many rows and of few have tiles of their own."""
 
@@ -105,6 +113,8 @@ class KernelLora:
         self._workspace_elems = max(
             self.capacity(point, regime, sizes.max_rows)[1] for point in LoraPoint for regime in Regime
         )
+        # A batch has at most as many segments as rows.
+        self._ones = np.ones(sizes.max_rows, dtype=np.float32)
 
     def capacity(self, point: LoraPoint, regime: Regime, max_rows: int) -> tuple[int, int]:
         """int32 words of the largest plan for ``max_rows`` rows, and float32 elements of its partials."""
@@ -122,37 +132,39 @@ class KernelLora:
             self.tables.row(item.version_id)
         return KernelLoraStep(self, tuple(segments))
 
-    def regime(self, segments: Sequence[LoraSegment]) -> Regime:
+    def locate(self, segments: Sequence[LoraSegment]) -> LocatedSegments:
+        """Where the tables have what the kernels must know of these segments. It holds until a version gives its pages
+        back."""
+        version_ids = [item.version_id for item in segments]
+        words: list[int] = []
+        for item in segments:
+            words += (item.row_start, item.row_stop, self.tables.row(item.version_id))
+        return LocatedSegments(np.array(words, dtype=np.int32).reshape(-1, 3), version_ids)
+
+    def regime(self, segments: LocatedSegments) -> Regime:
         """The tiles for these segments."""
-        slots = [self.tables.row(item.version_id) for item in segments]
-        ranks = np.max([ranks[slots].max(1) for ranks in self.tables.ranks.values()], axis=0) if slots else []
-        return regime_of(sum(item.row_stop - item.row_start for item in segments), [int(rank) for rank in ranks])
+        starts, stops, slots = segments.rows.T
+        ranks: list[int] = self.tables.largest_ranks[slots].tolist()
+        return regime_of(int((stops - starts).sum()), ranks)
 
     def workspace(self) -> Tensor:
         """Partials of launches that follow one another on one stream: float32, enough for the largest batch."""
         return torch.empty(self._workspace_elems, dtype=torch.float32, device=self.tables.page_tables.device)
 
-    def plan(self, point: LoraPoint, segments: Sequence[LoraSegment], regime: Regime) -> NDArray[np.int32]:
-        """The point's work, int32 [words]; empty where no adapter has modules there."""
-        rows = np.array(
-            [(item.row_start, item.row_stop, self.tables.row(item.version_id)) for item in segments], dtype=np.int32
-        )
-        ranks = self.tables.ranks[point]
-        if not len(segments) or not ranks[rows[:, 2]].any():
-            return np.zeros(0, dtype=np.int32)
-        # Segments of one batch do not overlap, so there are at most as many as rows.
-        words, elems = self.capacity(point, regime, int(rows[:, 1].max()))
-        plan = np.empty(words, dtype=np.int32)
-        used = plan_point(
-            rows,
-            np.ones(len(rows), dtype=np.float32),
-            ranks,
+    def plan(self, point: LoraPoint, segments: LocatedSegments, regime: Regime, words: NDArray[np.int32]) -> int:
+        """Write the point's work into ``words`` int32 [capacity], and return how many of them are used.
+
+        These are ``HEADER_WORDS`` where no adapter has modules there.
+        """
+        return plan_point(
+            segments.rows,
+            self._ones[: len(segments.rows)],
+            self.tables.ranks[point],
             shape=self.points[point],
             tiles=self.tiles[regime],
-            plan=plan,
-            workspace_elems=min(elems, self._workspace_elems),
+            plan=words,
+            workspace_elems=self._workspace_elems,
         )
-        return plan[:used]
 
     def launch(
         self,
@@ -192,17 +204,25 @@ class KernelLoraStep:
     def add(self, layer: int, point: LoraPoint, x: Tensor, out: Tensor, version_ids: AbstractSet[int]) -> None:
         key = point, frozenset(version_ids)
         if self._regime is None:
-            self._regime = self._lora.regime(self._segments)
+            self._regime = self._lora.regime(self._lora.locate(self._segments))
         if key not in self._plans:
             segments = [item for item in self._segments if item.version_id in version_ids]
-            plan = self._lora.plan(point, segments, self._regime)
-            self._plans[key] = torch.from_numpy(plan).to(x.device) if len(plan) else None
+            self._plans[key] = self._plan(point, segments, self._regime, x.device)
         plan_on_device = self._plans[key]
         if plan_on_device is None:
             return
         if self._workspace is None:
             self._workspace = self._lora.workspace()
         self._lora.launch(layer, point, x, out, plan_on_device, self._workspace, self._lora.tiles[self._regime])
+
+    def _plan(
+        self, point: LoraPoint, segments: Sequence[LoraSegment], regime: Regime, device: torch.device
+    ) -> Tensor | None:
+        """The point's work on the device; None where no adapter has modules there."""
+        max_rows = max((item.row_stop for item in segments), default=0)
+        plan = np.empty(self._lora.capacity(point, regime, max_rows)[0], dtype=np.int32)
+        used = self._lora.plan(point, self._lora.locate(segments), regime, plan)
+        return torch.from_numpy(plan[:used]).to(device) if used > HEADER_WORDS else None
 
 
 class GraphLora:
@@ -230,6 +250,17 @@ class GraphLora:
         return None
 
 
+class HostWords(NamedTuple):
+    """Memory that the device copies from, int32 [words], in two views."""
+
+    tensor: Tensor
+    words: NDArray[np.int32]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> HostWords:
+        return cls(tensor, tensor.numpy())
+
+
 class GraphPlans:
     """The plans that all graphs read: one buffer on the device for each point, filled before a run.
 
@@ -238,37 +269,32 @@ class GraphPlans:
 
     def __init__(self, lora: KernelLora, max_rows: int) -> None:
         self._lora = lora
-        self._last: tuple[Regime, tuple[tuple[int, int, int, int], ...]] | None = None
+        self._last: tuple[Regime, list[int], bytes] | None = None
         self._used: frozenset[LoraPoint] = frozenset()
         words = {point: max(lora.capacity(point, regime, max_rows)[0] for regime in Regime) for point in LoraPoint}
         device = lora.tables.page_tables.device
         self.workspace = lora.workspace()
         self.on_device = {point: torch.zeros(count, dtype=torch.int32, device=device) for point, count in words.items()}
         self._pinned, self._spare = (
-            {point: host_buffer(count, device) for point, count in words.items()} for _ in range(2)
+            {point: HostWords.of(host_buffer(count, device)) for point, count in words.items()} for _ in range(2)
         )
 
-    def fill(self, segments: Sequence[LoraSegment], regime: Regime) -> frozenset[LoraPoint]:
+    def fill(self, segments: LocatedSegments, regime: Regime) -> frozenset[LoraPoint]:
         """Have the plans be those of ``segments``, for a regime's tiles; the points at which there is something to do.
 
         All runs but the last must have ended. The last may still read its pinned buffer, which is not used again.
         """
         # A row of the tables may meanwhile be another version's.
-        composition = tuple(
-            (item.row_start, item.row_stop, item.version_id, self._lora.tables.row(item.version_id))
-            for item in segments
-        )
-        if (regime, composition) != self._last:
+        composition = regime, segments.version_ids, segments.rows.tobytes()
+        if composition != self._last:
             used = set()
             self._pinned, self._spare = self._spare, self._pinned
             for point, pinned in self._pinned.items():
-                plan = self._lora.plan(point, segments, regime)
-                if len(plan):
+                # Where there is nothing to do as well: a graph may have launches for it, and must not find what another
+                # batch has left.
+                count = self._lora.plan(point, segments, regime, pinned.words)
+                if count > HEADER_WORDS:
                     used.add(point)
-                else:
-                    # A graph may have launches for it, and must not find what another batch has left.
-                    plan = np.zeros(HEADER_WORDS, dtype=np.int32)
-                pinned[: len(plan)] = torch.from_numpy(plan)
-                self.on_device[point][: len(plan)].copy_(pinned[: len(plan)], non_blocking=True)
-            self._last, self._used = (regime, composition), frozenset(used)
+                self.on_device[point][:count].copy_(pinned.tensor[:count], non_blocking=True)
+            self._last, self._used = composition, frozenset(used)
         return self._used

@@ -96,6 +96,26 @@ def test_a_token_under_way_is_taken_from_the_device() -> None:
     assert made.host.positions[:2].tolist() == [4, 5]
 
 
+def bad_batches() -> dict[str, list[RequestRows]]:
+    good = RequestRows(request(1, 5, [1, 2]), 4, 1)
+    return {
+        "sequences": [good] * 4,
+        "rows": [good, RequestRows(request(2, 6, [3, 4]), 2, 4)],
+        "pages": [good, RequestRows(request(2, 9, [3, 4]), 8, 1), good],
+        "tokens": [RequestRows(request(2, 3, [3, 4]), 2, 3)],
+        "more pages than the memory has": [RequestRows(request(2, 2000, [*range(500)]), 1999, 1)],
+    }
+
+
+@pytest.mark.parametrize("name", bad_batches())
+def test_a_batch_that_does_not_fit_is_refused(name: str) -> None:
+    made = inputs(BatchShape(4, 3))
+    with pytest.raises(ValueError, match="rows:"):
+        made.fill(bad_batches()[name])
+    made.fill([RequestRows(request(1, 5, [1, 2]), 4, 1)])
+    assert made.on_device.slots.tolist() == [2 * PAGE_TOKENS, *[PADDING_PAGE * PAGE_TOKENS] * 3]
+
+
 def test_what_a_shape_holds() -> None:
     shape = BatchShape(16, 12)
     assert shape.holds(16, 11)
