@@ -140,23 +140,29 @@ class AdapterTables:
 
     def _words(self, row: int, layout: AdapterLayout) -> NDArray[np.int32]:
         """What does not depend on the pages; notes the ranks."""
-        words = np.zeros(self._layout.words, dtype=np.int32)
-        floats = words.view(np.float32)
-        for point, projections in POINT_PROJECTIONS.items():
-            places = {projection: place for place, projection in enumerate(projections)}
-            ranks = self.ranks[point]
-            ranks[row] = 0
-            for layer, modules in enumerate(layout.layers):
-                start, scales = self._layout.modules[point][layer], self._layout.scales[point][layer]
-                for module in modules:
-                    place = places.get(module.projection)
-                    if place is not None:
-                        chunks = module.a_start // self._chunk_elems, module.b_start // self._chunk_elems
-                        words[start + 3 * place : start + 3 * place + 3] = (module.rank, *chunks)
-                        floats[scales + place] = module.scale
-                        ranks[row, place] = max(ranks[row, place], module.rank)
-        self.largest_ranks[row] = max(ranks[row].max() for ranks in self.ranks.values())
-        return words
+        words = [0] * self._layout.words
+        scales: dict[int, float] = {}
+        ranks = {point: [0] * len(projections) for point, projections in POINT_PROJECTIONS.items()}
+        # An enum's hash is a call: one for each module is enough.
+        places = {
+            projection: (place, self._layout.modules[point], self._layout.scales[point], ranks[point])
+            for point, projections in POINT_PROJECTIONS.items()
+            for place, projection in enumerate(projections)
+        }
+        for layer, modules in enumerate(layout.layers):
+            for module in modules:
+                place, module_starts, scale_starts, point_ranks = places[module.projection]
+                start = module_starts[layer] + 3 * place
+                chunks = module.a_start // self._chunk_elems, module.b_start // self._chunk_elems
+                words[start : start + 3] = (module.rank, *chunks)
+                scales[scale_starts[layer] + place] = module.scale
+                point_ranks[place] = max(point_ranks[place], module.rank)
+        for point, own in ranks.items():
+            self.ranks[point][row] = own
+        self.largest_ranks[row] = max(max(own) for own in ranks.values())
+        made = np.array(words, dtype=np.int32)
+        made.view(np.float32)[list(scales)] = list(scales.values())
+        return made
 
 
 def _aligned(words: int) -> int:

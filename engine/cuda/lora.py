@@ -287,14 +287,14 @@ class GraphPlans:
         # A row of the tables may meanwhile be another version's.
         composition = regime, segments.version_ids, segments.rows.tobytes()
         if composition != self._last:
-            used = set()
+            self._last = None
             self._pinned, self._spare = self._spare, self._pinned
             for point, pinned in self._pinned.items():
-                # Where there is nothing to do as well: a graph may have launches for it, and must not find what another
-                # batch has left.
                 count = self._lora.plan(point, segments, regime, pinned.words)
-                if count > HEADER_WORDS:
-                    used.add(point)
-                self.on_device[point][:count].copy_(pinned.tensor[:count], non_blocking=True)
-            self._last, self._used = composition, frozenset(used)
+                had_work, has_work = point in self._used, count > HEADER_WORDS
+                # A graph may have launches for a point without work, and must not find what another batch has left.
+                if had_work or has_work:
+                    self.on_device[point][:count].copy_(pinned.tensor[:count], non_blocking=True)
+                    self._used = self._used | {point} if has_work else self._used - {point}
+            self._last = composition
         return self._used
