@@ -1,7 +1,7 @@
 """numba and llvmlite as this package uses them.
 
 Their own annotations do not describe code that is only ever compiled (an intrinsic's first parameter is not passed by
-its callers, types are built by untyped calls), so they are typed anew here.
+its callers), so they are typed anew here. What others compile with as well is in ``segue.compiled``.
 """
 
 from __future__ import annotations

@@ -142,7 +142,7 @@ def _aligned(size: int) -> int:
     return -(-size // _ALIGN_ELEMS) * _ALIGN_ELEMS
 
 
-@compiled(INT(INTS, INT, INT, INT, INT, INT, LONGS, INTS, INTS), holds_gil=True)
+@compiled(INT(INTS, INT, INT, INT, INT, INT, LONGS, INTS, INTS), nogil=False)
 def _write_batch(
     words: NDArray[np.int32],
     used_sequences: int,
