@@ -246,12 +246,14 @@ class LoraApplier:
         store = self._resources.store
         state = self._layer_state(version_id, layer)
         landed = state is LayerState.LANDED
+        enqueued = state is LayerState.ENQUEUED
         in_host = store.is_in_host(version_id, layer)
-        handover = None if landed or not in_host else self._handovers.get(version_id)
+        # What is enqueued lands within milliseconds: no plan would have the CPU do it as well.
+        handover = None if landed or enqueued or not in_host else self._handovers.get(version_id)
         view = LayerView(
             layer=layer,
             landed=landed,
-            enqueued=state is LayerState.ENQUEUED,
+            enqueued=enqueued,
             adapter_landed=store.is_landed(version_id),
             in_host=in_host,
             ready_workers=self._resources.bridge.ready_workers,

@@ -16,10 +16,12 @@ from segue.engine.lora.landings import Landings
 from segue.engine.lora.link import LinkThrottle
 from segue.engine.lora.transfer import Completion, CopyEnded, CopyEnqueued, CopyJob, CopyLoad, failure_message
 
-# How many bytes the link has before it: what is asked for later comes behind them, and while a step runs nothing is
-# added. More of what passes wait for than of what none does.
-_MOST_AHEAD_BYTES = 256 << 20
-_MOST_PREFETCH_AHEAD_BYTES = 64 << 20
+# What the link has before it: what is asked for later comes behind that, and while a step runs nothing is added. More
+# of what passes wait for than of what none does.
+_MOST_AHEAD_SECONDS = 5e-3
+_MOST_PREFETCH_AHEAD_SECONDS = 1.2e-3
+# What the host takes to enqueue a copy and its landing, and more for what else it does in between.
+_ENQUEUE_SECONDS = 250e-6
 # So that adapters of few bytes do not fill the driver's queue, where a launch would wait for room.
 _MOST_ENQUEUED = 64
 
@@ -50,12 +52,13 @@ class CopyPump(Copies):
     def hasten(self, load: CopyLoad, need: float) -> None:
         self._queue.hasten(load, need)
 
-    def enqueue(self, turn_bytes: int) -> CopyEnqueued | CopyEnded | None:
-        """Enqueue the next copy; its end, where it comes to nothing; None where there is none, or the link has enough
-        before it. ``turn_bytes`` are what the link carries while the host enqueues a copy."""
-        if not self._has_room:
+    def enqueue(self, bytes_per_second: float) -> CopyEnqueued | CopyEnded | None:
+        """Enqueue the next copy; its end, where it comes to nothing; None where there is none, or the link, which is
+        that fast, has enough before it."""
+        if not self._has_room(bytes_per_second):
             return None
         # The first layers wait no longer than for the host's next copy, or for what the link is at.
+        turn_bytes = int(_ENQUEUE_SECONDS * bytes_per_second)
         job = self._queue.take_group(max(self._landings.ahead_bytes, turn_bytes))
         if job is None:
             return None
@@ -70,10 +73,11 @@ class CopyPump(Copies):
             raise RuntimeError("the device works beside the host, and yet a copy was done at once")
         return CopyEnqueued(job=job, span=span, monotonic_seconds=now)
 
-    @property
-    def _has_room(self) -> bool:
-        most_bytes = _MOST_AHEAD_BYTES if self._queue.is_needed else _MOST_PREFETCH_AHEAD_BYTES
-        return self._landings.ahead_bytes < most_bytes and len(self._landings) < _MOST_ENQUEUED
+    def _has_room(self, bytes_per_second: float) -> bool:
+        if len(self._landings) >= _MOST_ENQUEUED:
+            return False
+        most_seconds = _MOST_AHEAD_SECONDS if self._queue.is_needed else _MOST_PREFETCH_AHEAD_SECONDS
+        return self._landings.ahead_bytes < max(1.0, most_seconds * bytes_per_second)
 
 
 class CopierThread(Copies):

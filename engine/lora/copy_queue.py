@@ -9,6 +9,7 @@ from segue.engine.lora.transfer import CopyJob, CopyLoad
 
 # What one copy brings at most: the link is through with it in about a millisecond.
 GROUP_BYTES = 64 << 20
+_TAIL_SHARES = 3
 
 
 class CopyQueue:
@@ -22,6 +23,7 @@ class CopyQueue:
         self._changed = threading.Condition()
         self._heap: list[tuple[tuple[float, int, int], int, CopyLoad]] = []
         self._pushes = 0
+        self._waiting = 0
         self._ended = False
 
     def put(self, load: CopyLoad, ready: int) -> None:
@@ -30,6 +32,7 @@ class CopyQueue:
             was_waiting = load.taken < load.ready
             load.ready = ready
             if not was_waiting:
+                self._waiting += 1
                 self._push(load)
             self._changed.notify()
 
@@ -66,21 +69,30 @@ class CopyQueue:
         """The next layers that one copy brings, if there are any.
 
         They are no more than twice those that came before them, since a copy of a layer takes about half of the layer's
-        time in a pass, or less; or no more than ``short_bytes``, for which the first of them may wait. And no more than
-        GROUP_BYTES.
+        time in a pass, or less; and of a load that is alone no more than a third of what is left, so that the pass has
+        little to do when the last of them have landed. But ``short_bytes``, for which the first of them may wait, are
+        never too many, and GROUP_BYTES are the most.
         """
         with self._changed:
             load = self._first()
             if load is None:
                 return None
+            most_bytes = self._most_bytes(load)
             size_bytes = load.layers[load.taken].host_bytes
             count = 1
             while load.taken + count < load.ready:
                 size_bytes += load.layers[load.taken + count].host_bytes
-                if size_bytes > GROUP_BYTES or (count >= 2 * load.taken and size_bytes > short_bytes):
+                is_late = count >= 2 * load.taken or size_bytes > most_bytes
+                if size_bytes > GROUP_BYTES or (is_late and size_bytes > short_bytes):
                     break
                 count += 1
             return self._take(load, count)
+
+    def _most_bytes(self, load: CopyLoad) -> int:
+        if self._waiting > 1:
+            return GROUP_BYTES
+        last = load.layers[-1]
+        return (last.host_start + last.host_bytes - load.layers[load.taken].host_start) // _TAIL_SHARES
 
     def _key(self, load: CopyLoad) -> tuple[float, int, int]:
         if load.is_needed:
@@ -103,5 +115,7 @@ class CopyQueue:
     def _take(self, load: CopyLoad, count: int) -> CopyJob:
         first = load.taken
         load.taken += count
+        if load.taken == load.ready:
+            self._waiting -= 1
         self._push(load)
         return CopyJob(load=load, first_layer=first, layers=load.layers[first : first + count])

@@ -15,9 +15,6 @@ from segue.engine.lora.link import LinkThrottle
 from segue.engine.lora.transfer import Completion, CopyEnded, CopyEnqueued, CopyLoad
 from segue.engine.rate import RateMeter
 
-# What the host takes to enqueue a copy and its landing, and more for what else it does in between.
-_ENQUEUE_SECONDS = 250e-6
-
 
 class DeviceLink:
     """Copies of loads, in the order of need. It knows bytes and times, and no state of an adapter."""
@@ -82,7 +79,7 @@ class DeviceLink:
         for ended in self._landings.take_landed():
             self._completions.put(ended)
         while True:
-            enqueued = self._pump.enqueue(int(_ENQUEUE_SECONDS / self._rate.seconds_for(1)))
+            enqueued = self._pump.enqueue(1 / self._rate.seconds_for(1))
             if isinstance(enqueued, CopyEnded):
                 self._completions.put(enqueued)
                 continue

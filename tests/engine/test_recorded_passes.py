@@ -164,7 +164,7 @@ def test_a_pass_that_no_shape_holds_runs_by_operations(world: World, cuda: FakeC
 
 
 def test_a_cancelled_pass_gives_its_set_back(world: World, cuda: FakeCuda) -> None:
-    with harness_of(world, handoff=HandoffConfig(mode="stream"), copy_bytes_per_second=1e5) as harness:
+    with harness_of(world, handoff=HandoffConfig(mode="stream"), copy_bytes_per_second=1e4) as harness:
         for _ in range(2 * len(cuda.pass_recorders)):
             number = harness.submit(make_prompt(9), "all", max_tokens=1)
             harness.run_until(lambda: len(harness.engine.passes) == 1)

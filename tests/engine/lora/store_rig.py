@@ -32,7 +32,7 @@ from tests.engine.lora.fake_streams import PATIENCE_SECONDS, FakeStreams
 
 NEVER_SECONDS = 1e6
 # In bytes per second: so slow that layers of these tests do not come by one copy because they are small.
-SLOW_LINK = 1.0
+SLOW_LINK = 20e6
 PATIENT_READS = ReadLimits(stall_seconds=NEVER_SECONDS, overdue_seconds=NEVER_SECONDS)
 
 

@@ -78,8 +78,8 @@ def take_all(queue: CopyQueue, short_bytes: int = 0) -> list[tuple[int, list[int
 class Rig:
     """A pump with the loads put before the first copy."""
 
-    def __init__(self, *loads: CopyLoad, turn_bytes: int = 0) -> None:
-        self.turn_bytes = turn_bytes
+    def __init__(self, *loads: CopyLoad, bytes_per_second: float) -> None:
+        self.bytes_per_second = bytes_per_second
         self.lander = FakeLander()
         self.landings = Landings()
         self.pump = CopyPump(cast(Any, self.lander), self.landings)
@@ -89,7 +89,7 @@ class Rig:
     def enqueue_all(self) -> int:
         """How many copies the link takes."""
         count = 0
-        while isinstance(copy := self.pump.enqueue(self.turn_bytes), CopyEnqueued):
+        while isinstance(copy := self.pump.enqueue(self.bytes_per_second), CopyEnqueued):
             self.landings.put(copy)
             count += 1
         assert copy is None
@@ -99,8 +99,24 @@ class Rig:
 @pytest.mark.parametrize(
     ("layers", "layer_bytes", "expected"),
     [
-        (12, 1, [[0], [1, 2], [3, 4, 5, 6, 7, 8], [9, 10, 11]]),
-        (12, GROUP_BYTES // 4, [[0], [1, 2], [3, 4, 5, 6], [7, 8, 9, 10], [11]]),
+        (12, 1, [[0], [1, 2], [3, 4, 5], [6, 7], [8], [9], [10], [11]]),
+        (
+            24,
+            GROUP_BYTES // 4,
+            [
+                [0],
+                [1, 2],
+                [3, 4, 5, 6],
+                [7, 8, 9, 10],
+                [11, 12, 13, 14],
+                [15, 16, 17],
+                [18, 19],
+                [20],
+                [21],
+                [22],
+                [23],
+            ],
+        ),
         (4, GROUP_BYTES + 1, [[0], [1], [2], [3]]),
     ],
 )
@@ -109,13 +125,23 @@ def test_groups_grow_up_to_their_bytes(layers: int, layer_bytes: int, expected: 
 
 
 def test_what_waits_for_the_link_anyway_comes_together() -> None:
-    rig = Rig(load_of(1, 4, 100), load_of(2, 4, 100))
+    rig = Rig(load_of(1, 4, 100), load_of(2, 4, 100), bytes_per_second=4e5)
     rig.enqueue_all()
     assert rig.lander.groups == [(1, [0]), (1, [1, 2]), (1, [3]), (2, [0, 1, 2, 3])]
 
 
+def test_the_last_layers_of_a_load_that_is_alone_come_by_small_copies() -> None:
+    load = load_of(1, 32, GROUP_BYTES // 32)
+    alone = take_all(queue_of(load))
+    sizes = [len(layers) for _, layers in alone]
+    assert sizes == [1, 2, 6, 7, 5, 3, 2, 2, 1, 1, 1, 1]
+    both = take_all(queue_of(load_of(1, 32, GROUP_BYTES // 32), load_of(2, 32, GROUP_BYTES // 32)))
+    assert [len(layers) for number, layers in both if number == 1] == [1, 2, 6, 18, 5]
+
+
 def test_the_first_layers_may_wait_for_what_the_host_does_next() -> None:
-    rig = Rig(load_of(1, 32, 10), turn_bytes=45)
+    """The link carries four and a half layers meanwhile."""
+    rig = Rig(load_of(1, 32, 10), bytes_per_second=18e4)
     rig.enqueue_all()
     assert rig.lander.groups[:2] == [(1, [0, 1, 2, 3]), (1, list(range(4, 12)))]
 
@@ -159,28 +185,31 @@ def test_layers_that_come_later_keep_the_turn_of_their_load() -> None:
 
 def test_the_link_is_given_no_more_than_a_few_milliseconds_of_work() -> None:
     """More of it where a pass waits; and it goes on when something has landed."""
-    rig = Rig(load_of(1, 40, GROUP_BYTES))
-    assert rig.enqueue_all() == 1
-    assert rig.landings.ahead_bytes == GROUP_BYTES
+    fast = GROUP_BYTES / 1e-3
+    rig = Rig(load_of(1, 40, GROUP_BYTES), bytes_per_second=fast)
+    assert rig.enqueue_all() == 2
+    assert rig.landings.ahead_bytes == 2 * GROUP_BYTES
     for event in rig.lander.events:
         event.is_done = True
-    assert [(end.job.numbers, end.landed) for end in rig.landings.take_landed()] == [(range(1), True)]
+    landed = [(end.job.numbers, end.landed) for end in rig.landings.take_landed()]
+    assert landed == [(range(1), True), (range(1, 2), True)]
     assert rig.landings.ahead_bytes == len(rig.landings) == 0
-    assert rig.enqueue_all() == 1
+    assert rig.enqueue_all() == 2
 
     needed = load_of(1, 40, GROUP_BYTES)
-    rig = Rig(needed)
+    rig = Rig(needed, bytes_per_second=fast)
     rig.pump.hasten(needed, 1)
-    assert rig.enqueue_all() == 4
-    assert Rig(*(load_of(number, 1, 1) for number in range(100))).enqueue_all() == 64
+    assert rig.enqueue_all() == 5
+    assert Rig(load_of(1, 40, GROUP_BYTES), bytes_per_second=1.0).enqueue_all() == 1, "one at a time, however slow"
+    assert Rig(*(load_of(number, 1, 1) for number in range(100)), bytes_per_second=fast).enqueue_all() == 64
 
 
 def test_what_was_cancelled_is_not_enqueued() -> None:
     load = load_of(1, 3, 1)
-    rig = Rig(load)
+    rig = Rig(load, bytes_per_second=1e9)
     load.is_cancelled = True
     layers: list[int] = []
-    while isinstance(ended := rig.pump.enqueue(0), CopyEnded):
+    while isinstance(ended := rig.pump.enqueue(1.0), CopyEnded):
         assert (ended.landed, ended.failure) == (False, None)
         layers += ended.job.numbers
     assert layers == [0, 1, 2]
