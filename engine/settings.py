@@ -71,12 +71,12 @@ def handoff_costs(
 
     Raises ConfigError for a profile of a model with another number of layers.
     """
-    weight = config.handoff.harm_weight
+    weight, enqueues = config.handoff.harm_weight, config.device == "cuda"
     if profile is not None:
         require(
             profile.layers == model.layers, "profile", f"is of {profile.layers} layers, the model has {model.layers}"
         )
-        return HandoffCosts.measured(profile, weight)
+        return HandoffCosts.measured(profile, weight, enqueues=enqueues)
     shapes = dict(model.projection_shapes())
     assumed = assumed_profile(
         layers=model.layers,
@@ -85,7 +85,7 @@ def handoff_costs(
         rank_elems=rank_elems(shapes),
         device=config.device,
     )
-    return HandoffCosts.assumed(assumed, weight)
+    return HandoffCosts.assumed(assumed, weight, enqueues=enqueues)
 
 
 def worker_config(config: EngineConfig, model: ModelConfig, item_bytes: int) -> CpuLoraConfig:

@@ -28,22 +28,31 @@ _LAYER_SECONDS = 50e-6
 class HandoffCosts:
     """A profile, and scales for what passes compute (base model, CPU deltas), learned from passes that ended.
 
-    ``harm_weight``: how much a second of another request counts beside one of the prefill's own.
+    ``harm_weight``: how much a second of another request counts beside one of the prefill's own. ``enqueues``: the host
+    enqueues what the device computes, a layer on the CPU operation by operation, and whatever else loads waits for it.
     """
 
     profile: CostProfile
     compute: Correction
     harm_weight: float = 1.0
+    enqueues: bool = False
 
     @classmethod
-    def measured(cls, profile: CostProfile, harm_weight: float = 1.0) -> HandoffCosts:
+    def measured(cls, profile: CostProfile, harm_weight: float = 1.0, *, enqueues: bool = False) -> HandoffCosts:
         """By a profile of this machine."""
-        return cls(profile=profile, compute=Correction(limits=MEASURED_LIMITS), harm_weight=harm_weight)
+        compute = Correction(limits=MEASURED_LIMITS)
+        return cls(profile=profile, compute=compute, harm_weight=harm_weight, enqueues=enqueues)
 
     @classmethod
-    def assumed(cls, profile: CostProfile, harm_weight: float = 1.0) -> HandoffCosts:
+    def assumed(cls, profile: CostProfile, harm_weight: float = 1.0, *, enqueues: bool = False) -> HandoffCosts:
         """By ``assumed_profile``."""
-        return cls(profile=profile, compute=Correction(limits=ASSUMED_LIMITS), harm_weight=harm_weight)
+        compute = Correction(limits=ASSUMED_LIMITS)
+        return cls(profile=profile, compute=compute, harm_weight=harm_weight, enqueues=enqueues)
+
+    @property
+    def layer_host_seconds(self) -> float:
+        """What a layer on the CPU takes the loop, as far as others wait for that."""
+        return self.profile.cpu.fixed_seconds if self.enqueues else 0.0
 
     @property
     def copy_bytes_per_second(self) -> float:

@@ -131,7 +131,8 @@ class HandoverPlanner:
         row_seconds = max((item.row_seconds for item in layers), default=0.0)
         own_load = any(seconds is not None and 0 < seconds < math.inf for seconds in landing)
         others_loading = store.loads - own_load
-        harm_seconds = costs.harm_weight * (others_on_cpu * cpu_seconds + others_loading * row_seconds)
+        loading_seconds = others_loading * (row_seconds + costs.layer_host_seconds)
+        harm_seconds = costs.harm_weight * (others_on_cpu * cpu_seconds + loading_seconds)
         return PrefillOutlook(
             first_layer=first_layer,
             layers=tuple(layers),

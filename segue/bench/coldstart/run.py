@@ -12,7 +12,7 @@ from segue.bench.coldstart.config import ColdstartConfig, Prepared, away_from, p
 from segue.bench.coldstart.measure import PointFailedError, Sample, Stage
 from segue.bench.coldstart.points import COLD_MODES, RIVALS, Mode, Point
 from segue.bench.coldstart.predict import Predictor, relative_errors
-from segue.bench.coldstart.statistics import ratio_over_best
+from segue.bench.coldstart.statistics import balanced_orders, ratio_over_best
 from segue.bench.coldstart.view import (
     LONGEST_STEP,
     OVER_BEST,
@@ -126,13 +126,12 @@ def _measure_point(config: ColdstartConfig, stage: Stage, point: Point, is_over:
     )
     modes = [mode for mode in Mode if mode not in slow]
     samples: dict[Mode, list[Sample]] = {mode: [] for mode in modes}
+    orders = balanced_orders(len(modes))
     for repeat in range(config.runs):
         if is_over():
             return None
-        # Each mode takes each place in the round.
-        start = repeat % len(modes)
-        for mode in modes[start:] + modes[:start]:
-            samples[mode].append(stage.measure(point, mode))
+        for place in orders[repeat % len(orders)]:
+            samples[modes[place]].append(stage.measure(point, modes[place]))
     return Measured(point=point, samples=samples, slow=slow)
 
 

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 
@@ -11,6 +13,7 @@ from segue.bench.coldstart.config import ColdstartConfig, prepared
 from segue.bench.coldstart.measure import PointFailedError, Sample, Stage
 from segue.bench.coldstart.points import COLD_MODES, Mode, Point
 from segue.bench.coldstart.run import measure_points, run_coldstart_bench
+from segue.bench.coldstart.statistics import balanced_orders
 from segue.bench.coldstart.view import lines, point_views
 from segue.bench.driver import BenchmarkError, EngineDriver
 from segue.bench.random_checkpoints import Targets
@@ -142,6 +145,18 @@ class FakeStage:
         self.now += 1.0
         seconds = self._slow.get(mode)
         return Sample(ttft_seconds=seconds.pop(0) if seconds else 1.0, cpu_share=0.0)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6])
+def test_orders_are_balanced(count: int) -> None:
+    """Places, and who comes behind whom."""
+    orders = balanced_orders(count)
+    assert all(sorted(order) == list(range(count)) for order in orders)
+    for place in range(count):
+        assert len(set(Counter(order[place] for order in orders).values())) == 1
+    behind = Counter(pair for order in orders for pair in itertools.pairwise(order))
+    assert len(behind) == count * (count - 1)
+    assert len(set(behind.values())) <= 1
 
 
 def test_each_mode_takes_each_place_in_the_rounds() -> None:
