@@ -52,7 +52,8 @@ class HandoffCosts:
     @property
     def layer_host_seconds(self) -> float:
         """What a layer on the CPU takes the loop, as far as others wait for that."""
-        return self.profile.cpu.fixed_seconds if self.enqueues else 0.0
+        cpu = self.profile.cpu
+        return cpu.fixed_seconds if self.enqueues and cpu is not None else 0.0
 
     @property
     def copy_bytes_per_second(self) -> float:

@@ -62,8 +62,11 @@ def _bounded(value: float, resamples: NDArray[np.float64]) -> BoundedRatio:
 
 
 def balanced_orders(count: int) -> list[tuple[int, ...]]:
-    """Orders of ``count`` treatments, to be used one after the other: each takes each place, and comes behind each other
-    one, equally often over all of them, so that what one leaves behind falls on all alike (Williams, 1949)."""
+    """Orders of ``count`` treatments, to be used one after the other.
+
+    Each takes each place, and comes behind each other one, equally often over all of them: what one leaves behind falls
+    on all alike (Williams, 1949).
+    """
     zigzag = [place // 2 if place % 2 == 0 else count - (place + 1) // 2 for place in range(count)]
     orders = [tuple((place + shift) % count for place in zigzag) for shift in range(count)]
     return orders if count % 2 == 0 else [*orders, *(order[::-1] for order in orders)]
