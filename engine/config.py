@@ -75,7 +75,8 @@ class EngineConfig:
 
     ``budget_tokens`` bounds the rows of one pass, and ``chunk_tokens`` the rows of prompts that ride in a step with
     requests that decode. ``max_passes`` bounds the passes of loading adapters under way, and ``layers_per_step`` how
-    many layers each of them advances between two steps with decodes. Adapters in host memory that begin to land
+    many layers each of them advances between two steps with decodes (None: what costs those half of what rows of
+    prompts in the step would, at least two). Adapters in host memory that begin to land
     together share a pass of ``merged_rows`` rows; None does where the device computes beside the engine, 0 is a pass
     for each. ``runs_ahead`` enqueues a step before the tokens of the one before are read; None does where the device
     computes beside the engine. ``measure_device_time`` has the state tell how long the device computes and waits.
@@ -122,7 +123,7 @@ class EngineConfig:
     profile_path: str | None = None
     cpu_decode: bool = True
     max_passes: int = 16
-    layers_per_step: int = 2
+    layers_per_step: int | None = None
     merged_rows: int | None = None
     runs_ahead: bool | None = None
     record_ahead: bool = True
@@ -154,8 +155,9 @@ class EngineConfig:
             "cpu_slots",
             "cpu_stall_seconds",
             "max_passes",
-            "layers_per_step",
         )
+        if self.layers_per_step is not None:
+            require_positive(self, "layers_per_step")
         require((self.merged_rows or 0) >= 0, "merged_rows", f"must not be negative, is {self.merged_rows}")
         require(self.cpu_workers >= 0, "cpu_workers", f"must not be negative, is {self.cpu_workers}")
         require(self.memory_fraction <= 1, "memory_fraction", f"must be at most 1, is {self.memory_fraction}")

@@ -33,7 +33,7 @@ from segue.engine.sampler import Sampler
 from segue.engine.step_costs import StepCosts
 from segue.engine.versions import AdapterVersions
 from segue.errors import AdapterRejectedError, EngineUnavailableError, SegueError
-from segue.scheduler.plan import Admission, CpuService, PassPlan, PassRows, SchedulerLimits, StepPlan
+from segue.scheduler.plan import LEAST_PASS_LAYERS, Admission, CpuService, PassPlan, PassRows, SchedulerLimits, StepPlan
 from segue.scheduler.policy import PolicyName
 from segue.types import FinishReason
 
@@ -266,7 +266,7 @@ class Engine:
             self._start_pass(pass_plan)
         if plan.batch:
             self._run_batch(plan.batch)
-        self._advance_passes(plan.layers_per_pass)
+        self._advance_passes(plan)
         for admission in later:
             self._admit(admission)
             self._store.enqueue_copies()
@@ -334,25 +334,25 @@ class Engine:
     def _rows(self, planned: Sequence[PassRows]) -> list[RequestRows]:
         return [RequestRows(self._known(item.number), item.start, item.count) for item in planned]
 
-    def _advance_passes(self, max_layers: int | None) -> None:
+    def _advance_passes(self, plan: StepPlan) -> None:
         """Enqueue copies as well, between the passes' layers: a pass goes on with what has just been enqueued."""
-        if max_layers is None:
-            self._advance_each(None)
+        if not plan.bounds_passes:
+            self._advance_each(plan)
         for _ in range(_MOST_COPIES):
             if not self._store.enqueue_copies():
                 break
             self._progressed = True
-            if max_layers is None and any(item.awaits_copies for item in self._passes):
-                self._advance_each(None)
-        if max_layers is not None:
-            self._advance_each(max_layers)
+            if not plan.bounds_passes and any(item.awaits_copies for item in self._passes):
+                self._advance_each(plan)
+        if plan.bounds_passes:
+            self._advance_each(plan)
 
-    def _advance_each(self, max_layers: int | None) -> None:
+    def _advance_each(self, plan: StepPlan) -> None:
         for item in list(self._passes):
             if all(rows.request.state is RequestState.ENDING for rows in item.rows):
                 item.close()
             with torch.inference_mode():
-                item.advance(max_layers)
+                item.advance(self._most_layers(item, plan))
             if item.state is PassState.LOST:
                 for rows in item.rows:
                     rows.request.lost_passes += 1
@@ -361,6 +361,12 @@ class Engine:
                 continue
             self._leave(item)
             self._progressed = True
+
+    def _most_layers(self, item: ForwardPass, plan: StepPlan) -> int | None:
+        if plan.bounds_passes and item.applier.without_pages:
+            # The workers compute all of it, in many steps: those that decode must hardly feel it.
+            return self._limits.layers_per_step or LEAST_PASS_LAYERS
+        return plan.most_layers(rows=sum(rows.count for rows in item.rows), layers=self._pool.layers)
 
     def _is_verified(self, item: ForwardPass) -> bool:
         versions = {rows.request.version_id for rows in item.rows}

@@ -52,7 +52,7 @@ from segue.engine.settings import (
 )
 from segue.engine.step_costs import StepCosts
 from segue.scheduler.cost_model import CostProfile
-from segue.scheduler.plan import SchedulerLimits
+from segue.scheduler.plan import LEAST_PASS_LAYERS, SchedulerLimits
 
 _LOG = logging.getLogger(__name__)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -294,7 +294,9 @@ class EngineInstance:
         if not (config.cpu_decode and config.handoff.helps):
             return None
         planner = self.planner if handoff_policy(config.handoff).follows_plan else None
-        return WorkerService(self.store, self.bridge, planner, layers_per_step=config.layers_per_step)
+        return WorkerService(
+            self.store, self.bridge, planner, layers_per_step=config.layers_per_step or LEAST_PASS_LAYERS
+        )
 
     def _engine(self, runner: PassRunner, sampler: Sampler, profile: CostProfile | None) -> Engine:
         config = self.config

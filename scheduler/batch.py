@@ -79,6 +79,7 @@ def plan_step(
         batch=tuple(draft.batch),
         passes=tuple(draft.passes),
         layers_per_pass=limits.layers_per_step if decodes else None,
+        rows_per_pass=draft.rows_per_pass(admitted) if decodes and limits.layers_per_step is None else None,
     )
 
 
@@ -325,6 +326,33 @@ class _Draft:
                 budget_tokens = self.policy.prompt_tokens(self.decodes, warm, self.limits)
             self.batch.extend(_within(budget_tokens, [item.rows for item in warm]))
         self.passes.extend(self._passes(cold)[:max_new_passes])
+
+    def rows_per_pass(self, admitted: Sequence[AdmittedRequest]) -> int:
+        """An equal part, for each pass, of half the rows of prompts that the step has besides those that ride in it.
+
+        Passes run beside the batch, which slows both, so the harm to those that decode is that of as many rows that
+        ride, if not more.
+        """
+        under_way = [item for item in admitted if item.in_flight and item.tokens - item.computed_tokens > 1]
+        passes = len(self.passes) + len({item.version_id for item in under_way})
+        if not passes:
+            return 0
+        prompts = [
+            PromptRows(
+                PassRows(item.number, item.computed_tokens, item.tokens - item.computed_tokens),
+                item.version_id,
+                item.level,
+            )
+            for item in under_way
+        ]
+        levels = {item.number: item.level for item in admitted}
+        levels.update((number, request.level) for number, request in self.newcomers.items())
+        prompts += [
+            PromptRows(rows, item.version_ids[0], levels[rows.number]) for item in self.passes for rows in item.rows
+        ]
+        riding = sum(rows.count for rows in self.batch[len(self.decodes) :])
+        rows_left = self.policy.prompt_tokens(self.decodes, prompts, self.limits) - riding
+        return max(0, rows_left) // (2 * passes)
 
     def _passes(self, cold: Mapping[int, Sequence[PassRows]]) -> list[PassPlan]:
         """A pass for each adapter; adapters in host memory, which no disk holds up, share one of ``merged_rows``."""

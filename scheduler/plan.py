@@ -141,6 +141,10 @@ class PrefixPages(Protocol):
         ...
 
 
+LEAST_PASS_LAYERS = 2
+"""A pass goes on so far in each step, whatever else there is to do."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerLimits:
     """Bounds of a step: see EngineConfig for their meaning and units."""
@@ -150,7 +154,7 @@ class SchedulerLimits:
     max_passes: int
     budget_tokens: int
     chunk_tokens: int
-    layers_per_step: int
+    layers_per_step: int | None
     merged_rows: int = 0
 
 
@@ -198,8 +202,9 @@ class StepPlan:
     Requests in ``preempt`` give their pages back, adapters in ``evict`` theirs, and ``reclaim_pages`` idle pages are
     given up, after the admitted requests have taken hold of those they share. ``grow`` names requests that get one
     more page. ``adapters`` go over from the CPU to the device. ``batch`` runs to its end in this step: the rows that
-    decode, then rows of prompts whose adapters are warm. ``layers_per_pass`` is how far each pass advances, None for
-    as far as it can.
+    decode, then rows of prompts whose adapters are warm. ``layers_per_pass`` is how far each pass advances; or it may
+    compute ``rows_per_pass`` rows through all layers, or as much of its own rows, see ``most_layers``. With neither it
+    goes as far as it can.
     """
 
     evict: tuple[int, ...] = ()
@@ -211,6 +216,18 @@ class StepPlan:
     batch: tuple[PassRows, ...] = ()
     passes: tuple[PassPlan, ...] = ()
     layers_per_pass: int | None = None
+    rows_per_pass: int | None = None
+
+    @property
+    def bounds_passes(self) -> bool:
+        """Whether passes may not go as far as they can."""
+        return self.layers_per_pass is not None or self.rows_per_pass is not None
+
+    def most_layers(self, *, rows: int, layers: int) -> int | None:
+        """How many of its ``layers`` layers a pass of so many rows advances; None: as many as it can."""
+        if self.layers_per_pass is not None or self.rows_per_pass is None:
+            return self.layers_per_pass
+        return max(LEAST_PASS_LAYERS, layers * self.rows_per_pass // rows)
 
 
 def pages_for(tokens: int, page_tokens: int) -> int:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from segue.scheduler.batch import MOST_PASSED_OVER
-from segue.scheduler.plan import PassRows, PrefixMatch, StepPlan, pages_for
+from segue.scheduler.plan import LEAST_PASS_LAYERS, PassRows, PrefixMatch, StepPlan, pages_for
 from tests.scheduler.fakes import LIMITS, FakePrefixes, FakeResidency, admitted, decoding, plan, queued
 
 
@@ -106,7 +106,29 @@ def test_warm_prompts_ride_with_decodes_in_chunks_oldest_first() -> None:
 
 
 def test_without_decodes_passes_go_as_far_as_they_can() -> None:
-    assert plan([queued(1)]).layers_per_pass is None
+    decided = plan([queued(1)])
+    assert not decided.bounds_passes
+    assert decided.most_layers(rows=3, layers=32) is None
+
+
+def test_beside_decodes_passes_share_half_of_the_rows_that_do_not_ride() -> None:
+    """Of twelve rows a step: four ride, and of the eight others two passes have two each."""
+    limits = replace(LIMITS, layers_per_step=None, chunk_tokens=12)
+    residency = FakeResidency(needs={1: 1, 2: 1}, resident={1})
+    under_way = replace(admitted(3, 20, pages=6, version_id=1), in_flight=True)
+    running = [decoding(1, tokens=6, pages=2), admitted(2, 20, pages=6, computed_tokens=16), under_way]
+    decided = plan([queued(9, tokens=5, version_id=2)], running, residency=residency, limits=limits)
+    assert [item.version_ids for item in decided.passes] == [(2,)]
+    assert sum(rows.count for rows in decided.batch) == 1 + 4
+    assert decided.rows_per_pass == 2
+    assert decided.most_layers(rows=4, layers=32) == 16
+    assert decided.most_layers(rows=100, layers=32) == LEAST_PASS_LAYERS
+    assert plan([], running[:2], residency=residency, limits=limits).rows_per_pass == 0
+
+
+def test_a_fixed_number_of_layers_is_what_passes_advance() -> None:
+    decided = plan([], [decoding(1, tokens=6, pages=2)], limits=replace(LIMITS, layers_per_step=3))
+    assert [decided.most_layers(rows=rows, layers=32) for rows in (1, 500)] == [3, 3]
 
 
 def test_a_cold_request_decodes_in_a_pass_of_its_own() -> None:

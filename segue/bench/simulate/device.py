@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from segue.bench.simulate.config import ReplicaConfig
 from segue.bench.simulate.residency import SimulatedResidency
 from segue.scheduler.cost_model import StepLoad
-from segue.scheduler.plan import PassPlan
+from segue.scheduler.plan import PassPlan, StepPlan
 
 # What prompts took is forgotten over so many seconds of steps: some answers long.
 _SHARE_SECONDS = 10.0
@@ -55,7 +55,7 @@ class SimulatedDevice:
         self._passes.append(_Pass(plan, load, self._profile.layers, ready_at))
 
     def step(
-        self, decodes: StepLoad, prompts: StepLoad, layers_per_pass: int | None, now: float
+        self, decodes: StepLoad, prompts: StepLoad, plan: StepPlan, now: float
     ) -> tuple[float, tuple[Flight, ...]]:
         """Seconds of a step, and the passes that it brings to their end.
 
@@ -63,7 +63,7 @@ class SimulatedDevice:
         decode, or all prompts in one iteration where they do not ride (``prompts`` has them then). A pass ends with the
         step or, where its weights come later, when they have come.
         """
-        seconds = self._advance_passes(layers_per_pass)
+        seconds = self._advance_passes(plan)
         seconds += self._profile.step_seconds(decodes, prompts)
         weight = math.exp(-seconds / _SHARE_SECONDS)
         share = 1 - self._profile.decode_seconds(decodes) / seconds
@@ -72,14 +72,16 @@ class SimulatedDevice:
         self._passes = [item for item in self._passes if item.layers]
         return seconds, tuple(Flight(item.plan, max(now + seconds, item.ready_at)) for item in over)
 
-    def _advance_passes(self, most_layers: int | None) -> float:
-        """Run layers of the passes, at most so many of each; seconds that this takes.
+    def _advance_passes(self, plan: StepPlan) -> float:
+        """Run layers of the passes, of each as many as the plan has; seconds that this takes.
 
         Beside requests that decode a layer runs only when its weights have landed, or the CPU helps.
         """
         total, seconds = self._profile.layers, 0.0
         for item in self._passes:
             layers = item.layers
+            rows = sum(rows.count for rows in item.plan.rows)
+            most_layers = plan.most_layers(rows=rows, layers=total)
             if self._profile.prompts_ride and most_layers is not None:
                 landed = total
                 if not self._config.cpu_cores:

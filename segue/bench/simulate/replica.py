@@ -248,7 +248,7 @@ class Replica:
             self._device.begin(item, load, now)
             if not self.profile.prompts_ride:
                 prompts = prompts.joined(load)
-        return self._device.step(decodes, prompts, plan.layers_per_pass, now)
+        return self._device.step(decodes, prompts, plan, now)
 
     def _apply(self, batch: Sequence[PassRows], now: float) -> Sequence[Served]:
         done = []
