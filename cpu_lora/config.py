@@ -20,7 +20,7 @@ class CpuLoraConfig:
         max_tasks: tasks of one job.
         cores: worker i is pinned to ``cores[i]``; empty leaves the workers unpinned, and an idle one then naps for
             50 us at a time instead of only yielding.
-        min_rows_per_share: rows below which a job is not split further.
+        min_rows_per_share: rows below which a job is not split further, where it is not said how many workers share it.
         stall_seconds: a worker with work and without progress for this long is killed.
 
     Raises:

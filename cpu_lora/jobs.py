@@ -119,11 +119,16 @@ def write_tasks(memory: SharedMemory, slot: int, tasks: Sequence[DeltaTask]) -> 
     memory.longs[begin:end] = records.reshape(-1)
 
 
+def share_count(row_count: int, workers: int, min_rows: int) -> int:
+    """How many workers share so many rows where each is to have ``min_rows``; at least one."""
+    return min(workers, max(1, row_count // min_rows))
+
+
 def split_rows(
     tasks: Sequence[DeltaTask], row_count: int, in_features: int, parts: int, min_rows: int
 ) -> list[tuple[int, int]]:
     """Cut the rows into at most ``parts`` ranges of about equal work, at multiples of ``min_rows``."""
-    parts = min(parts, max(1, row_count // min_rows))
+    parts = share_count(row_count, parts, min_rows)
     if parts == 1:
         return [(0, row_count)]
     work = np.zeros(row_count + 1)

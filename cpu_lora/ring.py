@@ -33,16 +33,24 @@ class JobRing:
         self._first_worker = 0
 
     def prepare(
-        self, row_count: int, in_features: int, dtype: ElementType, tasks: Sequence[DeltaTask], delta_width: int
+        self,
+        row_count: int,
+        in_features: int,
+        dtype: ElementType,
+        tasks: Sequence[DeltaTask],
+        delta_width: int,
+        workers: int | None = None,
     ) -> Job | None:
         """Set up a job whose rows the caller then writes to ``job.rows``; None when no slot or no worker is free now.
 
-        The rows are split over the ready workers, few rows over few workers. Nothing is computed before the job is
-        signalled. The tasks must cover every row and column of the deltas exactly once.
+        The rows are split over so many ready workers; None: over all, ``min_rows_per_share`` or more for each. Nothing
+        is computed before the job is signalled. The tasks must cover every row and column of the deltas exactly once.
 
         Raises:
-            ValueError: a wrong task, or rows or deltas larger than a slot.
+            ValueError: a wrong task, no workers, or rows or deltas larger than a slot.
         """
+        if workers is not None and workers < 1:
+            raise ValueError(f"workers: must be at least 1, is {workers}")
         self._check_sizes(row_count, in_features, dtype, delta_width)
         check_tasks(tasks, row_count, in_features, delta_width, self._memory.layout)
         with self._table.lock:
@@ -55,20 +63,25 @@ class JobRing:
             record[JOB_IN_FEATURES], record[JOB_DELTA_WIDTH] = in_features, delta_width
             record[JOB_ELEMENT], record[JOB_TASKS] = int(dtype), len(tasks)
             write_tasks(self._memory, slot, tasks)
-            ranges = split_rows(tasks, row_count, in_features, len(ready), self._pool.config.min_rows_per_share)
-            parts = []
+            parts, min_rows = (
+                (len(ready), self._pool.config.min_rows_per_share) if workers is None else (min(len(ready), workers), 1)
+            )
+            ranges = split_rows(tasks, row_count, in_features, parts, min_rows)
+            shares = []
             for i, (start, stop) in enumerate(ranges):
                 worker, generation = ready[(self._first_worker + i) % len(ready)]
-                parts.append((worker, generation, start, stop))
+                shares.append((worker, generation, start, stop))
             self._first_worker += len(ranges)
-            sequence = self._table.occupy(slot, parts)
+            sequence = self._table.occupy(slot, shares)
         return Job(self._table, self._memory, slot, sequence, (row_count, in_features, delta_width), dtype)
 
-    def post(self, rows: npt.NDArray[Any], tasks: Sequence[DeltaTask], delta_width: int) -> Job | None:
+    def post(
+        self, rows: npt.NDArray[Any], tasks: Sequence[DeltaTask], delta_width: int, workers: int | None = None
+    ) -> Job | None:
         """``prepare`` a job for rows [T, in_features] (float32, float16, uint16 for bfloat16 bits) and copy them in."""
         if rows.ndim != 2:
             raise ValueError(f"rows: must have two dimensions, has shape {rows.shape}")
-        job = self.prepare(rows.shape[0], rows.shape[1], ElementType.of(rows.dtype), tasks, delta_width)
+        job = self.prepare(rows.shape[0], rows.shape[1], ElementType.of(rows.dtype), tasks, delta_width, workers)
         if job is not None:
             job.rows[:] = rows
         return job

@@ -17,6 +17,10 @@ from enum import Enum
 
 from segue.config import ConfigError, require
 
+# The part of a CPU job's time that a worker must save to be given a share, since it reads again what others read. A
+# little more than a fiftieth: where all is shared, the fiftieth saves exactly that, and rounding must not decide.
+_LEAST_SAVING = 0.02 + 1e-9
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepLoad:
@@ -201,23 +205,52 @@ class CopyCoefficients:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CpuCoefficients:
-    """Of one layer's deltas on CPU workers: seconds of the hand-over, of each row's way there and back, of each rank's
-    weights read by a core, and of each row and rank computed by a core."""
+    """Of one layer's deltas on CPU workers: seconds of the hand-over, of each row's way there and back, of each worker
+    that is woken and waited for, of each rank's weights read by a core, and of each row and rank computed by a core."""
 
     fixed_seconds: float = 0.0
     seconds_per_token: float = 0.0
+    seconds_per_worker: float = 0.0
     core_seconds_per_rank: float = 0.0
     core_seconds_per_token_rank: float = 0.0
 
     def __post_init__(self) -> None:
         require_coefficients(self)
 
+    def on_workers(self, tokens: int, rank: int, workers: int, adapters: int = 1) -> float:
+        """Seconds of one layer's deltas of rows with so many adapters of this rank, in equal shares of ``workers``."""
+        return self.seconds_per_token * tokens + self._shared_seconds(tokens, rank, workers, adapters)
+
+    def workers(self, tokens: int, rank: int, most: int, adapters: int = 1) -> int:
+        """How many of ``most`` workers, at least one, share a layer's deltas: one more as long as it saves enough.
+
+        Never more than rows, and never fewer for more rows: the rows' ways there and back, which no worker shortens,
+        do not count. CaraServe (arXiv:2401.11240) chooses cores by a profile of how many tokens each computes.
+        """
+        count = 1
+        seconds = self._shared_seconds(tokens, rank, count, adapters)
+        while count < min(most, tokens):
+            with_another = self._shared_seconds(tokens, rank, count + 1, adapters)
+            if seconds - with_another <= _LEAST_SAVING * seconds:
+                break
+            count, seconds = count + 1, with_another
+        return count
+
     def seconds(self, tokens: int, rank: int, cores: int) -> float:
-        """Seconds of one layer's deltas on ``cores`` cores, at least one, which share the rows."""
-        busy = min(cores, max(tokens, 1))
-        core_seconds = self.core_seconds_per_token_rank * tokens * rank / busy
-        transfer_seconds = self.fixed_seconds + self.seconds_per_token * tokens
-        return transfer_seconds + self.core_seconds_per_rank * rank + core_seconds
+        """Seconds of one layer's deltas on as many of ``cores`` workers, at least one, as share them.
+
+        More rows, or a larger rank, take at most _LEAST_SAVING less: where they get one worker more.
+        """
+        return self.on_workers(tokens, rank, self.workers(tokens, rank, cores))
+
+    def _shared_seconds(self, tokens: int, rank: int, workers: int, adapters: int) -> float:
+        """Without the rows' ways. Each worker reads its rows' adapters: the weights of one adapter are read by all."""
+        return (
+            self.fixed_seconds
+            + self.seconds_per_worker * workers
+            + self.core_seconds_per_rank * rank * max(1.0, adapters / workers)
+            + self.core_seconds_per_token_rank * tokens * rank / workers
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

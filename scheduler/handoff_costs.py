@@ -30,12 +30,14 @@ class HandoffCosts:
 
     ``harm_weight``: how much a second of another request counts beside one of the prefill's own. ``enqueues``: the host
     enqueues what the device computes, a layer on the CPU operation by operation, and whatever else loads waits for it.
+    ``is_measured``: the profile is of this machine.
     """
 
     profile: CostProfile
     compute: Correction
     harm_weight: float = 1.0
     enqueues: bool = False
+    is_measured: bool = True
 
     @classmethod
     def measured(cls, profile: CostProfile, harm_weight: float = 1.0, *, enqueues: bool = False) -> HandoffCosts:
@@ -47,7 +49,7 @@ class HandoffCosts:
     def assumed(cls, profile: CostProfile, harm_weight: float = 1.0, *, enqueues: bool = False) -> HandoffCosts:
         """By ``assumed_profile``."""
         compute = Correction(limits=ASSUMED_LIMITS)
-        return cls(profile=profile, compute=compute, harm_weight=harm_weight, enqueues=enqueues)
+        return cls(profile=profile, compute=compute, harm_weight=harm_weight, enqueues=enqueues, is_measured=False)
 
     @property
     def layer_host_seconds(self) -> float:
@@ -72,6 +74,11 @@ class HandoffCosts:
     def cpu_seconds(self, tokens: int, rank: int, cores: int) -> float:
         """Seconds that deltas of this rank from so many cores add to a layer. Infinite where there is no help."""
         return self.compute.scales[1] * self._cpu_seconds(tokens, rank, cores)
+
+    def job_workers(self, tokens: int, rank: int, cores: int, adapters: int = 1) -> int | None:
+        """How many of ``cores`` workers, at least one, share a layer's deltas; None where nothing was measured."""
+        cpu = self.profile.cpu
+        return cpu.workers(tokens, rank, cores, adapters) if self.is_measured and cpu is not None else None
 
     def learned(
         self, tokens: int, base_layers: int, cpu: list[tuple[int, int]], measured_seconds: float

@@ -46,10 +46,15 @@ class StreamTransport:
         self._flags = flags
 
     def post(
-        self, x: Tensor, segments: Sequence[LoraSegment], tasks: Sequence[DeltaTask], delta_width: int
+        self,
+        x: Tensor,
+        segments: Sequence[LoraSegment],
+        tasks: Sequence[DeltaTask],
+        delta_width: int,
+        workers: int | None,
     ) -> Job | None:
         row_count = sum(segment.row_stop - segment.row_start for segment in segments)
-        job = self._ring.prepare(row_count, x.shape[1], element_type(x.dtype), tasks, delta_width)
+        job = self._ring.prepare(row_count, x.shape[1], element_type(x.dtype), tasks, delta_width, workers)
         if job is not None:
             rows, places = _placed(x, segments)
             pack_rows(rows, places, as_tensor(job.rows))

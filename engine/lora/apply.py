@@ -6,7 +6,7 @@ policy chooses each adapter's source, so a pass may begin on the CPU and go over
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -101,6 +101,7 @@ class LoraApplier:
         self._handovers = self._begin_handovers()
         self._sources: dict[int, LayerSource] = {}
         self._held: list[int] = []
+        self._workers: int | None = None
         self._part: _CpuPart | None = None
         self._added: list[PostedJob] = []
         self._start_seconds = 0.0
@@ -154,6 +155,7 @@ class LoraApplier:
             self._awaited_since = None
             self.blocked = Blocked.NOTHING
             self._enter(version_id, layer, source)
+        self._workers = self._job_workers(layer)
         self._start_seconds = self._resources.clock()
 
     def _enter(self, version_id: int, layer: int, source: LayerSource) -> None:
@@ -224,6 +226,7 @@ class LoraApplier:
 
     def close(self) -> None:
         """Give up the pass: a job under way becomes an orphan that holds its host weights until it is complete."""
+        self._resources.planner.leave_workers(self)
         for handover in self._handovers.values():
             handover.give_up()
         part, self._part = self._part, None
@@ -280,14 +283,29 @@ class LoraApplier:
         planner = self._resources.planner
         if not self._resources.policy.follows_plan:
             return {}
-        rows = dict.fromkeys(self._versions, 0)
-        for segment in self._segments:
-            rows[segment.version_id] += segment.row_stop - segment.row_start
+        rows = self._rows_of(self._versions)
         return {
-            version_id: planner.begin(version_id, count, sum(rows.values()), cpu_allowed=self._cpu_allowed)
+            version_id: planner.begin(self, version_id, count, sum(rows.values()), cpu_allowed=self._cpu_allowed)
             for version_id, count in rows.items()
             if version_id not in self._landed and version_id not in self.without_pages
         }
+
+    def _rows_of(self, versions: Iterable[int]) -> dict[int, int]:
+        """Each version's rows of the pass."""
+        rows = dict.fromkeys(versions, 0)
+        for segment in self._segments:
+            if segment.version_id in rows:
+                rows[segment.version_id] += segment.row_stop - segment.row_start
+        return rows
+
+    def _job_workers(self, layer: int) -> int | None:
+        """How many workers share each job of the layer that was entered."""
+        planner = self._resources.planner
+        on_cpu = [version_id for version_id in self._versions if self._sources[version_id] is LayerSource.CPU]
+        if not on_cpu:
+            planner.leave_workers(self)
+            return None
+        return planner.job_workers(self, layer, self._rows_of(on_cpu))
 
     def _cpu_part(self, layer: int, point: LoraPoint) -> _CpuPart | None:
         segments = tuple(item for item in self._segments if self._sources[item.version_id] is LayerSource.CPU)
@@ -343,7 +361,7 @@ class LoraApplier:
         )
 
     def _post(self, part: _CpuPart, x: Tensor) -> None:
-        part.posted = self._resources.bridge.post(x, part.segments, part.tasks, part.delta_width)
+        part.posted = self._resources.bridge.post(x, part.segments, part.tasks, part.delta_width, self._workers)
 
     def _drop_held(self) -> None:
         for version_id in self._held:

@@ -46,11 +46,16 @@ class RowTransport(Protocol):
     """How rows travel to the workers and deltas back. ``segments`` say which rows of a pass are a job's, in order."""
 
     def post(
-        self, x: Tensor, segments: Sequence[LoraSegment], tasks: Sequence[DeltaTask], delta_width: int
+        self,
+        x: Tensor,
+        segments: Sequence[LoraSegment],
+        tasks: Sequence[DeltaTask],
+        delta_width: int,
+        workers: int | None,
     ) -> Job | None:
         """Hand the segments' rows of ``x`` [T, in_features] over; the workers begin as soon as they have them.
 
-        None when no slot is free or no worker is ready just now.
+        ``workers``: so many of them, see ``JobRing.prepare``. None when no slot is free or no worker is ready just now.
         """
         ...
 
@@ -134,14 +139,19 @@ class CpuBridge:
         return len(self._under_way)
 
     def post(
-        self, x: Tensor, segments: tuple[LoraSegment, ...], tasks: Sequence[DeltaTask], delta_width: int
+        self,
+        x: Tensor,
+        segments: tuple[LoraSegment, ...],
+        tasks: Sequence[DeltaTask],
+        delta_width: int,
+        workers: int | None = None,
     ) -> PostedJob | None:
-        """Hand the segments' rows of ``x`` [T, in_features] to the workers; the reply is [their rows, delta_width].
+        """Hand the segments' rows of ``x`` [T, in_features] to so many workers; the reply is [their rows, delta_width].
 
         None when no slot is free or no worker is ready just now. The caller holds the host bytes of the segments'
         versions until ``add`` or ``leave``.
         """
-        job = self._transport.post(x, segments, tasks, delta_width)
+        job = self._transport.post(x, segments, tasks, delta_width, workers)
         if job is None:
             return None
         row_bytes = job.rows.shape[0] * (x.shape[1] + delta_width) * x.element_size()
@@ -208,10 +218,15 @@ class HostTransport:
         self._ring = ring
 
     def post(
-        self, x: Tensor, segments: Sequence[LoraSegment], tasks: Sequence[DeltaTask], delta_width: int
+        self,
+        x: Tensor,
+        segments: Sequence[LoraSegment],
+        tasks: Sequence[DeltaTask],
+        delta_width: int,
+        workers: int | None,
     ) -> Job | None:
         rows = [x[segment.row_start : segment.row_stop] for segment in segments]
-        job = self._ring.post(_to_numpy(rows[0] if len(rows) == 1 else torch.cat(rows)), tasks, delta_width)
+        job = self._ring.post(_to_numpy(rows[0] if len(rows) == 1 else torch.cat(rows)), tasks, delta_width, workers)
         if job is not None:
             self._ring.signal(job)
         return job

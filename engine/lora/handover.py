@@ -70,15 +70,17 @@ class HandoverPlanner:
         self._rank_elems = rank_elems(shapes)
         self._item_bytes = item_bytes
         self._on_cpu: set[PassHandover] = set()
+        self._passes: set[object] = set()
         self._work = lru_cache(_REMEMBERED)(self._work_of)
 
-    def begin(self, version_id: int, rows: int, pass_rows: int, *, cpu_allowed: bool) -> PassHandover:
-        """The hand-over of one adapter's ``rows`` in a pass of ``pass_rows``. It must be ended or given up."""
-        return PassHandover(self, version_id, rows, pass_rows, self._work(version_id), cpu_allowed=cpu_allowed)
+    def begin(self, user: object, version_id: int, rows: int, pass_rows: int, *, cpu_allowed: bool) -> PassHandover:
+        """The hand-over of one adapter's ``rows`` in a pass of ``pass_rows``, which is ``user``. It must be ended or
+        given up."""
+        return PassHandover(self, user, version_id, rows, pass_rows, self._work(version_id), cpu_allowed=cpu_allowed)
 
     def cpu_layer_seconds(self, version_id: int, tokens: int) -> list[float]:
         """What each layer of a pass of so many rows takes whose deltas all come from the CPU."""
-        cores = self._shared_cores(len(self._on_cpu))
+        cores = self.shared_cores(None)
         base_seconds = self.costs.base_seconds(tokens)
         return [
             base_seconds
@@ -86,14 +88,27 @@ class HandoverPlanner:
             for work in self._work(version_id)
         ]
 
-    def _shared_cores(self, other_passes: int) -> int:
-        """Workers that a pass has when jobs of others share them; 0 where there are none."""
+    def shared_cores(self, user: object) -> int:
+        """Workers that a pass has beside those that have layers on the CPU, or plan to; 0 where there are none."""
         ready = self._bridge.ready_workers
-        return max(1, ready // (1 + other_passes)) if ready else 0
+        others = (self._passes | {handover.user for handover in self._on_cpu}) - {user}
+        return max(1, ready // (1 + len(others))) if ready else 0
 
-    @property
-    def ready_workers(self) -> int:
-        return self._bridge.ready_workers
+    def job_workers(self, user: object, layer: int, rows: Mapping[int, int]) -> int | None:
+        """How many workers share each job of a layer that the pass ``user`` has entered, with so many rows of each
+        version; None where nothing was measured of the workers. The pass counts until ``leave_workers``.
+        """
+        self._passes.add(user)
+        ranks = {version_id: self._work(version_id)[layer].rank for version_id in rows}
+        tokens = sum(rows.values())
+        rank_tokens = sum(count * ranks[version_id] for version_id, count in rows.items())
+        adapters = sum(rank > 0 for rank in ranks.values())
+        rank = -(-rank_tokens // tokens)
+        return self.costs.job_workers(tokens, rank, self.shared_cores(user), max(1, adapters))
+
+    def leave_workers(self, user: object) -> None:
+        """The pass has no layer on the CPU now."""
+        self._passes.discard(user)
 
     def plan(self, handover: PassHandover, layer: int, start_seconds: float) -> HandoffPlan:
         """The plan for the layers from ``layer`` on, which begins in ``start_seconds``."""
@@ -112,7 +127,7 @@ class HandoverPlanner:
         store, costs = self._store, self.costs
         version_id, rows = handover.version_id, handover.rows
         others_on_cpu = len(self._on_cpu - {handover})
-        cores = self._shared_cores(others_on_cpu) if handover.cpu_allowed else 0
+        cores = self.shared_cores(handover.user) if handover.cpu_allowed else 0
         base_seconds = costs.base_seconds(handover.pass_rows)
         landing = store.landing_seconds(version_id)
         layers = []
@@ -161,6 +176,7 @@ class PassHandover:
     def __init__(
         self,
         planner: HandoverPlanner,
+        user: object,
         version_id: int,
         rows: int,
         pass_rows: int,
@@ -168,6 +184,7 @@ class PassHandover:
         *,
         cpu_allowed: bool,
     ) -> None:
+        self.user = user
         self.version_id = version_id
         self.rows = rows
         self.pass_rows = pass_rows
@@ -190,7 +207,7 @@ class PassHandover:
         start_seconds = self._lead_seconds(layer, layers_ahead)
         if self._plan is None or self._is_stale(self._plan, layer, now + start_seconds):
             self._plan, self._plan_seconds = self._planner.plan(self, layer, start_seconds), now
-            self._cores = self._planner.ready_workers
+            self._cores = self._planner.shared_cores(self.user)
             self._plans += 1
             if self._first is None and self._plan.layers:
                 self._first = now, self._plan

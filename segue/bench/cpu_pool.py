@@ -107,8 +107,10 @@ class PoolRunner:
         delta_width: int,
         runs: int,
         check: Callable[[Job], None] = lambda _: None,
+        workers: int | None = None,
     ) -> list[float]:
-        """The times of jobs from signal to last share, each over ``rows`` and with the tasks of its turn.
+        """The times of jobs from signal to last share, each over ``rows`` and with the tasks of its turn, on so many
+        workers (see ``JobRing.prepare``).
 
         ``check`` is given each job that is done. Raises BenchmarkError for a job that fails or takes too long.
         """
@@ -117,7 +119,7 @@ class PoolRunner:
         self._pool.arm()
         try:
             for turn in range(-_UNTIMED_RUNS, runs):
-                job = self._ring.post(rows, tasks(turn), delta_width)
+                job = self._ring.post(rows, tasks(turn), delta_width, workers)
                 if job is None:
                     raise BenchmarkError("no worker is ready")
                 seconds.append(self._run(job))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
+from segue.cpu_lora.jobs import share_count
 from segue.engine.config import EngineConfig, HandoffConfig
 from segue.engine.instance import EngineInstance
 from segue.engine.interpreter import settle_interpreter
@@ -142,6 +143,11 @@ class EngineDriver:
     def costs(self) -> CostState | None:
         """The cost profile as the steps have corrected it; None where the configuration names none."""
         return self._engine.step_costs.state()
+
+    def job_shares(self, rows: int) -> int:
+        """How many workers share a job of so many rows where no profile says it."""
+        workers = self._instance.workers
+        return share_count(rows, workers.ready_workers, workers.config.min_rows_per_share)
 
     def cost(self, version_id: int) -> AdapterCost:
         """What the adapter adds to a step."""

@@ -129,6 +129,20 @@ def test_few_rows_go_to_few_workers(start_rig: StartRig) -> None:
     assert owners == {0, 1}
 
 
+def test_as_many_workers_share_a_job_as_is_said(start_rig: StartRig) -> None:
+    """Whatever ``min_rows_per_share`` is; never more than there are, or rows."""
+    rig = start_rig(workers=2, min_rows_per_share=4)
+    adapter = rig.adapter(4, 16, 16)
+    for row_count, workers, shares in ((64, 1, 1), (2, 2, 2), (3, 9, 2), (1, 2, 1)):
+        rows = rig.rows(row_count, 16)
+        job = posted(rig.ring.post(rows, [adapter.task(0, row_count)], 16, workers))
+        assert len(job.shares) == shares
+        rig.ring.signal(job)
+        np.testing.assert_allclose(finish(rig, job), adapter.delta(rows), rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match="workers: must be at least 1, is 0"):
+        rig.ring.post(rig.rows(2, 16), [adapter.task(0, 2)], 16, 0)
+
+
 def test_prepared_jobs_are_signalled_in_any_order(start_rig: StartRig) -> None:
     rig = start_rig(workers=2, slots=6, min_rows_per_share=2)
     adapter = rig.adapter(8, 32, 24)

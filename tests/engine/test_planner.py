@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import re
+from typing import Any
 
 import pytest
 
 from segue.config import ConfigError
+from segue.cpu_lora import Job, JobRing
 from segue.engine.config import HandoffConfig
 from segue.engine.messages import Finished
 from segue.scheduler.cost_model import CopyCoefficients, CostProfile, CpuCoefficients, StepCoefficients
@@ -81,6 +84,57 @@ def test_layers_come_from_where_the_profile_says(
     with harness_with(world, profile(cpu_seconds), device) as harness:
         timing = answer(world, harness, "a").timing
         assert [layer.source for layer in timing.layers] == [source] * LAYERS
+
+
+@pytest.mark.parametrize(
+    ("cpu", "shares"),
+    [
+        (CpuCoefficients(core_seconds_per_token_rank=1e-7), {2}),
+        (CpuCoefficients(core_seconds_per_rank=1e-7), {1}),
+        (CpuCoefficients(core_seconds_per_token_rank=1e-7, seconds_per_worker=1e-3), {1}),
+    ],
+    ids=["rows are dear", "weights are dear", "workers are dear"],
+)
+def test_as_many_workers_share_a_job_as_the_profile_says(
+    world: World, device: str, monkeypatch: pytest.MonkeyPatch, cpu: CpuCoefficients, shares: set[int]
+) -> None:
+    """Six rows, of which each of two workers would have less than the default's least share."""
+    found = []
+    prepare = JobRing.prepare
+
+    def watched(ring: JobRing, *args: Any) -> Job | None:
+        job = prepare(ring, *args)
+        if job is not None and job.rows.shape[0] == 6:
+            found.append(len(job.shares))
+        return job
+
+    monkeypatch.setattr(JobRing, "prepare", watched)
+    cost = dataclasses.replace(profile(0.0), cpu=cpu)
+    with harness_with(world, cost, device, cpu_workers=2) as harness:
+        assert harness.instance.workers.wait_ready(2, 60)
+        answer(world, harness, "a")
+        assert harness.instance.planner.shared_cores(None) == 2
+    assert len(found) >= 4 * LAYERS
+    assert set(found) == shares
+
+
+def test_passes_with_layers_on_the_cpu_share_the_workers(world: World, device: str) -> None:
+    cpu = CpuCoefficients(core_seconds_per_token_rank=1e-7)
+    with harness_with(world, dataclasses.replace(profile(0.0), cpu=cpu), device, cpu_workers=2) as harness:
+        assert harness.instance.workers.wait_ready(2, 60)
+        planner, version_id = harness.instance.planner, harness.open("a")
+        one, other = object(), object()
+        assert planner.job_workers(one, 0, {version_id: 100}) == 2
+        assert planner.job_workers(other, 0, {version_id: 100}) == 1
+        assert planner.job_workers(one, 0, {version_id: 100}) == 1
+        planner.leave_workers(other)
+        assert planner.job_workers(one, 0, {version_id: 100}) == 2
+        assert planner.job_workers(one, 0, {version_id: 1}) == 1
+
+
+def test_without_a_profile_the_ring_shares_a_job(world: World, device: str) -> None:
+    with harness_with(world, None, device) as harness:
+        assert harness.instance.planner.job_workers(object(), 0, {harness.open("a"): 100}) is None
 
 
 def test_harm_to_others_keeps_the_cpu_out(world: World, device: str) -> None:

@@ -26,9 +26,12 @@ PROFILE = CostProfile(
 
 @pytest.mark.parametrize("name", ["profile-cpu-small", "profile-h200"])
 def test_profiles_of_earlier_versions_are_read(name: str) -> None:
-    """They say nothing of how batches are padded."""
+    """They say nothing of how batches are padded, nor of what a CPU worker costs that has a share of a job."""
     profile = load_profile(Path(__file__).parents[2] / "docs" / "benchmarks" / f"{name}.toml")
     assert profile.decode.base_seconds(5) > profile.decode.base_seconds(1) > 0
+    assert profile.cpu is not None
+    assert profile.cpu.seconds_per_worker == 0
+    assert profile.cpu.workers(1, 64, 12) < profile.cpu.workers(128, 64, 12)
 
 
 def written(folder: Path, text: str) -> Path:

@@ -33,7 +33,7 @@ class CalibrateConfig:
     prompts: tuple[int, ...] = (8, 16, 32, 64, 96, 128, 192, 256, 384, 512)
     most_adapters: int = 32
     cpu_workers: int = 2
-    cpu_tokens: tuple[int, ...] = (8, 32, 64, 128)
+    cpu_tokens: tuple[int, ...] = (1, 8, 32, 128)
     steps: int = 12
     rounds: int = 5
     seconds: float = 110.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,8 +36,11 @@ class CopyTiming:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeltaTiming:
-    """One layer's deltas on ``cores`` workers. ``handed_over``: seconds that they add to a layer of the engine, rows
-    there and back; else seconds from the jobs' signals to their replies."""
+    """One layer's deltas in shares of ``cores`` workers.
+
+    ``handed_over``: seconds that they add to a layer of the engine, rows there and back; else seconds from the jobs'
+    signals to their replies.
+    """
 
     tokens: int
     rank: int
@@ -117,15 +120,14 @@ def fit_jobs(timings: Sequence[DeltaTiming]) -> CpuCoefficients | None:
     jobs = [item for item in timings if not item.handed_over]
     if not jobs:
         return None
-    fixed, per_token, per_rank, per_token_rank = _fit(
-        np.array([_delta_columns(item) for item in jobs]), [item.seconds for item in jobs]
-    )
-    return CpuCoefficients(
-        fixed_seconds=fixed,
-        seconds_per_token=per_token,
-        core_seconds_per_rank=per_rank,
-        core_seconds_per_token_rank=per_token_rank,
-    )
+    names = [item.name for item in fields(CpuCoefficients)]
+    if len({item.cores for item in jobs}) == 1:
+        # What a worker costs cannot be told from the rest.
+        names.remove("seconds_per_worker")
+    units = [CpuCoefficients(**{name: 1.0}) for name in names]
+    columns = [[unit.on_workers(item.tokens, item.rank, item.cores) for unit in units] for item in jobs]
+    found = _fit(np.array(columns), [item.seconds for item in jobs])
+    return CpuCoefficients(**dict(zip(names, found, strict=True)))
 
 
 def fit_deltas(timings: Sequence[DeltaTiming]) -> CpuCoefficients | None:
@@ -134,7 +136,7 @@ def fit_deltas(timings: Sequence[DeltaTiming]) -> CpuCoefficients | None:
     over = [item for item in timings if item.handed_over]
     if own is None or not over:
         return own
-    beyond = [max(item.seconds - own.seconds(item.tokens, item.rank, item.cores), 0.0) for item in over]
+    beyond = [max(item.seconds - own.on_workers(item.tokens, item.rank, item.cores), 0.0) for item in over]
     weights = np.array([item.seconds for item in over])
     columns = np.array([[1.0, item.tokens] for item in over]) / weights[:, None]
     more_fixed, more_per_token = map(float, nonnegative_least_squares(columns, np.array(beyond) / weights))
@@ -175,16 +177,6 @@ def _quality(profile: CostProfile, steps: Sequence[MeasuredStep]) -> FitQuality 
     return quality_of(
         [profile.step_seconds(step.decodes, step.prompts) for step in steps], [step.median_seconds for step in steps]
     )
-
-
-def _delta_columns(timing: DeltaTiming) -> list[float]:
-    units = (
-        CpuCoefficients(fixed_seconds=1.0),
-        CpuCoefficients(seconds_per_token=1.0),
-        CpuCoefficients(core_seconds_per_rank=1.0),
-        CpuCoefficients(core_seconds_per_token_rank=1.0),
-    )
-    return [unit.seconds(timing.tokens, timing.rank, timing.cores) for unit in units]
 
 
 def _fit(columns: NDArray[np.float64], seconds: Sequence[float]) -> list[float]:

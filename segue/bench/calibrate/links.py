@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -47,7 +48,8 @@ def handover_timings(
 ) -> list[DeltaTiming]:
     """What a prompt's layers take longer with the deltas of all from the CPU, on an engine that hands over all of them.
 
-    Prompts no longer with the CPU's deltas, as timers go, add nothing.
+    That engine has no profile of the workers: the ring's default says how many share a job. Prompts no longer with the
+    CPU's deltas, as timers go, add nothing.
     """
     draw = np.random.default_rng(0)
     driver.wait_until_settled(cores, _WORKERS_SECONDS)
@@ -64,7 +66,8 @@ def handover_timings(
                 driver.move([version_id], Tier.DEVICE)
             added_seconds = max(statistics.median(cold[1:]) - statistics.median(warm[1:]), 1e-9) / layers
             rank = driver.cost(version_id).rank
-            timings.append(DeltaTiming(tokens=count, rank=rank, cores=cores, seconds=added_seconds, handed_over=True))
+            shares = driver.job_shares(count)
+            timings.append(DeltaTiming(tokens=count, rank=rank, cores=shares, seconds=added_seconds, handed_over=True))
     return timings
 
 
@@ -93,28 +96,30 @@ def job_timings(
     deadline_seconds: float,
     progress: Callable[[str], None],
 ) -> list[DeltaTiming]:
-    """A layer's jobs, one LoRA point after the other, on pools of so many workers.
+    """A layer's jobs, one LoRA point after the other, in shares of so many workers of a pool that has the most of them.
 
-    Of pools that could not begin before the deadline there are none; the first begins always. Raises BenchmarkError.
+    Jobs of fewer rows are not shared by so many. What could not begin before the deadline is left out, but never the
+    jobs of the first number of workers. Raises BenchmarkError.
     """
     points, element = _points(model, targets), _ELEMENTS[dtype]
     item = element.item_bytes
     timings: list[DeltaTiming] = []
-    for workers in cores:
-        if timings and time.monotonic() > deadline_seconds:
-            break
-        progress(f"the deltas of {workers} CPU workers")
-        runner = PoolRunner(
-            workers,
-            row_bytes=max(tokens) * max(point.in_features for point in points) * item,
-            delta_bytes=max(tokens) * max(sum(point.out_features) for point in points) * item,
-            store_bytes=max(_SETS_BYTES, 2 * max(ranks) * item * max(map(_features, points))),
-        )
-        with runner:
-            _fill(runner.store, element)
-            for rank in ranks:
-                for count in tokens:
-                    seconds = sum(_job_seconds(runner, point, count, rank, element) for point in points)
+    progress(f"starting {max(cores)} CPU workers")
+    runner = PoolRunner(
+        max(cores),
+        row_bytes=max(tokens) * max(point.in_features for point in points) * item,
+        delta_bytes=max(tokens) * max(sum(point.out_features) for point in points) * item,
+        store_bytes=max(_SETS_BYTES, 2 * max(ranks) * item * max(map(_features, points))),
+    )
+    with runner:
+        _fill(runner.store, element)
+        for workers in cores:
+            if timings and time.monotonic() > deadline_seconds:
+                break
+            progress(f"the deltas of {workers} CPU workers")
+            for rank, count in itertools.product(ranks, tokens):
+                if count >= workers:
+                    seconds = sum(_job_seconds(runner, point, count, rank, element, workers) for point in points)
                     timings.append(
                         DeltaTiming(tokens=count, rank=rank, cores=workers, seconds=seconds, handed_over=False)
                     )
@@ -152,8 +157,10 @@ def _fill(store: npt.NDArray[np.uint8], element: ElementType) -> None:
         part[:] = block[: len(part)]
 
 
-def _job_seconds(runner: PoolRunner, point: _Point, tokens: int, rank: int, element: ElementType) -> float:
-    """The median of a point's jobs, whose weights come from memory: one set after the other."""
+def _job_seconds(
+    runner: PoolRunner, point: _Point, tokens: int, rank: int, element: ElementType, workers: int
+) -> float:
+    """The median of a point's jobs in so many shares, whose weights come from memory: one set after the other."""
     item = element.item_bytes
     set_bytes = rank * _features(point) * item
     sets = len(runner.store) // set_bytes
@@ -171,4 +178,4 @@ def _job_seconds(runner: PoolRunner, point: _Point, tokens: int, rank: int, elem
         return found
 
     rows = np.full((tokens, point.in_features), 0x3F80 if element is ElementType.BFLOAT16 else 1, element.numpy_dtype)
-    return statistics.median(runner.jobs_seconds(rows, tasks, sum(point.out_features), _DELTA_RUNS))
+    return statistics.median(runner.jobs_seconds(rows, tasks, sum(point.out_features), _DELTA_RUNS, workers=workers))

@@ -71,7 +71,7 @@ def _delta_row(model: CpuCoefficients | None, timing: DeltaTiming) -> Row:
         ranks=(timing.rank,),
         tokens=timing.tokens,
         cores=timing.cores,
-        fit_value=None if model is None else 1e6 * model.seconds(timing.tokens, timing.rank, timing.cores),
+        fit_value=None if model is None else 1e6 * model.on_workers(timing.tokens, timing.rank, timing.cores),
         held_out=False,
         median=value,
         p10=value,

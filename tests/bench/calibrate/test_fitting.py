@@ -197,14 +197,15 @@ def test_a_copys_fixed_part_and_rate_are_found() -> None:
 
 
 CPU = CpuCoefficients(
-    fixed_seconds=2e-5, seconds_per_token=1e-7, core_seconds_per_rank=1e-6, core_seconds_per_token_rank=3e-8
-)
+    fixed_seconds=2e-5, seconds_per_token=1e-7, seconds_per_worker=4e-6, core_seconds_per_rank=1e-6,
+    core_seconds_per_token_rank=3e-8,
+)  # fmt: skip
 
 
 def deltas(handed_over: bool, model: CpuCoefficients, cores: tuple[int, ...]) -> list[DeltaTiming]:
     found = []
     for tokens, rank, count in itertools.product((8, 32, 128), (8, 64), cores):
-        seconds = model.seconds(tokens, rank, count)
+        seconds = model.on_workers(tokens, rank, count)
         found.append(DeltaTiming(tokens=tokens, rank=rank, cores=count, seconds=seconds, handed_over=handed_over))
     return found
 
@@ -215,11 +216,17 @@ def test_the_workers_part_and_the_way_to_them_are_told_apart() -> None:
     jobs, found = fit_jobs(timings), fit_deltas(timings)
     assert jobs is not None
     assert found is not None
-    for name in ("fixed_seconds", "seconds_per_token", "core_seconds_per_rank", "core_seconds_per_token_rank"):
-        assert getattr(jobs, name) == pytest.approx(getattr(CPU, name), rel=1e-6)
-        assert getattr(found, name) == pytest.approx(getattr(whole, name), rel=1e-6)
+    assert dataclasses.astuple(jobs) == pytest.approx(dataclasses.astuple(CPU), rel=1e-6)
+    assert dataclasses.astuple(found) == pytest.approx(dataclasses.astuple(whole), rel=1e-6)
     assert fit_deltas([]) is None
     assert fit_deltas(deltas(False, CPU, (1, 2))) == fit_jobs(deltas(False, CPU, (1, 2)))
+
+
+def test_from_one_number_of_workers_nothing_is_said_of_what_one_costs() -> None:
+    found = fit_jobs(deltas(False, CPU, (1,)))
+    assert found is not None
+    assert found.seconds_per_worker == 0
+    assert found.fixed_seconds == pytest.approx(CPU.fixed_seconds + CPU.seconds_per_worker)
 
 
 @pytest.mark.parametrize(
