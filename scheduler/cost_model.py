@@ -205,13 +205,15 @@ class CopyCoefficients:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CpuCoefficients:
-    """Of one layer's deltas on CPU workers: seconds of the hand-over, of each row's way there and back, of each worker
-    that is woken and waited for, of each rank's weights read by a core, and of each row and rank computed by a core."""
+    """Of one layer's deltas on CPU workers: seconds of the hand-over, of each row's way there and back, and of each
+    worker that is woken and waited for; of a core for each rank's weights that it reads, for each row that it has, and
+    for each of their ranks."""
 
     fixed_seconds: float = 0.0
     seconds_per_token: float = 0.0
     seconds_per_worker: float = 0.0
     core_seconds_per_rank: float = 0.0
+    core_seconds_per_token: float = 0.0
     core_seconds_per_token_rank: float = 0.0
 
     def __post_init__(self) -> None:
@@ -249,7 +251,7 @@ class CpuCoefficients:
             self.fixed_seconds
             + self.seconds_per_worker * workers
             + self.core_seconds_per_rank * rank * max(1.0, adapters / workers)
-            + self.core_seconds_per_token_rank * tokens * rank / workers
+            + (self.core_seconds_per_token + self.core_seconds_per_token_rank * rank) * tokens / workers
         )
 
 

@@ -44,6 +44,7 @@ def profile_to_proto(costs: CostState) -> pb.CostProfile:
             seconds_per_token=cpu.seconds_per_token,
             core_seconds_per_rank=cpu.core_seconds_per_rank,
             seconds_per_worker=cpu.seconds_per_worker,
+            core_seconds_per_token=cpu.core_seconds_per_token,
         ),
         decode_correction=_correction(costs.decode),
         prefill_correction=_correction(costs.prefill),

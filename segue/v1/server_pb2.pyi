@@ -572,6 +572,7 @@ class CpuDeltaCost(google.protobuf.message.Message):
     SECONDS_PER_TOKEN_FIELD_NUMBER: builtins.int
     CORE_SECONDS_PER_RANK_FIELD_NUMBER: builtins.int
     SECONDS_PER_WORKER_FIELD_NUMBER: builtins.int
+    CORE_SECONDS_PER_TOKEN_FIELD_NUMBER: builtins.int
     base_seconds: builtins.float
     core_seconds_per_token_rank: builtins.float
     """Per token and unit of rank, divided by the cores at work."""
@@ -579,6 +580,8 @@ class CpuDeltaCost(google.protobuf.message.Message):
     core_seconds_per_rank: builtins.float
     seconds_per_worker: builtins.float
     """Per worker that has a share."""
+    core_seconds_per_token: builtins.float
+    """Per token whatever its rank, divided by the cores at work."""
     def __init__(
         self,
         *,
@@ -587,7 +590,8 @@ class CpuDeltaCost(google.protobuf.message.Message):
         seconds_per_token: builtins.float = ...,
         core_seconds_per_rank: builtins.float = ...,
         seconds_per_worker: builtins.float = ...,
+        core_seconds_per_token: builtins.float = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["base_seconds", b"base_seconds", "core_seconds_per_rank", b"core_seconds_per_rank", "core_seconds_per_token_rank", b"core_seconds_per_token_rank", "seconds_per_token", b"seconds_per_token", "seconds_per_worker", b"seconds_per_worker"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["base_seconds", b"base_seconds", "core_seconds_per_rank", b"core_seconds_per_rank", "core_seconds_per_token", b"core_seconds_per_token", "core_seconds_per_token_rank", b"core_seconds_per_token_rank", "seconds_per_token", b"seconds_per_token", "seconds_per_worker", b"seconds_per_worker"]) -> None: ...
 
 Global___CpuDeltaCost: typing_extensions.TypeAlias = CpuDeltaCost

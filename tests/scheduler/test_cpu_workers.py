@@ -15,6 +15,7 @@ coefficients = st.builds(
     seconds_per_token=st.floats(0, 1e-4),
     seconds_per_worker=st.floats(0, 1e-3),
     core_seconds_per_rank=st.floats(0, 1e-4),
+    core_seconds_per_token=st.floats(0, 1e-4),
     core_seconds_per_token_rank=st.floats(0, 1e-5),
 )
 tokens = st.integers(1, 4096)
@@ -81,6 +82,11 @@ def test_a_dear_worker_is_not_woken() -> None:
     assert dear.workers(32, 8, 16) == 2
     assert dear.on_workers(32, 8, 1) == pytest.approx(356e-6)
     assert dear.on_workers(32, 8, 2) == pytest.approx(328e-6)
+
+
+def test_workers_share_what_a_row_costs_and_not_its_way() -> None:
+    assert CpuCoefficients(fixed_seconds=1e-4, core_seconds_per_token=1e-5).workers(64, 8, 4) == 4
+    assert CpuCoefficients(fixed_seconds=1e-4, seconds_per_token=1e-5).workers(64, 8, 4) == 1
 
 
 def test_rows_of_several_adapters_share_the_reading_of_their_weights() -> None:

@@ -35,6 +35,7 @@ COSTS = CostState(
             seconds_per_token=33.0,
             core_seconds_per_rank=34.0,
             seconds_per_worker=35.0,
+            core_seconds_per_token=36.0,
         ),
     ),
     decode=CorrectionState(steps=41, scales=(0.5, 1.5, 2.0), mean_error=0.25),
@@ -49,7 +50,7 @@ def test_each_coefficient_is_told() -> None:
     assert told.prefill == pb.PrefillCost(base_seconds=11, seconds_per_attended_token=13, padded_tokens=[20])
     assert told.copy == pb.CopyCost(base_seconds=21, seconds_per_byte=22)
     fields = [descriptor.name for descriptor in pb.CpuDeltaCost.DESCRIPTOR.fields]
-    assert [getattr(told.cpu_delta, name) for name in fields] == [31, 32, 33, 34, 35]
+    assert [getattr(told.cpu_delta, name) for name in fields] == [31, 32, 33, 34, 35, 36]
     assert told.decode_correction == pb.CostCorrection(
         steps=41, base_scale=0.5, attention_scale=1.5, lora_scale=2.0, mean_relative_error=0.25
     )

@@ -120,7 +120,8 @@ def fit_jobs(timings: Sequence[DeltaTiming]) -> CpuCoefficients | None:
     jobs = [item for item in timings if not item.handed_over]
     if not jobs:
         return None
-    names = [item.name for item in fields(CpuCoefficients)]
+    # Rows' ways are those of the hand-over.
+    names = [item.name for item in fields(CpuCoefficients) if item.name != "seconds_per_token"]
     if len({item.cores for item in jobs}) == 1:
         # What a worker costs cannot be told from the rest.
         names.remove("seconds_per_worker")
@@ -143,7 +144,7 @@ def fit_deltas(timings: Sequence[DeltaTiming]) -> CpuCoefficients | None:
     return replace(
         own,
         fixed_seconds=own.fixed_seconds + more_fixed,
-        seconds_per_token=own.seconds_per_token + more_per_token,
+        seconds_per_token=more_per_token,
     )
 
 

@@ -18,8 +18,8 @@ _TABLES = {
 # An adapter's copy from host memory to the device, until all layers have landed.""",
     "cpu": """
 # One layer's deltas by the CPU workers: the hand-over, each row's way there and back, each worker that has a share,
-# each rank's weights read by a core, and each row times rank, divided by the workers. By these the engine chooses how
-# many workers share a job.""",
+# each rank's weights read by a core, and each row and each row times rank, divided by the workers. By these the engine
+# chooses how many workers share a job.""",
 }
 
 

@@ -37,9 +37,9 @@ from segue.engine.models.config import ModelConfig
 from segue.scheduler.cost_model import CostProfile
 from segue.scheduler.plan import pages_for
 
-# Of the seconds: what pools of CPU workers may take; of what is left then, what warming up may take; what is left at
-# least when the engine has started; and what is kept for the fit.
-_POOLS_SHARE = 0.2
+# Of the seconds: what jobs of the CPU workers alone may take; of what is left then, what warming up may take; what is
+# left at least when the engine has started; and what is kept for the fit.
+_JOBS_SHARE = 0.2
 _WARM_UP_SHARE = 0.6
 _MEASURING_SHARE = 0.7
 _FIT_SECONDS = 2.0
@@ -76,7 +76,7 @@ def run_calibration(config: CalibrateConfig, progress: Callable[[str], None]) ->
         torch_threads=config.torch_threads,
     )
     with prepared(bench_config, progress) as ready:
-        deltas = _jobs(config, ready.model, start_seconds + _POOLS_SHARE * config.seconds, progress)
+        deltas = _jobs(config, ready.model, start_seconds + _JOBS_SHARE * config.seconds, progress)
         progress("starting the engine")
         engine = _engine(config, ready)
         with EngineDriver(engine, ready.catalog) as driver:

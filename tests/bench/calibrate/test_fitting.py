@@ -197,7 +197,7 @@ def test_a_copys_fixed_part_and_rate_are_found() -> None:
 
 
 CPU = CpuCoefficients(
-    fixed_seconds=2e-5, seconds_per_token=1e-7, seconds_per_worker=4e-6, core_seconds_per_rank=1e-6,
+    fixed_seconds=2e-5, core_seconds_per_token=1e-7, seconds_per_worker=4e-6, core_seconds_per_rank=1e-6,
     core_seconds_per_token_rank=3e-8,
 )  # fmt: skip
 
