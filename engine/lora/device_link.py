@@ -43,8 +43,8 @@ class DeviceLink:
 
     @property
     def awaits_landings(self) -> bool:
-        """Whether the device has copies to land, which wakes nobody."""
-        return len(self._landings) > 0
+        """Whether the device has copies to land, or ``completed`` has more to tell, which wakes nobody."""
+        return len(self._landings) > 0 or not self._completions.empty()
 
     @property
     def loads(self) -> int:

@@ -198,7 +198,7 @@ class AdapterStore:
 
     @property
     def awaits_landings(self) -> bool:
-        """Whether the device has copies to land, which ``drain`` sees, and which wakes nobody."""
+        """Whether the device has copies to land, or copies have ended, which ``drain`` sees, and which wakes nobody."""
         return self._mover.link.awaits_landings
 
     def drain(self) -> tuple[StoreEvent, ...]:

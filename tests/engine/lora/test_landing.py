@@ -264,3 +264,36 @@ def test_an_error_of_the_device_at_once_fails_the_version(make_rig: MakeRig, str
     assert not any(isinstance(event, LayerEnqueued | LayerLanded) for event in rig.events)
     streams.go_on_as_far_as_possible()
     rig.drain_until(lambda: rig.pool.free_pages == rig.pool.pages)
+
+
+def test_what_has_landed_is_told_although_nothing_else_is_under_way(make_rig: MakeRig, streams: FakeStreams) -> None:
+    """Whoever enqueues sees copies that have landed meanwhile; nobody is woken to drain them."""
+    rig = make_rig(streams=streams, enqueues=False)
+    version = rig.add("one")
+    rig.store.start_load(version)
+    rig.drain_until(lambda: rig.store.is_verified(version))
+    rig.start_copy(version)
+    while rig.store.enqueue_copies():
+        pass
+    streams.go_on_as_far_as_possible()
+    assert not rig.store.enqueue_copies()
+    assert not rig.store.is_landed(version)
+    assert rig.store.awaits_landings
+    rig.drain()
+    assert rig.store.is_landed(version)
+    assert not rig.store.awaits_landings
+
+
+def test_pages_of_a_load_that_was_cancelled_are_not_forgotten(make_rig: MakeRig, streams: FakeStreams) -> None:
+    rig = make_rig(streams=streams, enqueues=False)
+    version = rig.add("one")
+    rig.store.start_load(version)
+    rig.drain_until(lambda: rig.store.is_verified(version))
+    rig.start_copy(version)
+    rig.store.evict_device(version)
+    assert not rig.store.enqueue_copies()
+    assert rig.store.device_pages_held > 0
+    assert rig.store.awaits_landings
+    rig.drain()
+    assert rig.store.device_pages_held == 0
+    assert not rig.store.awaits_landings
