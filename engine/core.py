@@ -407,11 +407,14 @@ class Engine:
 
 
 def _admissions_in_order(plan: StepPlan) -> tuple[list[Admission], list[Admission]]:
-    """Those whose rows run in this step, and the others: the device need not wait while these get their pages."""
+    """Those whose rows run in this step, or that bring the pages of an adapter whose rows do, and the others: the
+    device need not wait while these get their pages."""
     running = {rows.number for rows in plan.batch}
     running.update(rows.number for item in plan.passes for rows in item.rows)
+    adapters = {version_id for item in plan.passes for version_id in item.version_ids}
     now: list[Admission] = []
     later: list[Admission] = []
     for admission in plan.admit:
-        (now if admission.number in running else later).append(admission)
+        brings_pages = admission.adapter_pages > 0 and admission.version_id in adapters
+        (now if admission.number in running or brings_pages else later).append(admission)
     return now, later

@@ -76,3 +76,16 @@ def test_a_full_queue_refuses(folders: tuple[Path, Path], device: str) -> None:
         harness.run()
         assert failure(harness, numbers[2])[0] == OverloadedError.reason
         assert all(len(harness.answers[number].tokens) == 2 for number in numbers[:2])
+
+
+def test_a_pass_finds_the_pages_that_another_newcomer_was_to_bring(folders: tuple[Path, Path], device: str) -> None:
+    """A flood's request is admitted first, and with it the adapter's pages; the pass has only another tenant's rows."""
+    with EngineHarness(*folders, device=device, cpu_workers=0, budget_tokens=16, prefix_cache=False) as harness:
+        flood = [harness.submit([5, *range(6, 26)], "good", level={"tenant": "flood"}, max_tokens=2) for _ in range(10)]
+        small = harness.submit([9, *range(6, 26)], "good", level={"tenant": "small"}, max_tokens=2)
+        harness.step()
+        admitted = [request.number for request in harness.engine.requests.admitted]
+        assert sorted(admitted) == [flood[0], small]
+        harness.run()
+        finished = [harness.answers[number].finished for number in (flood[0], small)]
+        assert [item and item.timing.prefill_attempts for item in finished] == [1, 1]
