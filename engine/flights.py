@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from segue.engine.choice import Choice
@@ -71,8 +72,7 @@ class Flights:
         ]
         tokens = None
         if chosen:
-            indices = [index for index, _ in chosen]
-            wanted = logits if len(indices) == len(logits) else logits[indices]
+            wanted = _rows_of(logits, [index for index, _ in chosen])
             tokens = self._sampler.launch(wanted, [request.sampling_row() for _, request in chosen])
         return Choice(tuple(request for _, request in chosen), tokens)
 
@@ -120,3 +120,14 @@ class Flights:
             assert request.ahead_rows == sum(rows.count for rows in own), f"request {request.number}: rows under way"
             assert request.ahead_tokens == wanted, f"request {request.number}: tokens under way"
             assert (request.pending_token is not None) == (wanted > 0), f"request {request.number}: pending token"
+
+
+def _rows_of(logits: Tensor, indices: list[int]) -> Tensor:
+    """These rows of ``logits``; does not wait for the device."""
+    if len(indices) == len(logits):
+        return logits
+    index = torch.tensor(indices)
+    if logits.is_cuda:
+        # From memory that is not pinned a copy waits for all that its stream has before it, weights included.
+        index = index.pin_memory().to(logits.device, non_blocking=True)
+    return logits.index_select(0, index)
