@@ -39,8 +39,8 @@ from segue.types import FinishReason
 
 # Copies that one step enqueues: a load of a few, and no more than keeps messages and plans waiting for a millisecond.
 _MOST_COPIES = 8
-# Landings are noticed so late where nothing but them is under way.
-_LANDING_NAP_SECONDS = 50e-6
+# Landings, and slots of jobs that are over, are noticed so late where nothing else is under way.
+_NAP_SECONDS = 50e-6
 
 
 class Engine:
@@ -157,9 +157,10 @@ class Engine:
 
         A first token is there some microseconds later than the device has it, where a sleep takes a hundred.
         """
-        going = [item for item in self._passes if item.must_look_again]
+        going = [item for item in self._passes if item.awaits_device]
         if not going:
-            time.sleep(_LANDING_NAP_SECONDS)
+            # A worker that ends a job may need the core.
+            time.sleep(_NAP_SECONDS)
             return
         until = self._clock() + seconds
         while self._clock() < until and not any(item.device_is_there for item in going):

@@ -162,9 +162,13 @@ class ForwardPass:
     @property
     def must_look_again(self) -> bool:
         """Whether it waits for the device, or for a slot of a job that is over, which wake nobody."""
-        if self.state is PassState.BLOCKED:
-            return self._applier.blocked in (Blocked.DEVICE, Blocked.SLOT)
-        return self.state is PassState.DRAINING
+        return self.awaits_device or (self.state is PassState.BLOCKED and self._applier.blocked is Blocked.SLOT)
+
+    @property
+    def awaits_device(self) -> bool:
+        """Whether it goes on when the device has got further."""
+        is_blocked = self.state is PassState.BLOCKED and self._applier.blocked is Blocked.DEVICE
+        return self.state is PassState.DRAINING or is_blocked
 
     @property
     def device_is_there(self) -> bool:

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+from segue.engine.forward_pass import ForwardPass, PassState
+from segue.engine.lanes import LoopLane
+from segue.engine.lora.apply import Blocked
 from segue.errors import AdapterRejectedError, InvalidRequestError, OverloadedError
 from tests.checkpoints import TinyModel, load_reference, reference_greedy, write_random_adapter, write_random_model
 from tests.engine.harness import EngineHarness
 
 PROMPT = [5, 6, 7, 8, 9]
+
+
+class FakeBlockedApplier:
+    """Of a pass that waits for a slot of the CPU workers."""
+
+    blocked = Blocked.SLOT
+    job = None
 
 
 @pytest.fixture(scope="module")
@@ -89,3 +101,21 @@ def test_a_pass_finds_the_pages_that_another_newcomer_was_to_bring(folders: tupl
         harness.run()
         finished = [harness.answers[number].finished for number in (flood[0], small)]
         assert [item and item.timing.prefill_attempts for item in finished] == [1, 1]
+
+
+def test_the_core_is_free_for_workers_while_a_pass_waits_for_a_slot(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    naps: list[float] = []
+    with EngineHarness(*folders, cpu_workers=0, check_invariants=False) as harness:
+        engine, applier = harness.engine, cast(Any, FakeBlockedApplier())
+        blocked = ForwardPass((), applier, None, cast(Any, iter(())), LoopLane(), None, lambda: None)
+        blocked.state = PassState.BLOCKED
+        engine._passes.append(blocked)
+        assert engine.must_look_again
+        with monkeypatch.context() as patch:
+            patch.setattr(time, "sleep", naps.append)
+            engine.await_device(0.01)
+        engine._passes.clear()
+    assert len(naps) == 1
+    assert naps[0] > 0
