@@ -254,9 +254,9 @@ class PassHandover:
         return seconds
 
     def _is_stale(self, plan: HandoffPlan, layer: int, reach_seconds: float) -> bool:
-        """Whether the layer is reached at another time than was planned, by the clock."""
+        """Whether the layer is reached at another time than was planned, by the clock, or there was no worker then."""
         planned = plan.layer(layer)
-        if planned is None:
+        if planned is None or (self._cores == 0 and self._planner.shared_cores(self.user) > 0):
             return True
         elapsed = reach_seconds - self._plan_seconds
         drift_seconds = max(_DRIFT_SECONDS, _DRIFT_SHARE * (plan.finish_seconds - planned.reach_seconds))

@@ -12,6 +12,7 @@ import pytest
 from segue.config import ConfigError
 from segue.cpu_lora import Job, JobRing
 from segue.engine.config import HandoffConfig
+from segue.engine.lora.bridge import CpuBridge
 from segue.engine.messages import Finished
 from segue.scheduler.cost_model import CopyCoefficients, CostProfile, CpuCoefficients, StepCoefficients
 from segue.scheduler.handoff_costs import MEASURED_LIMITS
@@ -135,6 +136,26 @@ def test_passes_with_layers_on_the_cpu_share_the_workers(world: World, device: s
 def test_without_a_profile_the_ring_shares_a_job(world: World, device: str) -> None:
     with harness_with(world, None, device) as harness:
         assert harness.instance.planner.job_workers(object(), 0, {harness.open("a"): 100}) is None
+
+
+def test_workers_that_come_while_a_pass_waits_help_it(
+    world: World, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan was made without them: nothing was to be chosen then, however late the weights."""
+    with harness_with(world, profile(1e-4), device) as harness:
+        with monkeypatch.context() as patch:
+            patch.setattr(CpuBridge, "ready_workers", 0)
+            store, version_id = harness.instance.store, harness.open("a")
+            store.start_load(version_id)
+            harness.run_until(lambda: store.is_verified(version_id))
+            (prompt,) = prompts(1, seed=9)
+            number = harness.submit(prompt[:6], "a", max_tokens=NEW_TOKENS, logprobs=0)
+            harness.run_until(lambda: any(item.applier.awaited_seconds > 0 for item in harness.engine.passes))
+        harness.run()
+        world.compare("a", prompt[:6], harness.answers[number], NEW_TOKENS)
+        finished = harness.answers[number].finished
+        assert finished is not None
+        assert finished.timing.cpu_layers > 0
 
 
 def test_harm_to_others_keeps_the_cpu_out(world: World, device: str) -> None:
