@@ -31,7 +31,7 @@ class DeviceStreams(Protocol):
     """What a device has beside the stream of the engine's loop thread: one stream that copies, and one that lands.
 
     Work of the loop thread is in one order, so that pages may go from one pass to another as soon as the first is
-    enqueued. Weights are copied and landed beside it, enqueued by a thread of their own.
+    enqueued. Weights are copied and landed beside it, enqueued by the loop thread as well or by one beside it.
     """
 
     @property
@@ -44,7 +44,7 @@ class DeviceStreams(Protocol):
 
     @property
     def staging_slots(self) -> int:
-        """How many layers may be between copy and landing."""
+        """How many copies may have been enqueued and not landed before the next one waits for the first of them."""
         ...
 
     def register_host(self, address: int, size_bytes: int) -> None:
@@ -118,7 +118,7 @@ class CudaStreams:
     """One CUDA device. Raises ConfigError when there is none that torch can use."""
 
     work_beside = True
-    # The copy of one layer runs beside the landing of the one before, which may be late behind other kernels.
+    # A copy runs beside the landing of the one before, which may be late behind other kernels.
     staging_slots = 4
 
     def __init__(self) -> None:

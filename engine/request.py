@@ -44,7 +44,7 @@ class Request:
     in a pass that has not ended, ``preemptions`` how often it was preempted, ``lost_passes`` how many of its passes
     lost a CPU worker. ``counts`` is there when penalties need it.
 
-    ``flights`` counts the enqueued batches and passes that have rows of it and have not been read: ``ahead_rows`` rows
+    ``flights`` counts the enqueued batches that have rows of it and have not been read: ``ahead_rows`` rows
     together, which bring ``ahead_tokens`` tokens, the last of them ``pending_token``.
     """
 

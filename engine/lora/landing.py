@@ -1,7 +1,7 @@
-"""Bringing a layer from the host store into its pages: a copy into staging memory, and a launch that lands it.
+"""Bringing layers from the host store into their pages: a copy into staging memory, and a launch that lands them.
 
-Both are enqueued, each behind what it depends on, and nothing here waits for the device. So the copy of a layer runs
-beside the landing of the one before.
+Both are enqueued, each behind what it depends on, and nothing here waits for the device unless staging memory has to
+grow. So a copy runs beside the landing of the one before.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class LandingPlace:
 
 @dataclass(slots=True, eq=False)
 class _Slot:
-    """Staging memory for one layer, and a mark behind the last landing that read it."""
+    """Staging memory for one copy, and a mark behind the last landing that read it."""
 
     memory: Tensor
     landed: torch.cuda.Event | None = None

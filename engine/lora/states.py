@@ -19,7 +19,7 @@ from segue.scheduler.placement import AdapterCost
 class LayerState(Enum):
     """Where one layer of an adapter is.
 
-    LANDING is for the copy thread to take up. The device has an ENQUEUED layer and lands it behind an event, and may
+    A LANDING one waits for its copy. The device has an ENQUEUED layer and lands it behind an event, and may
     use it behind that event. A LANDED layer may or may not be in host memory as well.
     """
 
