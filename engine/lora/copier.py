@@ -37,6 +37,10 @@ class Copies(Protocol):
         """A pass waits for a load: see ``CopyLoad``."""
         ...
 
+    def cancel(self, load: CopyLoad) -> None:
+        """No further copy of a load is begun: the ends of those that wait come before all others."""
+        ...
+
 
 class CopyPump(Copies):
     """Copies for a device that works beside the host. The loop has them enqueued when their turn has come."""
@@ -52,9 +56,15 @@ class CopyPump(Copies):
     def hasten(self, load: CopyLoad, need: float) -> None:
         self._queue.hasten(load, need)
 
+    def cancel(self, load: CopyLoad) -> None:
+        self._queue.cancel(load)
+
     def enqueue(self, bytes_per_second: float) -> CopyEnqueued | CopyEnded | None:
         """Enqueue the next copy; its end, where it comes to nothing; None where there is none, or the link, which is
         that fast, has enough before it."""
+        cancelled = self._queue.take_cancelled()
+        if cancelled is not None:
+            return CopyEnded(job=cancelled, monotonic_seconds=time.monotonic())
         if not self._has_room(bytes_per_second):
             return None
         # The first layers wait no longer than for the host's next copy, or for what the link is at.
@@ -62,8 +72,6 @@ class CopyPump(Copies):
         job = self._queue.take_group(max(self._landings.ahead_bytes, turn_bytes))
         if job is None:
             return None
-        if job.load.is_cancelled:
-            return CopyEnded(job=job, monotonic_seconds=time.monotonic())
         begin = time.monotonic()
         span = _start(self._lander, job)
         now = time.monotonic()
@@ -107,6 +115,9 @@ class CopierThread(Copies):
 
     def hasten(self, load: CopyLoad, need: float) -> None:
         self._queue.hasten(load, need)
+
+    def cancel(self, load: CopyLoad) -> None:
+        self._queue.cancel(load)
 
     def close(self) -> None:
         """Stop at the next piece of work and wait for the thread. Jobs not begun are dropped."""

@@ -10,6 +10,8 @@ from segue.engine.lora.transfer import CopyJob, CopyLoad
 # What one copy brings at most: the link is through with it in about a millisecond.
 GROUP_BYTES = 64 << 20
 _TAIL_SHARES = 3
+# The needs of passes begin at 1.
+_BEFORE_ALL = 0.0
 
 
 class CopyQueue:
@@ -48,6 +50,13 @@ class CopyQueue:
             load.need = need
             self._push(load)
 
+    def cancel(self, load: CopyLoad) -> None:
+        """Nobody wants a load any more: what waits of it is given out before all else, to be told of as ended."""
+        with self._changed:
+            load.is_cancelled = True
+            load.need = _BEFORE_ALL
+            self._push(load)
+
     @property
     def is_needed(self) -> bool:
         """Whether a pass waits for the next job."""
@@ -64,6 +73,12 @@ class CopyQueue:
                     return self._take(load, 1)
                 self._changed.wait()
             return None
+
+    def take_cancelled(self) -> CopyJob | None:
+        """All that waits of a load that is cancelled, if that is the next."""
+        with self._changed:
+            load = self._first()
+            return self._take(load, load.ready - load.taken) if load is not None and load.is_cancelled else None
 
     def take_group(self, short_bytes: int) -> CopyJob | None:
         """The next layers that one copy brings, if there are any.

@@ -73,6 +73,10 @@ class DeviceLink:
             if not load.is_needed:
                 self._copies_of(load).hasten(load, self._needs)
 
+    def cancel(self, load: CopyLoad) -> None:
+        """Begin no further copy of a load; what waits is told of as ended before anything else is copied."""
+        self._copies_of(load).cancel(load)
+
     def enqueue(self) -> CopyEnqueued | None:
         """Enqueue the next copy, where there is one and the link has room. Ends that are seen meanwhile are told by
         ``completed``."""

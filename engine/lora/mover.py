@@ -207,7 +207,7 @@ class WeightMover:
         device = adapter.device
         assert device is not None
         adapter.device = None
-        device.load.is_cancelled = True
+        self.link.cancel(device.load)
         for layer, state in enumerate(adapter.layers):
             if state in UNDER_WAY or state is LayerState.LANDED:
                 adapter.move_layer(layer, LayerState.ABSENT if adapter.host is None else LayerState.HOST)
@@ -371,7 +371,7 @@ class WeightMover:
         if adapter.host is not None and adapter.host.reader is not None:
             self._reader.cancel(adapter.host.reader)
         if adapter.device is not None:
-            adapter.device.load.is_cancelled = True
+            self.link.cancel(adapter.device.load)
         for layer, state in enumerate(adapter.layers):
             if state is LayerState.READING:
                 adapter.move_layer(layer, LayerState.ABSENT)

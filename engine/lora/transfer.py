@@ -52,8 +52,8 @@ class CopyLoad:
 
     Layers below ``ready`` are in host memory, and jobs were made of those below ``taken``. ``need`` numbers the pass
     that waits for them, in the order in which passes began; while none does it is infinite, and loads go by their
-    ``arrival``. Of a load that ``is_cancelled`` no further job is begun. ``by_thread``: its copies are carried out by a
-    thread beside the loop.
+    ``arrival``. Of a load that ``is_cancelled`` no further job is begun, and what waits ends before all others.
+    ``by_thread``: its copies are carried out by a thread beside the loop.
     """
 
     layers: tuple[PlannedLayer, ...]

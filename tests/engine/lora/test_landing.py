@@ -297,3 +297,22 @@ def test_pages_of_a_load_that_was_cancelled_are_not_forgotten(make_rig: MakeRig,
     rig.drain()
     assert rig.store.device_pages_held == 0
     assert not rig.store.awaits_landings
+
+
+def test_pages_of_a_load_that_was_cancelled_wait_for_no_others_copies(make_rig: MakeRig, streams: FakeStreams) -> None:
+    """Not even for those that passes wait for, while the link has enough before it."""
+    rig = make_rig(streams=streams, enqueues=False, expected_copy_bytes_per_second=1e3)
+    needed, cancelled = rig.add("one"), rig.add("two")
+    for version in (needed, cancelled):
+        rig.store.start_load(version)
+        rig.drain_until(lambda version=version: rig.store.is_verified(version))  # type: ignore[misc]
+        rig.start_copy(version)
+    rig.store.begin_pass([needed])
+    assert rig.store.enqueue_copies()
+    assert not rig.store.enqueue_copies()
+    assert LayerState.LANDING in rig.states(needed)
+    rig.store.evict_device(cancelled)
+    assert not rig.store.enqueue_copies()
+    rig.drain()
+    assert rig.store.device_pages_held == rig.store.device_pages(needed)
+    assert LayerState.LANDING in rig.states(needed)
