@@ -33,11 +33,17 @@ def on_streams(make_rig: MakeRig, streams: FakeStreams) -> StoreRig:
     return make_rig(streams=streams, staging_bytes=1 << 20, expected_copy_bytes_per_second=SLOW_LINK)
 
 
-def start(rig: StoreRig, name: str = "one") -> int:
-    """In host memory, and enqueued as a whole."""
+def in_host(rig: StoreRig, name: str = "one") -> int:
+    """Verified, and without pages."""
     version = rig.add(name)
     rig.store.start_load(version)
     rig.drain_until(lambda: rig.store.is_verified(version))
+    return version
+
+
+def start(rig: StoreRig, name: str = "one") -> int:
+    """In host memory, and enqueued as a whole."""
+    version = in_host(rig, name)
     rig.start_copy(version)
     rig.drain_until(lambda: LayerState.LANDING not in rig.states(version))
     return version
@@ -147,9 +153,7 @@ def test_pages_of_one_that_was_evicted_come_back_when_the_device_has_done_with_t
 
 def test_the_throttle_holds_events_back(make_rig: MakeRig) -> None:
     rig = make_rig(streams=FakeStreams(driven_by_waiting=True), copy_bytes_per_second=1e6)
-    version = rig.add("one")
-    rig.store.start_load(version)
-    rig.drain_until(lambda: rig.store.is_verified(version))
+    version = in_host(rig)
     layer_seconds = rig.host_bytes_held / MODEL.layers / 1e6
     begin = time.monotonic()
     rig.start_copy(version)
@@ -216,9 +220,7 @@ def test_no_piece_of_a_copy_crosses_an_extent(start: int, stop: int, expected_pi
 def test_a_load_from_host_memory_is_enqueued_by_who_asks_for_it(make_rig: MakeRig, streams: FakeStreams) -> None:
     """No other thread has a part in it, and the next step of the engine finds all layers enqueued."""
     rig = make_rig(streams=streams, expected_copy_bytes_per_second=SLOW_LINK)
-    version = rig.add("one")
-    rig.store.start_load(version)
-    rig.drain_until(lambda: rig.store.is_verified(version))
+    version = in_host(rig)
     rig.start_copy(version)
     assert rig.states(version) == [LayerState.LANDING] * MODEL.layers
     for group in GROUPS:
@@ -246,9 +248,7 @@ def test_layers_that_come_from_disk_are_enqueued_as_they_come(make_rig: MakeRig,
 
 def test_an_error_of_the_device_at_once_fails_the_version(make_rig: MakeRig, streams: FakeStreams) -> None:
     rig = make_rig(streams=streams)
-    version = rig.add("one")
-    rig.store.start_load(version)
-    rig.drain_until(lambda: rig.store.is_verified(version))
+    version = in_host(rig)
 
     def refuse_copies(stream: FakeStream) -> Callable[[], None]:
         if stream is streams.copying:
@@ -269,9 +269,7 @@ def test_an_error_of_the_device_at_once_fails_the_version(make_rig: MakeRig, str
 def test_what_has_landed_is_told_although_nothing_else_is_under_way(make_rig: MakeRig, streams: FakeStreams) -> None:
     """Whoever enqueues sees copies that have landed meanwhile; nobody is woken to drain them."""
     rig = make_rig(streams=streams, enqueues=False)
-    version = rig.add("one")
-    rig.store.start_load(version)
-    rig.drain_until(lambda: rig.store.is_verified(version))
+    version = in_host(rig)
     rig.start_copy(version)
     while rig.store.enqueue_copies():
         pass
@@ -286,9 +284,7 @@ def test_what_has_landed_is_told_although_nothing_else_is_under_way(make_rig: Ma
 
 def test_pages_of_a_load_that_was_cancelled_are_not_forgotten(make_rig: MakeRig, streams: FakeStreams) -> None:
     rig = make_rig(streams=streams, enqueues=False)
-    version = rig.add("one")
-    rig.store.start_load(version)
-    rig.drain_until(lambda: rig.store.is_verified(version))
+    version = in_host(rig)
     rig.start_copy(version)
     rig.store.evict_device(version)
     assert not rig.store.enqueue_copies()
@@ -302,10 +298,8 @@ def test_pages_of_a_load_that_was_cancelled_are_not_forgotten(make_rig: MakeRig,
 def test_pages_of_a_load_that_was_cancelled_wait_for_no_others_copies(make_rig: MakeRig, streams: FakeStreams) -> None:
     """Not even for those that passes wait for, while the link has enough before it."""
     rig = make_rig(streams=streams, enqueues=False, expected_copy_bytes_per_second=1e3)
-    needed, cancelled = rig.add("one"), rig.add("two")
+    needed, cancelled = in_host(rig, "one"), in_host(rig, "two")
     for version in (needed, cancelled):
-        rig.store.start_load(version)
-        rig.drain_until(lambda version=version: rig.store.is_verified(version))  # type: ignore[misc]
         rig.start_copy(version)
     rig.store.begin_pass([needed])
     assert rig.store.enqueue_copies()
