@@ -98,6 +98,7 @@ class ReaderPool:
         self._limits = limits
         self._lock = threading.Lock()
         self._under_way: dict[ReadJob, Reading] = {}
+        self._last_number = 0
         self._by_number: dict[int, Reading] = {}
         self._reports: deque[ReadFailed | ReadEnded] = deque()
         self._seen_advances = 0
@@ -129,7 +130,8 @@ class ReaderPool:
         ``urgent``: a pass waits for it.
         """
         table = PartTable.of(job.plan, self._dtype_name, self._limits.part_bytes)
-        reading = Reading.of(job, table, _URGENT_STRIDE if urgent else _PREFETCH_STRIDE)
+        self._last_number += 1
+        reading = Reading.of(self._last_number, job, table, _URGENT_STRIDE if urgent else _PREFETCH_STRIDE)
         self._under_way[job] = self._by_number[reading.number] = reading
         if reading.stop_bytes > self._board[at.BOARD_TOUCHABLE_BYTES]:
             read_board.raise_touchable(self._board, self._ready_bytes())

@@ -25,11 +25,11 @@ class Reading:
     reported_layers: int = 0
 
     @classmethod
-    def of(cls, job: ReadJob, table: PartTable, stride: int) -> Reading:
-        """One that nobody is at yet."""
+    def of(cls, number: int, job: ReadJob, table: PartTable, stride: int) -> Reading:
+        """One that nobody is at yet, and the only one with this number."""
         layers = len(table.layer_parts)
         words = np.zeros(at.READ_UNREAD + 2 * layers, dtype=np.int64)
-        words[at.READ_ID] = id(words)
+        words[at.READ_ID] = number
         words[at.READ_STRIDE] = stride
         words[at.READ_PARTS] = len(table)
         words[at.READ_LAYERS] = layers
