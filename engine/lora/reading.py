@@ -45,7 +45,7 @@ class Reading:
     @property
     def number(self) -> int:
         """No other read that has not ended has it."""
-        return id(self.words)
+        return int(self.words[at.READ_ID])
 
     @property
     def stop_bytes(self) -> int:
