@@ -277,6 +277,8 @@ class ResidencyMachine(RuleBasedStateMachine):
         """The threads come to the end of their jobs: nothing waits for ever, and whatever can be loaded is."""
         for _ in range(MOST_ROUNDS):
             steps = [thread.step() for thread in self.rig.threads]
+            # What has been read is queued when it is applied.
+            self.drain()
             steps.append(self.run_device())
             self.drain()
             if not any(steps) and all(thread.is_idle for thread in self.rig.threads):
