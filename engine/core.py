@@ -19,8 +19,9 @@ from segue.engine.flights import Flight, Flights
 from segue.engine.forward_pass import ForwardPass, PassState, RequestRows
 from segue.engine.kv import KvPages
 from segue.engine.lora.bridge import CpuBridge
+from segue.engine.lora.events import LoadFailed
 from segue.engine.lora.manifest import AdapterManifest
-from segue.engine.lora.store import AdapterStore, LoadFailed
+from segue.engine.lora.store import AdapterStore
 from segue.engine.memory.pool import PagePool
 from segue.engine.messages import StepOutput, Submit, VersionFailed
 from segue.engine.outcomes import Outcomes

@@ -188,7 +188,7 @@ class ForwardPass:
             self._move_to(end_state)
             if end_state is PassState.DONE:
                 waiting = [item.request.number for item in self.rows if item.request.generated_tokens == 0]
-                self._applier.conclude(waiting, self._lane.layer_seconds())
+                self._applier.conclude(waiting, self._lane.layer_seconds)
             self._end()
         return self.state
 

@@ -12,8 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from segue.cpu_lora import DeltaTask, Job, JobRing
-from segue.engine.lora.bridge import ColumnRanges, as_tensor, element_type
+from segue.cpu_lora import Job, JobRing
+from segue.engine.lora.bridge import ColumnRanges, PointWork, as_tensor, element_type
 from segue.engine.lora.device_lora import LoraSegment
 from segue.gpu_kernels.host_rows import add_rows, pack_rows
 
@@ -45,18 +45,12 @@ class StreamTransport:
         self._ring = ring
         self._flags = flags
 
-    def post(
-        self,
-        x: Tensor,
-        segments: Sequence[LoraSegment],
-        tasks: Sequence[DeltaTask],
-        delta_width: int,
-        workers: int | None,
-    ) -> Job | None:
-        row_count = sum(segment.row_stop - segment.row_start for segment in segments)
-        job = self._ring.prepare(row_count, x.shape[1], element_type(x.dtype), tasks, delta_width, workers)
+    def post(self, x: Tensor, work: PointWork) -> Job | None:
+        row_count = sum(segment.row_stop - segment.row_start for segment in work.segments)
+        dtype = element_type(x.dtype)
+        job = self._ring.prepare(row_count, x.shape[1], dtype, work.tasks, work.delta_width, work.workers)
         if job is not None:
-            rows, places = _placed(x, segments)
+            rows, places = _placed(x, work.segments)
             pack_rows(rows, places, as_tensor(job.rows))
             self._ring.defer(job)
             self._flags.write(job.request_flag_offset, job.sequence)

@@ -15,12 +15,14 @@ from torch import Tensor
 
 from segue.cpu_lora import DeltaTask, Job, JobState
 from segue.engine.lanes import Lane
-from segue.engine.lora.bridge import ColumnRanges, CpuBridge, PostedJob, WorkerLostError, element_type
+from segue.engine.lora.bridge import ColumnRanges, CpuBridge, PointWork, PostedJob, WorkerLostError, element_type
 from segue.engine.lora.device_lora import DeviceLora, LoraSegment
 from segue.engine.lora.handover import HandoverPlanner, PassHandover
+from segue.engine.lora.host_plan import HostModule
 from segue.engine.lora.manifest import Projection
 from segue.engine.lora.points import POINT_PROJECTIONS, LoraPoint
-from segue.engine.lora.store import AdapterStore, HostModule, LayerState
+from segue.engine.lora.states import LayerState
+from segue.engine.lora.store import AdapterStore
 from segue.engine.timeline import LayerRecord
 from segue.scheduler.handoff import HandoffPolicy, LayerSource, LayerView
 from segue.types import LoraSource
@@ -46,10 +48,8 @@ class Blocked(Enum):
 class _CpuPart:
     """The rows of one LoRA point that go to the workers, and where their deltas belong."""
 
-    segments: tuple[LoraSegment, ...]
-    tasks: tuple[DeltaTask, ...]
+    work: PointWork
     columns: ColumnRanges
-    delta_width: int
     posted: PostedJob | None = None
 
 
@@ -218,7 +218,7 @@ class LoraApplier:
         self._drop_held()
         self._lane.mark()
 
-    def conclude(self, requests: Sequence[int], lane_seconds: Sequence[float]) -> None:
+    def conclude(self, requests: Sequence[int], lane_seconds: Callable[[], Sequence[float]]) -> None:
         """The pass, for which ``requests`` wait for their first token, has ended well: what its layers took corrects
         the costs. ``lane_seconds``: see ``Lane.layer_seconds``."""
         for version_id, handover in self._handovers.items():
@@ -332,7 +332,8 @@ class LoraApplier:
                 tasks.append(self._task(modules[segment.version_id].get(projection), row, stop, offset, width))
             row = stop
         width = columns[-1][0] + columns[-1][2]
-        return _CpuPart(segments=segments, tasks=tuple(tasks), columns=columns, delta_width=width)
+        work = PointWork(segments=segments, tasks=tuple(tasks), delta_width=width, workers=self._workers)
+        return _CpuPart(work=work, columns=columns)
 
     def _columns(self, point: LoraPoint, present: list[Projection]) -> ColumnRanges:
         columns = []
@@ -361,7 +362,7 @@ class LoraApplier:
         )
 
     def _post(self, part: _CpuPart, x: Tensor) -> None:
-        part.posted = self._resources.bridge.post(x, part.segments, part.tasks, part.delta_width, self._workers)
+        part.posted = self._resources.bridge.post(x, part.work)
 
     def _drop_held(self) -> None:
         for version_id in self._held:

@@ -42,20 +42,24 @@ class HostHolds(Protocol):
     def drop_host(self, version_id: int) -> None: ...
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PointWork:
+    """What the CPU computes of one LoRA point: the rows of ``segments``, ``tasks`` over them, deltas of ``delta_width``
+    columns. ``workers``: so many share it, see ``JobRing.prepare``."""
+
+    segments: tuple[LoraSegment, ...]
+    tasks: tuple[DeltaTask, ...]
+    delta_width: int
+    workers: int | None = None
+
+
 class RowTransport(Protocol):
     """How rows travel to the workers and deltas back. ``segments`` say which rows of a pass are a job's, in order."""
 
-    def post(
-        self,
-        x: Tensor,
-        segments: Sequence[LoraSegment],
-        tasks: Sequence[DeltaTask],
-        delta_width: int,
-        workers: int | None,
-    ) -> Job | None:
+    def post(self, x: Tensor, work: PointWork) -> Job | None:
         """Hand the segments' rows of ``x`` [T, in_features] over; the workers begin as soon as they have them.
 
-        ``workers``: so many of them, see ``JobRing.prepare``. None when no slot is free or no worker is ready just now.
+        None when no slot is free or no worker is ready just now.
         """
         ...
 
@@ -138,24 +142,17 @@ class CpuBridge:
         """Jobs under way that no pass will ask for again."""
         return len(self._under_way)
 
-    def post(
-        self,
-        x: Tensor,
-        segments: tuple[LoraSegment, ...],
-        tasks: Sequence[DeltaTask],
-        delta_width: int,
-        workers: int | None = None,
-    ) -> PostedJob | None:
-        """Hand the segments' rows of ``x`` [T, in_features] to so many workers; the reply is [their rows, delta_width].
+    def post(self, x: Tensor, work: PointWork) -> PostedJob | None:
+        """Hand the segments' rows of ``x`` [T, in_features] to the workers; the reply is [their rows, delta_width].
 
         None when no slot is free or no worker is ready just now. The caller holds the host bytes of the segments'
         versions until ``add`` or ``leave``.
         """
-        job = self._transport.post(x, segments, tasks, delta_width, workers)
+        job = self._transport.post(x, work)
         if job is None:
             return None
-        row_bytes = job.rows.shape[0] * (x.shape[1] + delta_width) * x.element_size()
-        return PostedJob(job, segments, self._link.book_rows(row_bytes))
+        row_bytes = job.rows.shape[0] * (x.shape[1] + work.delta_width) * x.element_size()
+        return PostedJob(job, work.segments, self._link.book_rows(row_bytes))
 
     def wait(self, jobs: Sequence[Job], timeout_seconds: float) -> bool:
         """Whether any of the jobs is complete within the time."""
@@ -217,16 +214,10 @@ class HostTransport:
     def __init__(self, ring: JobRing) -> None:
         self._ring = ring
 
-    def post(
-        self,
-        x: Tensor,
-        segments: Sequence[LoraSegment],
-        tasks: Sequence[DeltaTask],
-        delta_width: int,
-        workers: int | None,
-    ) -> Job | None:
-        rows = [x[segment.row_start : segment.row_stop] for segment in segments]
-        job = self._ring.post(_to_numpy(rows[0] if len(rows) == 1 else torch.cat(rows)), tasks, delta_width, workers)
+    def post(self, x: Tensor, work: PointWork) -> Job | None:
+        segments = [x[segment.row_start : segment.row_stop] for segment in work.segments]
+        rows = _to_numpy(segments[0] if len(segments) == 1 else torch.cat(segments))
+        job = self._ring.post(rows, work.tasks, work.delta_width, work.workers)
         if job is not None:
             self._ring.signal(job)
         return job

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 
@@ -13,8 +12,8 @@ from segue.engine.device import StreamSpan
 from segue.engine.lora.copy_queue import CopyQueue
 from segue.engine.lora.landing import LayerLander
 from segue.engine.lora.landings import Landings
-from segue.engine.lora.link import LinkThrottle
-from segue.engine.lora.transfer import Completion, CopyEnded, CopyEnqueued, CopyJob, CopyLoad, failure_message
+from segue.engine.lora.link_throttle import LinkThrottle
+from segue.engine.lora.transfer import Completion, CopyEnded, CopyEnqueued, CopyJob, failure_message
 
 # What the link has before it: what is asked for later comes behind that, and while a step runs nothing is added. More
 # of what passes wait for than of what none does.
@@ -26,50 +25,26 @@ _ENQUEUE_SECONDS = 250e-6
 _MOST_ENQUEUED = 64
 
 
-class Copies(Protocol):
-    """Carries out copies in the order of CopyQueue."""
-
-    def put(self, load: CopyLoad, ready: int) -> None:
-        """The load's layers below ``ready`` are in host memory: exactly one end is reported of each."""
-        ...
-
-    def hasten(self, load: CopyLoad, need: float) -> None:
-        """A pass waits for a load: see ``CopyLoad``."""
-        ...
-
-    def cancel(self, load: CopyLoad) -> None:
-        """No further copy of a load is begun: the ends of those that wait come before all others."""
-        ...
-
-
-class CopyPump(Copies):
-    """Copies for a device that works beside the host. The loop has them enqueued when their turn has come."""
+class CopyPump:
+    """Copies for a device that works beside the host. The loop has those in ``queue`` enqueued when their turn has
+    come. Exactly one end is told of each layer that is put there."""
 
     def __init__(self, lander: LayerLander, landings: Landings) -> None:
+        self.queue = CopyQueue()
         self._lander = lander
         self._landings = landings
-        self._queue = CopyQueue()
-
-    def put(self, load: CopyLoad, ready: int) -> None:
-        self._queue.put(load, ready)
-
-    def hasten(self, load: CopyLoad, need: float) -> None:
-        self._queue.hasten(load, need)
-
-    def cancel(self, load: CopyLoad) -> None:
-        self._queue.cancel(load)
 
     def enqueue(self, bytes_per_second: float) -> CopyEnqueued | CopyEnded | None:
         """Enqueue the next copy; its end, where it comes to nothing; None where there is none, or the link, which is
         that fast, has enough before it."""
-        cancelled = self._queue.take_cancelled()
+        cancelled = self.queue.take_cancelled()
         if cancelled is not None:
             return CopyEnded(job=cancelled, monotonic_seconds=time.monotonic())
         if not self._has_room(bytes_per_second):
             return None
         # The first layers wait no longer than for the host's next copy, or for what the link is at.
         turn_bytes = int(_ENQUEUE_SECONDS * bytes_per_second)
-        job = self._queue.take_group(max(self._landings.ahead_bytes, turn_bytes))
+        job = self.queue.take_group(max(self._landings.ahead_bytes, turn_bytes))
         if job is None:
             return None
         begin = time.monotonic()
@@ -84,13 +59,13 @@ class CopyPump(Copies):
     def _has_room(self, bytes_per_second: float) -> bool:
         if len(self._landings) >= _MOST_ENQUEUED:
             return False
-        most_seconds = _MOST_AHEAD_SECONDS if self._queue.is_needed else _MOST_PREFETCH_AHEAD_SECONDS
+        most_seconds = _MOST_AHEAD_SECONDS if self.queue.is_needed else _MOST_PREFETCH_AHEAD_SECONDS
         return self._landings.ahead_bytes < max(1.0, most_seconds * bytes_per_second)
 
 
-class CopierThread(Copies):
-    """Carries out copies one layer after the other: where copying is the host's own work, and on a throttled link,
-    which is a clock of the host's. ``link`` says when each copy's bytes have gone through."""
+class CopierThread:
+    """Carries out the copies in ``queue`` one layer after the other: where copying is the host's own work, and on a
+    throttled link, which is a clock of the host's. ``link`` says when each copy's bytes have gone through."""
 
     def __init__(
         self,
@@ -105,29 +80,20 @@ class CopierThread(Copies):
         self._link = link
         self._report = report
         self._wake = wake
-        self._queue = CopyQueue()
+        self.queue = CopyQueue()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="segue-lora-copier", daemon=True)
         self._thread.start()
 
-    def put(self, load: CopyLoad, ready: int) -> None:
-        self._queue.put(load, ready)
-
-    def hasten(self, load: CopyLoad, need: float) -> None:
-        self._queue.hasten(load, need)
-
-    def cancel(self, load: CopyLoad) -> None:
-        self._queue.cancel(load)
-
     def close(self) -> None:
         """Stop at the next piece of work and wait for the thread. Jobs not begun are dropped."""
         self._stopped.set()
-        self._queue.end()
+        self.queue.end()
         self._thread.join()
 
     def _run(self) -> None:
         with torch.inference_mode():
-            while (job := self._queue.get()) is not None:
+            while (job := self.queue.get()) is not None:
                 self._carry_out(job)
 
     def _carry_out(self, job: CopyJob) -> None:

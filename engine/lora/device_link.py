@@ -7,11 +7,12 @@ from queue import Empty, SimpleQueue
 
 from segue.engine.device import DeviceStreams
 from segue.engine.lora.backlog import CopyBacklog
-from segue.engine.lora.copier import CopierThread, Copies, CopyPump
+from segue.engine.lora.copier import CopierThread, CopyPump
+from segue.engine.lora.copy_queue import CopyQueue
 from segue.engine.lora.host_plan import PlannedLayer
 from segue.engine.lora.landing import LandingPlace, LandingTables, LayerLander
 from segue.engine.lora.landings import Landings
-from segue.engine.lora.link import LinkThrottle
+from segue.engine.lora.link_throttle import LinkThrottle
 from segue.engine.lora.transfer import Completion, CopyEnded, CopyEnqueued, CopyLoad
 from segue.engine.rate import RateMeter
 
@@ -64,18 +65,18 @@ class DeviceLink:
     def put(self, load: CopyLoad, ready: int) -> None:
         """The load's layers below ``ready`` are in host memory: have them copied when it is their turn."""
         self._backlog.put(load, [planned.host_bytes for planned in load.layers[load.ready : ready]])
-        self._copies_of(load).put(load, ready)
+        self._queue_of(load).put(load, ready)
 
     def need(self, loads: Iterable[CopyLoad]) -> None:
         """A pass has begun that waits for these loads: their copies come behind those of earlier passes."""
         self._needs += 1
         for load in loads:
             if not load.is_needed:
-                self._copies_of(load).hasten(load, self._needs)
+                self._queue_of(load).hasten(load, self._needs)
 
     def cancel(self, load: CopyLoad) -> None:
         """Begin no further copy of a load; what waits is told of as ended before anything else is copied."""
-        self._copies_of(load).cancel(load)
+        self._queue_of(load).cancel(load)
 
     def enqueue(self) -> CopyEnqueued | None:
         """Enqueue the next copy, where there is one and the link has room. Ends that are seen meanwhile are told by
@@ -129,8 +130,8 @@ class DeviceLink:
         """Raises AssertionError unless the sums of bytes agree."""
         self._backlog.check()
 
-    def _copies_of(self, load: CopyLoad) -> Copies:
-        return self._thread if load.by_thread else self._pump
+    def _queue_of(self, load: CopyLoad) -> CopyQueue:
+        return self._thread.queue if load.by_thread else self._pump.queue
 
     def _take_enqueued(self, done: CopyEnqueued) -> None:
         self._landings.put(done)

@@ -218,17 +218,23 @@ class PassHandover:
         """The pass enters its next layer; ``at_once``: on the CPU, or its weights had landed."""
         self._entered.append(_Entered(source, at_once))
 
-    def conclude(self, requests: Sequence[int], records: Sequence[LayerRecord], lane_seconds: Sequence[float]) -> None:
+    def conclude(
+        self,
+        requests: Sequence[int],
+        records: Sequence[LayerRecord],
+        lane_seconds: Callable[[], Sequence[float]],
+    ) -> None:
         """The pass has ended well; ``requests`` wait for their first token.
 
-        ``lane_seconds`` are what its layers took on the device, where that is measured there: else ``records`` tell.
+        ``lane_seconds`` tells what its layers took on the device, where that is measured there: else ``records`` do.
         """
         self._planner.forget(self)
         if self._first is None:
             return
-        seconds = list(lane_seconds) or [record.end_seconds - record.start_seconds for record in records]
+        on_device = lane_seconds()
+        seconds = list(on_device) or [record.end_seconds - record.start_seconds for record in records]
         # On the device's own clock a layer that was waited for took the wait as well.
-        known = [(layer, item) for layer, item in enumerate(self._entered) if item.at_once or not lane_seconds]
+        known = [(layer, item) for layer, item in enumerate(self._entered) if item.at_once or not on_device]
         cpu = [(self.work[layer].rank, self._cores) for layer, item in known if item.source is LayerSource.CPU]
         if known and self.rows == self.pass_rows:
             # In a pass of several adapters a layer's time is not of one of them.

@@ -21,7 +21,7 @@ from segue.engine.lora.device_link import DeviceLink
 from segue.engine.lora.events import LayerEnqueued, LayerHost, LayerLanded, LoadFailed, StoreEvent, Verified
 from segue.engine.lora.host_memory import HostExtents
 from segue.engine.lora.landing import LayerLander
-from segue.engine.lora.link import LinkThrottle
+from segue.engine.lora.link_throttle import LinkThrottle
 from segue.engine.lora.reader import ReaderPool, ReadLimits
 from segue.engine.lora.states import UNDER_WAY, Adapter, DeviceCopy, HostCopy, LayerState, ReadPhase
 from segue.engine.lora.transfer import (

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import os
 import time
-from bisect import bisect_left
 from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
 from segue.engine.device import CpuStreams, DeviceStreams
-from segue.engine.lora.events import LayerEnqueued, LayerHost, LayerLanded, LoadFailed, StoreEvent, Verified
-from segue.engine.lora.host_plan import HostModule, HostPlan, host_modules
-from segue.engine.lora.link import LinkThrottle
+from segue.engine.lora.events import StoreEvent
+from segue.engine.lora.host_plan import HostPlan, host_modules
+from segue.engine.lora.host_room import HostRoom
+from segue.engine.lora.link_throttle import LinkThrottle
 from segue.engine.lora.manifest import AdapterManifest
 from segue.engine.lora.mover import HostStore, WeightMover
 from segue.engine.lora.reader import ReadLimits
@@ -29,22 +29,6 @@ from segue.errors import AdapterRejectedError
 from segue.scheduler.eviction import EvictionCandidate, decayed
 from segue.scheduler.placement import AdapterCost
 from segue.types import Tier
-
-__all__ = [
-    "AdapterStore",
-    "HostLayer",
-    "HostModule",
-    "HostStore",
-    "LayerEnqueued",
-    "LayerHost",
-    "LayerLanded",
-    "LayerState",
-    "LoadFailed",
-    "ReadLimits",
-    "StoreEvent",
-    "TransferOps",
-    "Verified",
-]
 
 
 class AdapterStore:
@@ -77,7 +61,6 @@ class AdapterStore:
         self._chunk_elems = chunk_elems
         self._clock = clock
         self._adapters: dict[int, Adapter] = {}
-        self._waiting: dict[int, Adapter] = {}
         self._mover = WeightMover(
             memory=memory,
             pool=pool,
@@ -90,6 +73,7 @@ class AdapterStore:
             read_limits=read_limits or ReadLimits(),
             copy_bytes_per_second=expected_copy_bytes_per_second,
         )
+        self._room = HostRoom(self._mover, self._adapters)
 
     # -- versions and their users ------------------------------------------------------------------------------------
 
@@ -145,7 +129,7 @@ class AdapterStore:
         adapter.recent_uses = decayed(adapter.recent_uses, now - adapter.last_used_seconds)
         adapter.last_used_seconds = now
         if adapter.users == 0 and adapter.phase is ReadPhase.WAITING and adapter.device is None:
-            self._stop_waiting(adapter)
+            self._room.stop_waiting(adapter)
         self._settle(adapter)
 
     def users(self, version_id: int) -> int:
@@ -163,10 +147,8 @@ class AdapterStore:
         adapter = self._adapters[version_id]
         self._refuse_failed(adapter)
         if adapter.phase is ReadPhase.UNREAD:
-            adapter.move_phase(ReadPhase.WAITING)
             adapter.evict_host_when_dropped = False
-            self._waiting[version_id] = adapter
-            self._start_waiting()
+            self._room.wait(adapter)
 
     def start_copy(self, version_id: int, pages: tuple[int, ...]) -> None:
         """Copy each layer to ``pages`` once it is in host memory, in order; loads it if need be.
@@ -185,7 +167,7 @@ class AdapterStore:
         self.start_load(version_id)
         self._mover.hasten(adapter)
         self._mover.start_copies(adapter)
-        self._start_waiting()
+        self._room.start_reads()
 
     def begin_pass(self, version_ids: Iterable[int]) -> None:
         """A pass has begun that waits for these versions: their copies come behind those of earlier passes."""
@@ -204,7 +186,7 @@ class AdapterStore:
     def drain(self) -> tuple[StoreEvent, ...]:
         """Apply what the threads have completed; the events since the last call, in order."""
         events = self._mover.apply_completed(self._settle)
-        self._start_waiting()
+        self._room.start_reads()
         return events
 
     # -- what is where -----------------------------------------------------------------------------------------------
@@ -377,7 +359,7 @@ class AdapterStore:
         if adapter.phase is ReadPhase.WAITING:
             if adapter.device is not None:
                 self._mover.drop_device(adapter)
-            self._stop_waiting(adapter)
+            self._room.stop_waiting(adapter)
         adapter.evict_host_when_dropped = adapter.host is not None
         self._settle(adapter)
 
@@ -385,14 +367,13 @@ class AdapterStore:
         """Stop the threads and give back every page, byte and descriptor. May be called twice."""
         self._mover.close(tuple(self._adapters.values()))
         self._adapters.clear()
-        self._waiting.clear()
+        self._room.clear()
 
     def check(self) -> None:
         """Raise AssertionError unless states, counts, host bytes and pages all agree."""
         for adapter in self._adapters.values():
             adapter.check()
-            waits = adapter.version_id in self._waiting
-            assert waits == (adapter.phase is ReadPhase.WAITING), f"version {adapter.version_id}: {adapter.phase}"
+        self._room.check()
         self._mover.check(tuple(self._adapters.values()))
 
     def _settle(self, adapter: Adapter) -> None:
@@ -400,7 +381,7 @@ class AdapterStore:
         is_held = adapter.host is not None and adapter.host.holds > 0
         leaves = adapter.users == 0 and (adapter.closed or adapter.phase is ReadPhase.FAILED)
         if leaves and adapter.phase is ReadPhase.WAITING:
-            self._stop_waiting(adapter)
+            self._room.stop_waiting(adapter)
         if leaves and adapter.device is not None:
             self._mover.drop_device(adapter)
         if adapter.host is not None and not is_held and (leaves or adapter.evict_host_when_dropped):
@@ -408,53 +389,6 @@ class AdapterStore:
         if leaves and adapter.host is None and adapter.readers == 0 and adapter.version_id in self._adapters:
             os.close(adapter.descriptor)
             del self._adapters[adapter.version_id]
-
-    # -- room in the host store --------------------------------------------------------------------------------------
-
-    def _stop_waiting(self, adapter: Adapter) -> None:
-        del self._waiting[adapter.version_id]
-        adapter.move_phase(ReadPhase.UNREAD)
-
-    def _start_waiting(self) -> None:
-        """Start the reads for which there is room: those that passes depend on first, then in order of arrival."""
-        for adapter in sorted(self._waiting.values(), key=lambda each: each.device is None):
-            offset = self._make_room(adapter)
-            if offset is None:
-                return
-            del self._waiting[adapter.version_id]
-            self._mover.start_read(adapter, offset)
-
-    def _make_room(self, adapter: Adapter) -> int | None:
-        """The offset of an extent for the adapter; evicts as many unused host copies as that takes, oldest first."""
-        size = adapter.plan.host_bytes
-        offset = self._mover.extents.allocate(size)
-        if offset is not None:
-            return offset
-        leaving = self._mover.leaving_offsets
-        victims = self._host_victims(adapter)
-        offsets = [victim.host.offset for victim in victims if victim.host is not None]
-        count = bisect_left(
-            range(len(victims) + 1),
-            True,
-            key=lambda taken: self._mover.extents.fits_without(size, [*leaving, *offsets[:taken]]),
-        )
-        if count > len(victims):
-            return None
-        for victim in victims[:count]:
-            self._mover.drop_host(victim)
-        return self._mover.extents.allocate(size)
-
-    def _host_victims(self, adapter: Adapter) -> list[Adapter]:
-        """Versions whose host copy may go for this one. What a queued request will need goes last, and only for one
-        that a pass depends on: else two that wait could take each other's bytes for ever."""
-        victims = [
-            other
-            for other in self._adapters.values()
-            if other.host is not None
-            and not other.needs_host
-            and (adapter.device is not None or other.users == 0 or other.device is not None)
-        ]
-        return sorted(victims, key=lambda other: (other.users > 0 and other.device is None, other.last_used_seconds))
 
     def _refuse_failed(self, adapter: Adapter) -> None:
         if adapter.phase is ReadPhase.FAILED:

@@ -23,9 +23,17 @@ from torch import Tensor
 
 from segue.cpu_lora import DeltaTask, Job, JobRing, JobState
 from segue.engine.cuda.bridge import StreamFlags, StreamTransport
-from segue.engine.lora.bridge import ColumnRanges, CpuBridge, PostedJob, WorkerLostError, as_tensor, element_type
+from segue.engine.lora.bridge import (
+    ColumnRanges,
+    CpuBridge,
+    PointWork,
+    PostedJob,
+    WorkerLostError,
+    as_tensor,
+    element_type,
+)
 from segue.engine.lora.device_lora import LoraSegment
-from segue.engine.lora.link import LinkThrottle
+from segue.engine.lora.link_throttle import LinkThrottle
 from tests.cpu_lora.rig import Rig, running_rigs, wait_until
 from tests.engine.fake_flags import FakeFlags
 
@@ -109,7 +117,8 @@ class StreamRig:
         """Post a job as soon as there is a slot."""
         deadline = time.monotonic() + 20
         self.bridge.reap()
-        while (posted := self.bridge.post(x, segments, tasks, delta_width)) is None:
+        work = PointWork(segments=segments, tasks=tuple(tasks), delta_width=delta_width)
+        while (posted := self.bridge.post(x, work)) is None:
             assert time.monotonic() < deadline, "no slot and no worker"
             time.sleep(20e-6)
             self.bridge.reap()
@@ -378,7 +387,8 @@ def test_nothing_comes_back_before_the_stream_has_added_it() -> None:
         stream_rig.bridge.reap()
         assert stream_rig.bridge.orphans == SLOTS
         assert stream_rig.holds.counts == {7: SLOTS}
-        assert stream_rig.bridge.post(torch.zeros(3, 64), case.segments, case.tasks(torch.float32), 64) is None
+        work = PointWork(segments=case.segments, tasks=tuple(case.tasks(torch.float32)), delta_width=64)
+        assert stream_rig.bridge.post(torch.zeros(3, 64), work) is None
         stream_rig.bridge.check()
         flags.is_late = False
         stream_rig.finish()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from segue.engine.lora.events import LayerEnqueued, LayerHost, LayerLanded, LoadFailed, StoreEvent, Verified
 from segue.engine.lora.manifest import AdapterManifest, Projection
-from segue.engine.lora.store import HostLayer
+from segue.engine.lora.states import HostLayer
 from tests.engine.lora.stepped_rig import LANDING_ERROR, READ_ERROR
 
 

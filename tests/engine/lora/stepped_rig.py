@@ -147,12 +147,15 @@ class FakeSteppedCopier(CopierThread):
     def __init__(self, steps: FakeSteps, **options: Any) -> None:
         self._steps = steps
         super().__init__(**options)
+        put = self.queue.put
 
-    def put(self, load: CopyLoad, ready: int) -> None:
-        for _ in range(load.ready, ready):
-            self._steps.job_put()
-        super().put(load, ready)
-        self._steps.wait_until_still()
+        def put_and_wait(load: CopyLoad, ready: int) -> None:
+            for _ in range(load.ready, ready):
+                steps.job_put()
+            put(load, ready)
+            steps.wait_until_still()
+
+        self.queue.put = put_and_wait  # type: ignore[method-assign]
 
     def _carry_out(self, job: CopyJob) -> None:
         self._steps.pause()

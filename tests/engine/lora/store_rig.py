@@ -21,7 +21,9 @@ from segue.engine.lora.events import StoreEvent
 from segue.engine.lora.file_runs import ReadRuns, Target
 from segue.engine.lora.landing import LandLayers
 from segue.engine.lora.manifest import AdapterManifest, Projection
-from segue.engine.lora.store import AdapterStore, LayerState, ReadLimits
+from segue.engine.lora.reader import ReadLimits
+from segue.engine.lora.states import LayerState
+from segue.engine.lora.store import AdapterStore
 from segue.engine.lora.transfer import TransferOps
 from segue.engine.memory.adapter_layout import choose_chunk_elems
 from segue.engine.memory.pool import PagePool

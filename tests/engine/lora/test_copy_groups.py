@@ -15,7 +15,7 @@ from segue.engine.lora.copy_queue import GROUP_BYTES, CopyQueue
 from segue.engine.lora.host_plan import PlannedLayer
 from segue.engine.lora.landing import LandingPlace
 from segue.engine.lora.landings import Landings
-from segue.engine.lora.link import LinkThrottle
+from segue.engine.lora.link_throttle import LinkThrottle
 from segue.engine.lora.transfer import Completion, CopyEnded, CopyEnqueued, CopyLoad
 
 PATIENCE_SECONDS = 20.0
@@ -84,7 +84,7 @@ class Rig:
         self.landings = Landings()
         self.pump = CopyPump(cast(Any, self.lander), self.landings)
         for load in loads:
-            self.pump.put(load, len(load.layers))
+            self.pump.queue.put(load, len(load.layers))
 
     def enqueue_all(self) -> int:
         """How many copies the link takes."""
@@ -198,7 +198,7 @@ def test_the_link_is_given_no_more_than_a_few_milliseconds_of_work() -> None:
 
     needed = load_of(1, 40, GROUP_BYTES)
     rig = Rig(needed, bytes_per_second=fast)
-    rig.pump.hasten(needed, 1)
+    rig.pump.queue.hasten(needed, 1)
     assert rig.enqueue_all() == 5
     assert Rig(load_of(1, 40, GROUP_BYTES), bytes_per_second=1.0).enqueue_all() == 1, "one at a time, however slow"
     assert Rig(*(load_of(number, 1, 1) for number in range(100)), bytes_per_second=fast).enqueue_all() == 64
@@ -226,7 +226,7 @@ def test_a_throttled_link_carries_layer_by_layer() -> None:
         all_there.release()
 
     copier = CopierThread(lander=cast(Any, lander), link=LinkThrottle(1e9), report=report, wake=lambda: None)
-    copier.put(load_of(1, 5, 10), 5)
+    copier.queue.put(load_of(1, 5, 10), 5)
     for _ in range(5):
         assert all_there.acquire(timeout=PATIENCE_SECONDS)
     copier.close()

@@ -14,7 +14,7 @@ from segue.cpu_lora import CpuLoraConfig, SharedLayout, SharedMemory
 from segue.cpu_lora.layout import PAGE_BYTES
 from segue.engine.device import CudaStreams
 from segue.engine.lora.manifest import Projection
-from segue.engine.lora.store import LayerState
+from segue.engine.lora.states import LayerState
 from segue.engine.memory.prepared_store import PreparedStore
 from segue.gpu_kernels.paged_lora import read_rows
 from tests.engine.lora.adapter_folders import ATTENTION, SmallModel, peft_config, random_tensors

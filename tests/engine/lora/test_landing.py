@@ -11,7 +11,7 @@ import torch
 
 from segue.engine.lora.events import LayerEnqueued, LayerLanded, LoadFailed
 from segue.engine.lora.landing import pieces
-from segue.engine.lora.store import LayerState
+from segue.engine.lora.states import LayerState
 from segue.gpu_kernels.land_layers import land_layers
 from segue.gpu_kernels.landing import LANDING_WORDS, land_matrices
 from tests.engine.lora.adapter_folders import MODEL, peft_config, random_tensors

@@ -11,7 +11,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from segue.engine.lora.events import LayerHost, LoadFailed
+from segue.engine.lora.events import LayerHost, LoadFailed, Verified
 from segue.engine.lora.manifest import Projection
 from segue.engine.lora.part_reader import PartReader
 from segue.engine.lora.read_parts import ReadPart
@@ -190,6 +190,11 @@ def test_a_read_that_is_cancelled_ends_and_gives_its_bytes_back(make_rig: MakeRi
         rig.store.start_load(version)
         rig.drain_until(lambda version=version: rig.store.is_verified(version))  # type: ignore[misc]
         rig.store.evict_host(version)
+    rig.drain()
+    assert rig.host_bytes_held == 0
+    # Whatever a read had got to when it was cancelled, nobody was told of a version that failed.
+    assert not [event for event in rig.events if isinstance(event, LoadFailed)]
+    assert sum(isinstance(event, Verified) for event in rig.events) >= 50
 
 
 def test_readers_run_on_the_cores_that_they_are_given(make_rig: MakeRig) -> None:

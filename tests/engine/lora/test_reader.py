@@ -19,7 +19,8 @@ from segue.engine.lora import reader
 from segue.engine.lora.events import LayerHost, LoadFailed, Verified
 from segue.engine.lora.file_runs import Target
 from segue.engine.lora.manifest import Projection
-from segue.engine.lora.store import LayerState, ReadLimits
+from segue.engine.lora.reader import ReadLimits
+from segue.engine.lora.states import LayerState
 from segue.errors import AdapterRejectedError
 from tests.engine.lora.adapter_folders import MODEL, random_tensors, tensor_name
 from tests.engine.lora.fake_streams import PATIENCE_SECONDS

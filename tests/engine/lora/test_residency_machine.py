@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from segue.engine.device import CpuStreams, DeviceStreams
-from segue.engine.lora.store import LayerState
+from segue.engine.lora.states import LayerState
 from segue.errors import AdapterRejectedError
 from segue.types import Tier
 from tests.engine.lora.residency_model import Version

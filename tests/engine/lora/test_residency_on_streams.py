@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import rule
 
-from segue.engine.lora.store import LayerState
+from segue.engine.lora.states import LayerState
 from tests.engine.lora.fake_streams import FakeStreams
 from tests.engine.lora.residency_model import Version
 from tests.engine.lora.store_rig import assert_same

@@ -11,7 +11,7 @@ import torch
 
 from segue.engine.lora.events import LayerHost, LayerLanded, LoadFailed, Verified
 from segue.engine.lora.manifest import Projection
-from segue.engine.lora.store import LayerState
+from segue.engine.lora.states import LayerState
 from segue.errors import AdapterRejectedError
 from segue.types import Tier
 from tests.engine.lora.adapter_folders import MODEL, peft_config, random_tensors, tensor_name, write_folder

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from segue.engine.lora.events import LoadFailed
 from segue.engine.lora.manifest import Projection
-from segue.engine.lora.store import LayerState, ReadLimits
+from segue.engine.lora.reader import ReadLimits
+from segue.engine.lora.states import LayerState
 from segue.engine.memory.pages import OutOfPagesError
 from tests.descriptors import open_descriptors
 from tests.engine.lora.adapter_folders import MODEL, peft_config, random_tensors, tensor_name

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from segue.engine.lora.events import LoadFailed, Verified
-from segue.engine.lora.store import LayerState
+from segue.engine.lora.states import LayerState
 from segue.types import Tier
 from tests.descriptors import open_descriptors
 from tests.engine.lora.adapter_folders import MODEL, random_tensors

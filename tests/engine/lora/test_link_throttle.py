@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from segue.engine.lora.link import LinkThrottle
+from segue.engine.lora.link_throttle import LinkThrottle
 from segue.engine.rate import RateMeter
 
 
